@@ -1,0 +1,1 @@
+"""Load a pretrained model and trace it once."""

@@ -1,0 +1,1 @@
+"""Run what was compiled: CPU kernels, ONNX Runtime sessions, evaluation and benchmarks."""

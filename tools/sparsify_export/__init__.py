@@ -1,0 +1,1 @@
+"""Compile a pretrained transformer into a sparse one that really is faster."""
