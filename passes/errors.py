@@ -1,0 +1,9 @@
+"""The two ways a compilation ends early, besides a bug."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one sentence that says what was got and wanted."""
+
+
+class VerificationError(RuntimeError):
+    """What was compiled does not compute what the model computes; the message names the pass."""

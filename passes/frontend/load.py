@@ -1,0 +1,113 @@
+"""Load a pretrained transformer from a Hugging Face folder, a hub id or a GGUF file."""
+
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..errors import InputError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model as it was published, in float32 and eval mode.
+
+    Attributes:
+        model: the module.
+        tokenizer: its tokenizer, or None where there is none (vision models, bare checkpoints).
+        kind: ``causal`` decodes with a KV cache; ``encoder`` maps one set of inputs to outputs.
+        inputs: names of the arguments that the exported graph takes, without the cache.
+        source: what the user asked for.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    kind: Literal["causal", "encoder"]
+    inputs: tuple[str, ...]
+    source: str
+
+
+def load(source: str, *, trust_remote_code: bool = False) -> Pretrained:
+    """Load ``source`` and find out how it is called.
+
+    The class comes from the checkpoint's own ``architectures``; weights are read from safetensors or
+    GGUF, never from pickle. Code that comes with a checkpoint runs only with ``trust_remote_code``.
+
+    Raises:
+        InputError: the path is missing, is not a model, is damaged, or is a kind we cannot compile.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    where, options = _locate(source)
+    options["trust_remote_code"] = trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+        auto = _model_class(config)
+        use = {} if "gguf_file" in options else {"use_safetensors": True}
+        model = auto.from_pretrained(where, dtype=torch.float32, attn_implementation="sdpa", **use, **options)
+    except Exception as error:  # transformers raises whatever its parsers raise: OSError, KeyError, SafetensorError ...
+        raise InputError(f"cannot load {source}: {_first_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    except Exception:  # a model without a tokenizer is a model all the same; text commands say so when they need one
+        tokenizer = None
+    return describe(model, tokenizer, source)
+
+
+def describe(model: PreTrainedModel, tokenizer: Any = None, source: str = "model") -> Pretrained:
+    """Find out how a model in memory is called.
+
+    Raises:
+        InputError: it is an encoder-decoder, whose two halves would need two graphs.
+    """
+    model = model.eval().requires_grad_(False)
+    if model.config.is_encoder_decoder:
+        raise InputError(f"{source} is an encoder-decoder model; only decoders and encoders can be compiled")
+    parameters = inspect.signature(model.forward).parameters
+    if model.can_generate():
+        return Pretrained(model, tokenizer, "causal", ("input_ids", "attention_mask"), source)
+    if model.main_input_name == "input_ids":
+        return Pretrained(model, tokenizer, "encoder", tuple(n for n in TEXT_INPUTS if n in parameters), source)
+    return Pretrained(model, tokenizer, "encoder", (model.main_input_name,), source)
+
+
+def _locate(source: str) -> tuple[str, dict[str, Any]]:
+    """The first argument and the options that ``from_pretrained`` wants for this source."""
+    path = Path(source)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            with path.open("rb") as file:
+                if (magic := file.read(4)) != b"GGUF":
+                    raise InputError(f"{source} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
+            return str(path.parent), {"gguf_file": path.name}
+        if path.suffix == ".onnx":
+            raise InputError(f"{source} is an ONNX model; this version compiles Hugging Face folders and .gguf files")
+        raise InputError(f"{source} is not a model: want a Hugging Face folder or a .gguf file")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{source} is not a model: the folder has no config.json")
+        return str(path), {}
+    if HUB_ID.fullmatch(source) and not path.parent.is_dir():
+        return source, {}
+    raise InputError(f"{source} does not exist")
+
+
+def _model_class(config: Any) -> Any:
+    """The class that the checkpoint names, or the causal language model of its configuration."""
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if names else None
+    return found or AutoModelForCausalLM
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -1,0 +1,168 @@
+"""Trace a model once into one ATen graph: dynamic batch, sequence and past; the KV cache goes in and comes out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..errors import InputError
+from .load import Pretrained
+
+PREFIX = "model."  # the wrapper's only attribute; module paths are reported without it
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model as one graph whose weights are arguments.
+
+    Attributes:
+        program: the exported program (training IR); its ``state_dict`` holds the weights.
+        inputs: names of the user inputs in order, cache included.
+        outputs: names of the outputs in order, cache included.
+        cache: ``(kv_heads, head_dim of keys, head_dim of values)`` of each cache layer; empty for encoders.
+        kind: as in ``Pretrained``.
+    """
+
+    program: ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    cache: tuple[tuple[int, int, int], ...]
+    kind: str
+
+
+class _Causal(nn.Module):
+    """A decoder with its KV cache as plain tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Any:
+        # Explicit positions: without them the traced rotary tables have batch 1, and left padding is off by its length.
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=_cache_of(past),
+            use_cache=True,
+        )
+        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+
+class _Encoder(nn.Module):
+    """A model without a cache: named inputs in, every tensor of its output out."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        output = self.model(**dict(zip(self.names, inputs, strict=True)))
+        return tuple(value for value in output.values() if isinstance(value, Tensor))
+
+
+def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None) -> Traced:
+    """Trace ``pretrained`` with ``torch.export``.
+
+    Args:
+        pretrained: the model.
+        example: one batch of inputs by name, for models that do not take text; where it is left out, images of the
+            size that the configuration names.
+
+    Raises:
+        InputError: the model keeps a state that is not a KV cache, or cannot be traced.
+    """
+    try:
+        with torch.no_grad():
+            return _trace_causal(pretrained) if pretrained.kind == "causal" else _trace_encoder(pretrained, example)
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, NotImplementedError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{pretrained.source} cannot be traced: {first}") from error
+
+
+def empty_past(cache: tuple[tuple[int, int, int], ...], batch: int) -> list[tuple[Tensor, Tensor]]:
+    """A past of length 0 for every cache layer: float32 ``[batch, kv_heads, 0, head_dim]``."""
+    return [(torch.zeros(batch, h, 0, k), torch.zeros(batch, h, 0, v)) for h, k, v in cache]
+
+
+def _cache_of(past: list[tuple[Tensor, Tensor]]) -> DynamicCache:
+    # Built without a config: with one, sliding-window layers drop entries and decoding goes wrong.
+    cache = DynamicCache()
+    for keys, values in past:
+        layer = DynamicLayer()
+        layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
+        layer.is_initialized = True
+        cache.layers.append(layer)
+    return cache
+
+
+def _cache_shapes(model: nn.Module) -> tuple[tuple[int, int, int], ...]:
+    """Ask the model itself, by running one token, what its cache looks like."""
+    cache = DynamicCache()
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    layers = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values.layers
+    if not all(type(layer) is DynamicLayer for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers})
+        raise InputError(f"this model keeps a state that is not a KV cache ({', '.join(kinds)})")
+    return tuple((x.keys.shape[1], x.keys.shape[3], x.values.shape[3]) for x in layers)
+
+
+def _trace_causal(pretrained: Pretrained) -> Traced:
+    shapes = _cache_shapes(pretrained.model)
+    batch, sequence, past = 2, 3, 5  # any sizes above 1: 0 and 1 would be taken for constants
+    example = (
+        torch.zeros(batch, sequence, dtype=torch.long),
+        torch.ones(batch, past + sequence, dtype=torch.long),
+        [(torch.zeros(batch, h, past, k), torch.zeros(batch, h, past, v)) for h, k, v in shapes],
+    )
+    b, s, p = Dim("batch", min=1), Dim("sequence", min=1), Dim("past", min=0)
+    dynamic = ({0: b, 1: s}, {0: b, 1: Dim.DYNAMIC}, [({0: b, 2: p}, {0: b, 2: p}) for _ in shapes])
+    program = torch.export.export(_Causal(pretrained.model), example, dynamic_shapes=dynamic, strict=False)
+    layers = [(f"{i}.key", f"{i}.value") for i in range(len(shapes))]
+    return Traced(
+        program=program,
+        inputs=("input_ids", "attention_mask", *(f"past_key_values.{name}" for pair in layers for name in pair)),
+        outputs=("logits", *(f"present.{name}" for pair in layers for name in pair)),
+        cache=shapes,
+        kind="causal",
+    )
+
+
+def _trace_encoder(pretrained: Pretrained, example: Mapping[str, Tensor] | None) -> Traced:
+    axes: dict[int, Any] = {0: Dim("batch", min=1)}
+    if pretrained.inputs[0] == "input_ids":
+        # A text is as long as the position table allows; DYNAMIC lets the graph state that bound.
+        axes[1] = Dim.DYNAMIC
+        inputs = [torch.ones(2, 3, dtype=torch.long) for _ in pretrained.inputs]
+    else:
+        inputs = [_two_of(pretrained, name, example) for name in pretrained.inputs]
+    module = _Encoder(pretrained.model, pretrained.inputs)
+    dynamic = (tuple(axes for _ in inputs),)
+    program = torch.export.export(module, tuple(inputs), dynamic_shapes=dynamic, strict=False)
+    fields = pretrained.model(**dict(zip(pretrained.inputs, inputs, strict=True)))
+    names = tuple(name for name, value in fields.items() if isinstance(value, Tensor))
+    return Traced(program=program, inputs=pretrained.inputs, outputs=names, cache=(), kind="encoder")
+
+
+def _two_of(pretrained: Pretrained, name: str, example: Mapping[str, Tensor] | None) -> Tensor:
+    """An input of batch 2, so that the batch is not taken for a constant."""
+    if example is not None:
+        if name not in example:
+            raise InputError(f"{pretrained.source} takes {name}; the calibration inputs hold {', '.join(example)}")
+        one = example[name][:1]
+    else:
+        config = pretrained.model.config
+        size = getattr(config, "image_size", None)
+        channels = getattr(config, "num_channels", None)
+        if size is None or channels is None:
+            raise InputError(f"{pretrained.source} takes {name} of unknown shape; give --calibration-inputs FOLDER")
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        one = torch.zeros(1, channels, height, width)
+    return one.expand(2, *one.shape[1:]).contiguous()
