@@ -1,0 +1,53 @@
+"""Bring a traced graph into one form, so that every later pass sees ``aten.linear`` and nothing else."""
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+aten = torch.ops.aten
+
+
+def canonicalise(program: ExportedProgram) -> None:
+    """Drop trace-time assertions and write every ``addmm`` with a parameter as a ``linear``.
+
+    Before:  y = addmm(b, x, W)                 W [in, out]   (GPT-2's Conv1D)
+             _assert_tensor_metadata(x, ...)    says what the dtype was while tracing
+    After:   y = linear(x, W, b)                W [out, in], in the program's state_dict
+             (no assertion)
+    Left alone: an ``addmm`` whose weight is not a parameter or is read by anything else.
+    Numerics: the same products; the sum may run in another order.
+    """
+    graph = program.graph_module.graph
+    names = parameter_names(program)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is aten.addmm.default and not node.kwargs:
+            bias, x, weight = node.args
+            if weight.op == "placeholder" and weight.name in names and len(weight.users) == 1:
+                _transpose_parameter(program, weight, names[weight.name])
+                with graph.inserting_before(node):
+                    linear = graph.call_function(aten.linear.default, (x, weight, bias))
+                linear.meta = dict(node.meta)
+                node.replace_all_uses_with(linear)
+                graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def parameter_names(program: ExportedProgram) -> dict[str, str]:
+    """Placeholder name to key in ``state_dict`` or ``constants``, for every parameter, buffer and constant."""
+    wanted = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+    return {
+        spec.arg.name: spec.target
+        for spec in program.graph_signature.input_specs
+        if spec.kind in wanted and spec.target is not None
+    }
+
+
+def _transpose_parameter(program: ExportedProgram, placeholder: torch.fx.Node, key: str) -> None:
+    weight = program.state_dict[key]
+    program.state_dict[key] = torch.nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)
+    placeholder.meta["val"] = placeholder.meta["val"].t().contiguous()

@@ -1,0 +1,126 @@
+"""Cut a traced graph into prologue, repeated blocks and epilogue."""
+
+import operator
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.fx.passes.split_module import split_module
+
+from ..errors import InputError
+from .canonical import parameter_names
+from .linears import Linear, find_linears, module_paths
+
+INDEXED = re.compile(r"(?P<list>.+?)\.(?P<index>\d+)(\.|$)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One submodule of the partitioned graph.
+
+    Attributes:
+        path: ``model.layers.3`` for a block, "" for the prologue and the epilogue.
+        module: its graph; weights are arguments like everything else.
+        inputs: name in the outer graph of each argument: a parameter's placeholder, a user input, another part's value.
+        outputs: name in the outer graph of each value it returns.
+        linears: the prunable linears; empty outside blocks.
+    """
+
+    path: str
+    module: GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    linears: tuple[Linear, ...]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A traced graph as parts in execution order.
+
+    Attributes:
+        parts: prologue (may be missing), blocks, epilogue (may be missing).
+        params: outer placeholder name to parameter key.
+        inputs: names of the user inputs, in order.
+        outputs: names of the values the model returns, in order.
+    """
+
+    parts: tuple[Part, ...]
+    params: dict[str, str]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def blocks(self) -> tuple[Part, ...]:
+        """The repeated layers."""
+        return tuple(part for part in self.parts if part.path)
+
+
+def partition(program: ExportedProgram) -> Partition:
+    """Split a canonical program at its repeated layers, found from the module stack of its linears.
+
+    A node outside the layers belongs to the prologue if it depends on no layer, to the epilogue if it depends on the
+    last one, and otherwise to the layer it depends on.
+
+    Raises:
+        InputError: the model has no repeated layers.
+    """
+    layers = _repeated_layers(program.graph_module)
+    number = {path: i + 1 for i, path in enumerate(layers)}
+    last = len(layers)
+    place: dict[Node, int] = {}
+    for node in program.graph_module.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            place[node] = 0
+            continue
+        own = max((number[p] for p in module_paths(node) if p in number), default=None)
+        before = max((place[n] for n in node.all_input_nodes), default=0)
+        place[node] = own if own is not None and own >= before else min(before + (before == last), last + 1)
+    params = parameter_names(program)
+    outer = split_module(
+        program.graph_module,
+        program.graph_module,
+        lambda node: place[node],
+        keep_original_order=True,
+        keep_original_node_name=True,
+    )
+    paths = {f"submod_{i}": path for path, i in number.items()}
+    parts = tuple(_part(outer, node, paths, params) for node in outer.graph.nodes if node.op == "call_module")
+    user = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    results = outer.graph.output_node().args[0]
+    return Partition(parts, params, tuple(user), tuple(n.name for n in results))
+
+
+def _repeated_layers(module: GraphModule) -> list[str]:
+    """Paths of the repeated layers in execution order: the numbered module list that holds most of the linears."""
+    lists: Counter[str] = Counter()
+    members: dict[str, list[str]] = {}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is torch.ops.aten.linear.default:
+            paths = module_paths(node)
+            if paths and (match := INDEXED.match(paths[-1])):
+                lists[match["list"]] += 1
+                layer = f"{match['list']}.{match['index']}"
+                if layer not in members.setdefault(match["list"], []):
+                    members[match["list"]].append(layer)
+    if not lists:
+        raise InputError("this model has no repeated layers with linear weights, so there is nothing to prune")
+    return members[lists.most_common(1)[0][0]]
+
+
+def _part(outer: GraphModule, node: Node, paths: dict[str, str], params: dict[str, str]) -> Part:
+    module = getattr(outer, str(node.target))
+    path = paths.get(str(node.target), "")
+    inner = [n for n in module.graph.nodes if n.op == "placeholder"]
+    inputs = tuple(argument.name for argument in node.args)
+    results = module.graph.output_node().args[0]
+    if isinstance(results, tuple | list):
+        picks = {int(user.args[1]): user.name for user in node.users if user.target is operator.getitem}
+        outputs = tuple(picks.get(i, "") for i in range(len(results)))
+    else:
+        outputs = (node.name,)
+    own = {n.name: params[name] for n, name in zip(inner, inputs, strict=True) if name in params}
+    linears = tuple(find_linears(module.graph, own)) if path else ()
+    return Part(path, module, inputs, outputs, linears)
