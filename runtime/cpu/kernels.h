@@ -1,0 +1,85 @@
+// The CPU kernels as their callers see them: raw pointers and sizes, no ONNX Runtime, no Python.
+//
+//   x [tokens, cols] float32, y [tokens, rows] float32, both row-major; bias [rows] float32 or null.
+//   y = x W^T + bias for a sparse W [rows, cols], rows = out_features (N), cols = in_features (K).
+//
+// Weights are read in the layout of the file (ONNX Runtime maps it): nothing is repacked. Pointers need no
+// alignment. Weights must have passed formats.h; the kernels do not check again.
+// A row of y is computed by one thread in a fixed order, so results do not depend on the number of threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace sparsify {
+
+enum class DType : uint8_t { f32, f16, bf16 };
+
+constexpr size_t byte_size(DType type) { return type == DType::f32 ? 4 : 2; }
+
+// N:M, n kept of every m neighbours along cols.
+//   values  [rows, cols / m * n]                 group after group, ascending position in a group
+//   indices [rows, ceil(cols / m * n * b / 8)]   position of each value in its group, b bits, lowest bits first
+struct NmWeight {
+  int64_t rows, cols;
+  int n, m;
+  DType type;
+  const void* values;
+  const uint8_t* indices;
+
+  int64_t kept_per_row() const { return cols / m * n; }
+  int index_bits() const { return m <= 2 ? 1 : m <= 4 ? 2 : m <= 16 ? 4 : 8; }
+  int64_t index_bytes_per_row() const { return (kept_per_row() * index_bits() + 7) / 8; }
+};
+
+// Unstructured: one bit a weight.
+//   mask      [rows, ceil(cols / 8)]  bit k % 8 of byte k / 8 set = weight k is kept
+//   values    [nnz]                   row after row, ascending k
+//   row_start [rows + 1]              first value of each row, then nnz
+struct BitmaskWeight {
+  int64_t rows, cols;
+  DType type;
+  const void* values;
+  const uint8_t* mask;
+  const int64_t* row_start;
+
+  int64_t mask_bytes_per_row() const { return (cols + 7) / 8; }
+};
+
+// Runs task(arg, 0) .. task(arg, count - 1), in any order, maybe at the same time; returns when all are done.
+struct Parallel {
+  void* context;
+  void (*run)(void* context, size_t count, void (*task)(void* arg, size_t index), void* arg);
+};
+
+// Calls body(index) for index in [0, count).
+template <class Body>
+void parallel_for(const Parallel& parallel, int64_t count, Body& body) {
+  if (count == 1) return body(int64_t{0});  // small layers: waking a thread costs more than the work
+  if (count <= 0) return;
+  parallel.run(
+      parallel.context, size_t(count), [](void* arg, size_t index) { (*static_cast<Body*>(arg))(int64_t(index)); },
+      &body);
+}
+
+// One instruction set's version of every op.
+struct Kernels {
+  const char* isa;  // "avx512", "avx2" or "portable"
+  void (*linear_nm)(const NmWeight&, const float* x, int64_t tokens, const float* bias, float* y, const Parallel&);
+  void (*linear_bitmask)(const BitmaskWeight&, const float* x, int64_t tokens, const float* bias, float* y,
+                         const Parallel&);
+  // out[g * k2 + j] = sum over r of max(a[r * k1 + g], b[r * k2 + j]), added up in float64 (pairwise_max_sum.h).
+  void (*pairwise_max_sum)(const float* a, const float* b, int64_t r, int64_t k1, int64_t k2, double* out,
+                           const Parallel&);
+};
+
+extern const Kernels kPortable;  // the oracle: plain loops
+#ifdef SPARSIFY_X86
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+// The fastest version this machine runs, chosen once. Null, with a sentence in *error, if the environment
+// variable SPARSIFY_ISA (for tests only) names one that does not exist or that this machine lacks.
+const Kernels* best_kernels(const char** error);
+
+}  // namespace sparsify

@@ -1,0 +1,310 @@
+// libsparsify_ort.so: the ops sparsify::linear_nm and sparsify::linear_bitmask for ONNX Runtime.
+//
+// One OrtCustomOp per op and type of values. A weight is checked once, when the session creates the kernel, so a
+// damaged file is refused there; weights are read in place from the memory-mapped file.
+#include <atomic>
+#include <exception>
+#include <string>
+#include <type_traits>
+
+#include "formats.h"
+#include "kernels.h"
+#include "ort_abi.h"
+
+namespace {
+
+using namespace sparsify;
+
+const OrtApi* api;  // set by RegisterCustomOps; the same table for every session
+
+struct Refused {  // carries a status to `guarded`; never leaves this file
+  OrtStatus* status;
+};
+
+void check(OrtStatus* status) {
+  if (status) throw Refused{status};
+}
+
+void refuse_if(const std::string& why) {
+  if (!why.empty()) throw Refused{ort::CreateStatus(api, ort::kInvalidArgument, why.c_str())};
+}
+
+// Runs body; what it throws becomes a status, because exceptions must not cross the C ABI.
+template <class Body>
+OrtStatus* guarded(Body&& body) {
+  try {
+    body();
+    return nullptr;
+  } catch (const Refused& refused) {
+    return refused.status;
+  } catch (const std::exception& error) {
+    return ort::CreateStatus(api, ort::kFail, error.what());
+  } catch (...) {
+    return ort::CreateStatus(api, ort::kFail, "unknown error in libsparsify_ort");
+  }
+}
+
+Shape dims_of(const OrtTensorTypeAndShapeInfo* info) {
+  size_t rank = 0;
+  check(ort::GetDimensionsCount(api, info, &rank));
+  Shape dims(rank);
+  check(ort::GetDimensions(api, info, dims.data(), rank));
+  return dims;
+}
+
+struct Tensor {
+  Shape shape;
+  const void* data = nullptr;
+};
+
+Tensor tensor(const OrtValue* value) {
+  struct Owned {
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    ~Owned() { ort::ReleaseTensorTypeAndShapeInfo(api, info); }
+  } owned;
+  check(ort::GetTensorTypeAndShape(api, value, &owned.info));
+  void* data = nullptr;
+  check(ort::GetTensorMutableData(api, const_cast<OrtValue*>(value), &data));
+  return {dims_of(owned.info), data};
+}
+
+std::string node_name(const OrtKernelInfo* info) {
+  size_t size = 0;
+  if (OrtStatus* status = ort::KernelInfo_GetNodeName(api, info, nullptr, &size)) ort::ReleaseStatus(api, status);
+  std::string name(size ? size : 1, '\0');
+  check(ort::KernelInfo_GetNodeName(api, info, &name[0], &size));
+  name.resize(size ? size - 1 : 0);  // without the final zero
+  return name;
+}
+
+// Refuses the node that is being created, by name.
+void refuse(const OrtKernelInfo* info, const std::string& why) {
+  if (!why.empty()) refuse_if(node_name(info) + ": " + why);
+}
+
+Tensor constant(const OrtKernelInfo* info, size_t index, const char* name) {
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  check(ort::KernelInfoGetConstantInput_tensor(api, info, index, &is_constant, &value));
+  if (!is_constant || !value) refuse(info, std::string(name) + " must be an initializer, got a computed input");
+  return tensor(value);
+}
+
+int attribute(const OrtKernelInfo* info, const char* name) {
+  int64_t value = 0;
+  check(ort::KernelInfoGetAttribute_int64(api, info, name, &value));
+  return value < 0 || value > 1024 ? -1 : int(value);  // far outside what check_nm accepts stays outside
+}
+
+const OrtValue* input(const OrtKernelContext* context, size_t index) {
+  size_t count = 0;
+  check(ort::KernelContext_GetInputCount(api, context, &count));
+  const OrtValue* value = nullptr;
+  if (index < count) check(ort::KernelContext_GetInput(api, context, index, &value));
+  return value;  // null where an optional input is missing
+}
+
+// ONNX Runtime's threads, so that intra_op_num_threads is obeyed.
+struct OrtThreads {
+  const OrtKernelContext* context;
+
+  static void run(void* self, size_t count, void (*task)(void*, size_t), void* arg) {
+    struct Job {
+      void (*task)(void*, size_t);
+      void* arg;
+      std::atomic<bool> failed{false};
+    } job{task, arg};
+    const auto guarded_task = [](void* at, size_t index) {
+      Job& shared = *static_cast<Job*>(at);
+      try {
+        shared.task(shared.arg, index);
+      } catch (...) {
+        shared.failed = true;
+      }
+    };
+    const OrtKernelContext* context = static_cast<OrtThreads*>(self)->context;
+    check(ort::KernelContext_ParallelFor(api, context, guarded_task, count, 0, &job));
+    if (job.failed) refuse_if("out of memory");
+  }
+};
+
+// linear_nm(x, values, indices, bias?)
+struct NmKernel {
+  static constexpr const char* kName = "linear_nm";
+  static constexpr size_t kInputs = 4;
+  static constexpr size_t kRowsFrom = 1;  // the input whose first dimension is out_features
+  static ort::ElementType input_type(size_t index, ort::ElementType values) {
+    return index == 1 ? values : index == 2 ? ort::kUint8 : ort::kFloat;
+  }
+
+  std::string name;
+  NmWeight w{};
+
+  NmKernel(const OrtKernelInfo* info, DType type) : name(node_name(info)) {
+    const Tensor values = constant(info, 1, "values"), indices = constant(info, 2, "indices");
+    w = {0, 0, attribute(info, "n"), attribute(info, "m"), type, values.data,
+         static_cast<const uint8_t*>(indices.data)};
+    refuse(info, check_nm(w, values.shape, indices.shape, nullptr));
+  }
+
+  void compute(const OrtKernelContext* context, const Tensor& x, int64_t tokens, const float* bias, float* y,
+               const Parallel& parallel) const {
+    NmWeight now = w;  // ask for the pointers again: they are only promised to last for one call
+    now.values = tensor(input(context, 1)).data;
+    now.indices = static_cast<const uint8_t*>(tensor(input(context, 2)).data);
+    best_kernels(nullptr)->linear_nm(now, static_cast<const float*>(x.data), tokens, bias, y, parallel);
+  }
+
+  std::string check_input(const Shape& x) const { return check_x(x, w.cols); }
+};
+
+// linear_bitmask(x, values, mask, row_start, bias?)
+struct BitmaskKernel {
+  static constexpr const char* kName = "linear_bitmask";
+  static constexpr size_t kInputs = 5;
+  static constexpr size_t kRowsFrom = 2;
+  static ort::ElementType input_type(size_t index, ort::ElementType values) {
+    return index == 1 ? values : index == 2 ? ort::kUint8 : index == 3 ? ort::kInt64 : ort::kFloat;
+  }
+
+  std::string name;
+  BitmaskWeight w{};
+  int64_t mask_bytes = 0;
+  uint8_t last_bits = 0;
+
+  BitmaskKernel(const OrtKernelInfo* info, DType type) : name(node_name(info)) {
+    const Tensor values = constant(info, 1, "values"), mask = constant(info, 2, "mask"),
+                 row_start = constant(info, 3, "row_start");
+    w = {0, -1, type, values.data, static_cast<const uint8_t*>(mask.data),
+         static_cast<const int64_t*>(row_start.data)};
+    refuse(info, check_bitmask(w, values.shape, mask.shape, row_start.shape, nullptr));
+    mask_bytes = mask.shape[1];
+    last_bits = last_byte_bits(w, mask_bytes);
+  }
+
+  void compute(const OrtKernelContext* context, const Tensor& x, int64_t tokens, const float* bias, float* y,
+               const Parallel& parallel) const {
+    BitmaskWeight now = w;
+    now.cols = x.shape.back();
+    now.values = tensor(input(context, 1)).data;
+    now.mask = static_cast<const uint8_t*>(tensor(input(context, 2)).data);
+    now.row_start = static_cast<const int64_t*>(tensor(input(context, 3)).data);
+    best_kernels(nullptr)->linear_bitmask(now, static_cast<const float*>(x.data), tokens, bias, y, parallel);
+  }
+
+  // The file does not store K: the mask says it up to the byte, the last byte's bits say the rest.
+  std::string check_input(const Shape& x) const {
+    if (x.empty()) return "x must have shape [..., K], got []";
+    return check_mask_cols(x.back(), mask_bytes, last_bits);
+  }
+};
+
+template <class Kernel>
+void compute(const Kernel& kernel, OrtKernelContext* context) {
+  const Tensor x = tensor(input(context, 0));
+  const std::string why = kernel.check_input(x.shape);
+  if (!why.empty()) refuse_if(kernel.name + ": " + why);
+  int64_t tokens = 1;
+  for (size_t i = 0; i + 1 < x.shape.size(); ++i) tokens *= x.shape[i];
+  const float* bias = nullptr;
+  if (const OrtValue* value = input(context, Kernel::kInputs - 1)) {
+    const Tensor given = tensor(value);
+    if (given.shape != Shape{kernel.w.rows})
+      refuse_if(kernel.name + ": bias must have shape " + show({kernel.w.rows}) + ", got " + show(given.shape));
+    bias = static_cast<const float*>(given.data);
+  }
+  Shape y_shape = x.shape;
+  y_shape.back() = kernel.w.rows;
+  OrtValue* y = nullptr;
+  check(ort::KernelContext_GetOutput(api, context, 0, y_shape.data(), y_shape.size(), &y));
+  void* out = nullptr;
+  check(ort::GetTensorMutableData(api, y, &out));
+  OrtThreads threads{context};
+  kernel.compute(context, x, tokens, bias, static_cast<float*>(out), Parallel{&threads, OrtThreads::run});
+}
+
+// y has x's shape with the last dimension out_features; names of symbolic dimensions are kept.
+void infer_shape(OrtShapeInferContext* context, size_t rows_from) {
+  OrtTensorTypeAndShapeInfo *x = nullptr, *weight = nullptr;
+  check(ort::ShapeInferContext_GetInputTypeShape(api, context, 0, &x));
+  check(ort::ShapeInferContext_GetInputTypeShape(api, context, rows_from, &weight));
+  Shape dims = dims_of(x);
+  const Shape weight_dims = dims_of(weight);
+  if (dims.empty() || weight_dims.empty()) return;  // rank not known
+  std::vector<const char*> names(dims.size(), "");
+  check(ort::GetSymbolicDimensions(api, x, names.data(), names.size()));
+  dims.back() = weight_dims[0];
+  names.back() = "";
+  struct Owned {
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    ~Owned() { ort::ReleaseTensorTypeAndShapeInfo(api, info); }
+  } y;
+  check(ort::CreateTensorTypeAndShapeInfo(api, &y.info));
+  check(ort::SetTensorElementType(api, y.info, ort::kFloat));
+  check(ort::SetDimensions(api, y.info, dims.data(), dims.size()));
+  check(ort::SetSymbolicDimensions(api, y.info, names.data(), names.size()));
+  check(ort::ShapeInferContext_SetOutputTypeShape(api, context, 0, y.info));
+}
+
+template <class Kernel, DType type>
+struct Op : OrtCustomOp {
+  Op() : OrtCustomOp{} {
+    version = ort::kVersion;
+    GetName = [](const OrtCustomOp*) { return Kernel::kName; };
+    GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // the CPU
+    GetInputTypeCount = [](const OrtCustomOp*) { return Kernel::kInputs; };
+    GetInputType = [](const OrtCustomOp*, size_t index) {
+      constexpr ort::ElementType values =
+          type == DType::f32 ? ort::kFloat : type == DType::f16 ? ort::kFloat16 : ort::kBfloat16;
+      return Kernel::input_type(index, values);
+    };
+    GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
+    GetOutputType = [](const OrtCustomOp*, size_t) { return ort::kFloat; };
+    GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
+      return index + 1 == Kernel::kInputs ? ort::kOptional : ort::kRequired;  // bias
+    };
+    GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return ort::kRequired; };
+    GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+    GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+    GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
+    GetStartVersion = GetEndVersion = [](const OrtCustomOp*) { return 1; };
+    CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
+      return guarded([&] { *kernel = new Kernel(info, type); });
+    };
+    KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+      return guarded([&] { compute(*static_cast<const Kernel*>(kernel), context); });
+    };
+    KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
+      return guarded([&] { infer_shape(context, Kernel::kRowsFrom); });
+    };
+  }
+};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                               const OrtApiBase* base) {
+  const OrtApi* table = base->GetApi(ort::kVersion);
+  if (!table) return nullptr;  // older than 1.17: no status can be made; loading the model will name the missing op
+  api = table;
+  return guarded([&] {
+    const char* error = nullptr;
+    if (!best_kernels(&error)) refuse_if(error);
+    // Sessions keep pointers to the ops and the domain for as long as they live.
+    static const Op<NmKernel, DType::f32> nm_f32;
+    static const Op<NmKernel, DType::f16> nm_f16;
+    static const Op<NmKernel, DType::bf16> nm_bf16;
+    static const Op<BitmaskKernel, DType::f32> bitmask_f32;
+    static const Op<BitmaskKernel, DType::f16> bitmask_f16;
+    static const Op<BitmaskKernel, DType::bf16> bitmask_bf16;
+    static OrtCustomOpDomain* const domain = [] {
+      OrtCustomOpDomain* made = nullptr;
+      check(ort::CreateCustomOpDomain(api, "sparsify", &made));
+      const OrtCustomOp* ops[] = {&nm_f32, &nm_f16, &nm_bf16, &bitmask_f32, &bitmask_f16, &bitmask_bf16};
+      for (const OrtCustomOp* op : ops) check(ort::CustomOpDomain_Add(api, made, op));
+      return made;
+    }();
+    check(ort::AddCustomOpDomain(api, options, domain));
+  });
+}
