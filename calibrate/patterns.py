@@ -131,5 +131,5 @@ def find_pattern(weight: torch.Tensor, *, min_sparsity: float = 0.3) -> Pattern 
         needed = 0.5 if m == 4 and n <= 2 else 0.9
         if n < m and kept >= needed * live.numel() * n / m:
             return NM(n, m)
-    sparsity = 1 - kept / weight.numel()
+    sparsity = (weight.numel() - kept) / weight.numel()
     return Unstructured(sparsity) if sparsity >= min_sparsity else None

@@ -1,0 +1,94 @@
+"""Slow oracles: the definitions written out as plain loops over Python numbers, to be read next to the paper."""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+
+
+def norms(x: torch.Tensor) -> list[float]:
+    """L2 norm of each column of ``x [tokens, K]``."""
+    return [math.sqrt(math.fsum(value * value for value in column)) for column in x.double().T.tolist()]
+
+
+def wanda(weight: torch.Tensor, act_norm: torch.Tensor) -> torch.Tensor:
+    """``|W_ij| * ||X_j||``."""
+    norm = act_norm.tolist()
+    return torch.tensor([[abs(w) * norm[j] for j, w in enumerate(row)] for row in weight.tolist()]).reshape(
+        weight.shape
+    )
+
+
+def ria(weight: torch.Tensor, act_norm: torch.Tensor, power: float) -> torch.Tensor:
+    """``(|W_ij| / sum of column + |W_ij| / sum of row) * ||X_j||**power``; 0/0 is 0."""
+    rows, columns = weight.shape
+    score = torch.zeros(rows, columns, dtype=torch.float64)
+    for i in range(rows):
+        for j in range(columns):
+            value = abs(weight[i, j].item())
+            if value:
+                column = math.fsum(abs(v) for v in weight[:, j].tolist())
+                row = math.fsum(abs(v) for v in weight[i].tolist())
+                score[i, j] = (value / column + value / row) * act_norm[j].item() ** power
+    return score
+
+
+def nm_keep_mask(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """Keep the ``n`` best of every ``m``; of equals the first."""
+    keep = torch.zeros(score.shape, dtype=torch.bool)
+    for i, row in enumerate(score.tolist()):
+        for start in range(0, len(row), m):
+            for j in sorted(range(start, start + m), key=lambda j, row=row: (-row[j], j))[:n]:
+                keep[i, j] = True
+    return keep
+
+
+def fraction_keep_mask(score: torch.Tensor, pruned: int, per: str) -> torch.Tensor:
+    """Prune the ``pruned`` lowest of every row or of the matrix; of equals the first are kept."""
+    groups = score.tolist() if per == "row" else [score.flatten().tolist()]
+    keep = []
+    for group in groups:
+        best_first = sorted(range(len(group)), key=lambda j, group=group: (-group[j], j))
+        kept = set(best_first[: len(group) - pruned])
+        keep += [j in kept for j in range(len(group))]
+    return torch.tensor(keep, dtype=torch.bool).reshape(score.shape)
+
+
+def retained_nm(score: torch.Tensor, n: int, m: int) -> float:
+    """Sum of the ``n`` best of every ``m``, over the sum of all."""
+    kept = everything = 0.0
+    for row in score.tolist():
+        everything += math.fsum(row)
+        for start in range(0, len(row), m):
+            kept += math.fsum(sorted(row[start : start + m])[m - n :])
+    return kept / everything
+
+
+def snake(importance: list[float], m: int) -> list[list[int]]:
+    """Deal channels in ascending importance, ``m`` runs, every second run backwards; the channels of each group."""
+    ascending = sorted(range(len(importance)), key=lambda j: (importance[j], j))
+    count = len(importance) // m
+    groups: list[list[int]] = [[] for _ in range(count)]
+    for run in range(m):
+        for step in range(count):
+            group = step if run % 2 == 0 else count - 1 - step
+            groups[group].append(ascending[run * count + step])
+    return groups
+
+
+def partitions(channels: list[int], m: int) -> Iterator[list[int]]:
+    """Every way to split ``channels`` into groups of ``m``, flattened; groups and members in ascending order."""
+    if not channels:
+        yield []
+        return
+    first, rest = channels[0], channels[1:]
+    for others in itertools.combinations(rest, m - 1):
+        left = [channel for channel in rest if channel not in others]
+        for tail in partitions(left, m):
+            yield [first, *others, *tail]
+
+
+def best_retained_nm(score: torch.Tensor, n: int, m: int) -> float:
+    """The most that any channel order retains, by trying all groupings."""
+    return max(retained_nm(score[:, order], n, m) for order in partitions(list(range(score.shape[1])), m))
