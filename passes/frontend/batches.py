@@ -1,0 +1,211 @@
+"""Calibration batches: windows of a text, ``.npz`` files, or text that the model writes itself."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .load import Pretrained
+from .trace import Traced, empty_past
+
+CHECK_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of a traced model's inputs.
+
+    Attributes:
+        inputs: in the order of the graph's user inputs, an empty past included.
+        token_mask: bool ``[batch, sequence]``, False for padding; None where every position counts.
+        cached: how many of the inputs, from the end, are the cache.
+    """
+
+    inputs: tuple[Tensor, ...]
+    token_mask: Tensor | None
+    cached: int = 0
+
+    def head(self) -> "Batch":
+        """The first ``CHECK_TOKENS`` tokens (or the first sample) of the first row: enough to check a rewrite on."""
+        own = self.inputs[: len(self.inputs) - self.cached]
+        text = own[0].dim() == 2
+        short = [x[:1, :CHECK_TOKENS] if text else x[:1] for x in own]
+        past = [x[:1] for x in self.inputs[len(own) :]]
+        mask = self.token_mask[:1, :CHECK_TOKENS] if self.token_mask is not None and text else None
+        return Batch((*short, *past), mask, self.cached)
+
+
+def token_batches(traced: Traced, windows: Tensor, *, names: Sequence[str], tokens_per_batch: int = 4096) -> list[Batch]:
+    """Cut token windows into batches of a traced text model.
+
+    Args:
+        traced: the model.
+        windows: int64 ``[samples, length]``.
+        names: the text inputs the graph takes, cache left out.
+        tokens_per_batch: how many tokens run at once; more costs memory, fewer costs time.
+    """
+    rows = max(1, tokens_per_batch // windows.shape[1])
+    batches = []
+    for ids in windows.split(rows):
+        known = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        past = [x for pair in empty_past(traced.cache, len(ids)) for x in pair]
+        batches.append(Batch((*(known[name] for name in names), *past), None, len(past)))
+    return batches
+
+
+def read_windows(path: Path, tokenizer: Any, *, samples: int | None, length: int) -> Tensor:
+    """Tokenize a text as one string and cut it into windows.
+
+    Args:
+        path: plain text, or JSONL whose lines hold a ``text`` field.
+        tokenizer: adds nothing in front of a window.
+        samples: how many windows at most; None for all.
+        length: tokens in a window.
+
+    Returns:
+        int64 ``[samples, length]``; fewer rows if the text is shorter than asked for.
+
+    Raises:
+        InputError: the file cannot be read, is empty, or is shorter than one window of 2 tokens.
+    """
+    text = read_text(path)
+    # A prefix is enough for a few windows; 16 characters a token is more than any tokenizer makes of real text.
+    if samples is not None:
+        text = text[: samples * length * 16]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise InputError(f"{path} holds {len(ids)} tokens; calibration and evaluation need at least 2")
+    length = min(length, len(ids))
+    count = len(ids) // length if samples is None else min(samples, len(ids) // length)
+    return torch.tensor(ids[: count * length]).reshape(count, length)
+
+
+def read_text(path: Path) -> str:
+    """A file's text; of a JSONL file, its ``text`` fields joined by blank lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not JSONL with a text field on every line: {error!r}") from error
+    if not text.strip():
+        raise InputError(f"{path} is empty; want text to calibrate or evaluate on")
+    return text
+
+
+def read_npz(folder: Path, traced: Traced, *, samples: int | None) -> list[Batch]:
+    """Read calibration inputs from ``.npz`` files, one batch a file, arrays named like the model's inputs.
+
+    Raises:
+        InputError: the folder has no such file, or an array is missing or of the wrong kind.
+    """
+    files = sorted(folder.glob("*.npz"))
+    if not files:
+        raise InputError(f"{folder} holds no .npz file; want one a batch, with arrays named like the model's inputs")
+    names = [n for n in traced.inputs if not n.startswith("past_key_values.")]
+    batches = []
+    for file in files[:samples]:
+        arrays = load_npz(file)
+        if missing := [n for n in names if n not in arrays]:
+            raise InputError(f"{file} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}")
+        own = [arrays[n] for n in names]
+        past = [x for pair in empty_past(traced.cache, len(own[0])) for x in pair]
+        mask = arrays["attention_mask"].bool() if "attention_mask" in names else None
+        batches.append(Batch((*own, *past), mask, len(past)))
+    return batches
+
+
+def load_npz(file: Path) -> dict[str, Tensor]:
+    """The arrays of one ``.npz`` file as tensors; floats become float32, integers int64. Never unpickles."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            loaded = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {file}: {error}") from error
+    return {name: x.float() if x.is_floating_point() else x.long() for name, x in loaded.items()}
+
+
+def written_by_itself(
+    pretrained: Pretrained,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Tensor:
+    """Calibration text sampled from the model, so that no data set is needed; cached by weights and settings.
+
+    Every row starts from the beginning-of-text token and is sampled at temperature 1 over the whole vocabulary.
+
+    Returns:
+        int64 ``[samples, length]``.
+
+    Raises:
+        InputError: the model does not generate text.
+    """
+    model = pretrained.model
+    if pretrained.kind != "causal":
+        raise InputError(f"{pretrained.source} does not generate text to calibrate on; give --calibration FILE")
+    cache = _cache_file(pretrained, samples=samples, length=length, seed=seed)
+    if cache.is_file():
+        return load_npz(cache)["input_ids"]
+    start = model.config.bos_token_id
+    if start is None:
+        start = model.config.eos_token_id or 0
+    rows = []
+    chunk = 32
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for begin in range(0, samples, chunk):
+            count = min(chunk, samples - begin)
+            ids = torch.full((count, 1), start if isinstance(start, int) else start[0])
+            rows.append(_sample(model, ids, length, lambda n, b=begin, c=count: progress(
+                "writing calibration text", b * length + n * c, samples * length)))
+    windows = torch.cat(rows)
+    _write_cache(cache, windows)
+    return windows
+
+
+def _sample(model: Any, ids: Tensor, length: int, step: Callable[[int], None]) -> Tensor:
+    """Sample ``[rows, length]`` tokens after ``ids``, with the model's own cache."""
+    past = None
+    text = ids
+    while text.shape[1] <= length:
+        output = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        past = output.past_key_values
+        probabilities = output.logits[:, -1].softmax(-1)
+        if not bool(probabilities.isfinite().all()):
+            raise InputError("the model's own logits hold NaN; its weights are damaged")
+        ids = torch.multinomial(probabilities, 1)
+        text = torch.cat([text, ids], dim=1)
+        step(text.shape[1] - 1)
+    return text[:, 1:]
+
+
+def _cache_file(pretrained: Pretrained, **settings: int) -> Path:
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, weight in sorted(pretrained.model.state_dict().items()):
+        # A stride through every tensor tells checkpoints apart without reading them whole.
+        flat = weight.detach().flatten()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(flat[:: max(1, flat.numel() // 64)].float().numpy().tobytes())
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "sparsify-export" / f"self-{digest.hexdigest()[:24]}.npz"
+
+
+def _write_cache(file: Path, windows: Tensor) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as beside:
+        np.savez(beside, input_ids=windows.numpy())
+    Path(beside.name).replace(file)

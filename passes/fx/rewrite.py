@@ -1,0 +1,144 @@
+"""Replace linears with sparse weights by the ops of the dialect, weights already packed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx import Node
+
+from ...calibrate.patterns import NM, find_pattern
+from ..dialect import linear_bitmask, linear_nm
+from .canonical import parameter_names
+from .linears import Linear, find_linears
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What became of one linear of the graph.
+
+    Attributes:
+        linear: the linear.
+        pattern: the pattern found in its weight, or None.
+        op: ``linear_nm``, ``linear_bitmask`` or ``MatMul``.
+        reason: why it stayed a ``MatMul``; "" where it was lowered.
+        dense_bytes: its weight in float32.
+        stored_bytes: its weight as stored.
+    """
+
+    linear: Linear
+    pattern: str | None
+    op: str
+    reason: str
+    dense_bytes: int
+    stored_bytes: int
+
+
+def lower_linears(program: ExportedProgram, *, dtype: torch.dtype = torch.float32, sparse: bool = True) -> list[Lowered]:
+    """Rewrite every linear whose weight is sparse to a sparse op, in place.
+
+    Before:  y = linear(x, W, b)                             W has N:M structure or enough zeros
+    After:   y = sparsify.linear_nm(x, values, indices, b, n, m)
+             y = sparsify.linear_bitmask(x, values, mask, row_start, b)
+    Left alone: dense weights, weights that something besides linears reads (tied embeddings), and everything when
+        ``sparse`` is False. A packed form that would not be smaller than the dense one is not made.
+    Numerics: the same products; values are rounded once to ``dtype``.
+
+    Args:
+        program: a canonical program; its packed weights replace the dense ones in ``state_dict``.
+        dtype: how packed values are stored.
+        sparse: False only reports.
+    """
+    names = parameter_names(program)
+    nodes = {node.name: node for node in program.graph_module.graph.nodes}
+    results = []
+    for linear in find_linears(program.graph_module.graph, names):
+        weight = program.state_dict[linear.weight]
+        node = nodes[linear.node]
+        dense = weight.numel() * 4
+        pattern, reason = _why_dense(node, weight, dtype, sparse)
+        if reason:
+            results.append(Lowered(linear, pattern and str(pattern), "MatMul", reason, dense, dense))
+            continue
+        tensors, attributes, op = _packed(weight.detach(), pattern, dtype)
+        _replace(program, node, op, tensors, attributes)
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        results.append(Lowered(linear, str(pattern), op._opname, "", dense, size))
+    _drop_unused(program)
+    program.graph_module.recompile()
+    return results
+
+
+def _why_dense(
+    node: Node, weight: Tensor, dtype: torch.dtype, sparse: bool
+) -> tuple[NM | object | None, str]:
+    """The pattern found in the weight, and the reason why its linear must stay a MatMul ("" if it need not)."""
+    pattern = find_pattern(weight.detach())
+    if pattern is None:
+        return None, "the weight is dense"
+    if not sparse:
+        return pattern, "--ops standard"
+    if any(user.target is not torch.ops.aten.linear.default for user in node.args[1].users):
+        return pattern, "the weight is tied to something that is not a linear"
+    size = (
+        linear_nm.packed_bytes(*weight.shape, pattern, dtype)
+        if isinstance(pattern, NM)
+        else linear_bitmask.packed_bytes(*weight.shape, int(weight.count_nonzero()), dtype)
+    )
+    if size >= weight.numel() * weight.element_size():
+        return pattern, f"packed it would take {size} bytes, dense {weight.numel() * weight.element_size()}"
+    return pattern, ""
+
+
+def _packed(weight: Tensor, pattern: object, dtype: torch.dtype) -> tuple[dict[str, Tensor], tuple[int, ...], object]:
+    if isinstance(pattern, NM):
+        values, indices = linear_nm.pack(weight, pattern, dtype)
+        op = torch.ops.sparsify.linear_nm.default
+        return {"values": values, "indices": indices}, (pattern.n, pattern.m), op
+    values, mask, row_start = linear_bitmask.pack(weight, dtype)
+    op = torch.ops.sparsify.linear_bitmask.default
+    return {"values": values, "mask": mask, "row_start": row_start}, (), op
+
+
+def _replace(program: ExportedProgram, node: Node, op: object, tensors: dict[str, Tensor], attributes: Sequence[int]) -> None:
+    graph = program.graph_module.graph
+    x, weight, *bias = node.args
+    key = parameter_names(program)[weight.name]
+    first = next(iter(graph.nodes))
+    placeholders = []
+    for name, tensor in tensors.items():
+        target = f"{key}.{name}"
+        with graph.inserting_before(first):
+            holder = graph.placeholder(f"{weight.name}_{name}")
+        holder.meta["val"] = weight.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
+        spec = InputSpec(InputKind.BUFFER, TensorArgument(holder.name), target, persistent=True)
+        # Placeholders and specs correspond by position.
+        program.graph_signature.input_specs.insert(len(placeholders), spec)
+        program.state_dict[target] = tensor
+        placeholders.append(holder)
+    with graph.inserting_before(node):
+        new = graph.call_function(op, (x, *placeholders, bias[0] if bias else None, *attributes))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    first_names = [n.name for n in graph.nodes if n.op == "placeholder"]
+    assert first_names == [spec.arg.name for spec in program.graph_signature.input_specs]
+
+
+def _drop_unused(program: ExportedProgram) -> None:
+    """Remove parameters that nothing reads any more, and their memory with them."""
+    graph = program.graph_module.graph
+    holders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    kept = []
+    for spec in program.graph_signature.input_specs:
+        holder = holders[spec.arg.name]
+        if spec.kind is InputKind.USER_INPUT or holder.users:
+            kept.append(spec)
+        else:
+            graph.erase_node(holder)
+    program.graph_signature.input_specs[:] = kept
+    used = {spec.target for spec in kept}
+    for key in [key for key in program.state_dict if key not in used]:
+        del program.state_dict[key]

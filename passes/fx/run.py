@@ -1,0 +1,101 @@
+"""Run the parts of a partitioned graph on calibration batches, and look inside a block while it runs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from .partition import Part, Partition
+
+Values = dict[str, Any]
+"""The live values of one batch by their name in the outer graph: tensors, and sizes as ints."""
+
+
+def start(partition: Partition, inputs: tuple[Tensor, ...]) -> Values:
+    """The values of a batch before anything ran."""
+    return dict(zip(partition.inputs, inputs, strict=True))
+
+
+def run_part(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> Values:
+    """Run one part; returns the values it defines, by outer name.
+
+    Args:
+        part: the part.
+        values: live values of the batch; not changed.
+        params: weights by key.
+        names: outer placeholder name to parameter key.
+    """
+    with torch.no_grad():
+        results = part.module(*_arguments(part, values, params, names))
+    return _named(part, results)
+
+
+def observe_part(
+    part: Part,
+    values: Values,
+    params: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    see: Mapping[str, Callable[[Tensor], None]],
+) -> Values:
+    """As ``run_part``, calling ``see[node](value)`` for every named node inside the part as it is computed."""
+    with torch.no_grad():
+        results = _Observer(part.module, see).run(*_arguments(part, values, params, names))
+    return _named(part, results)
+
+
+def run_part_float64(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> Values:
+    """As ``run_part`` in float64 throughout: the truth that float32 results are measured against."""
+    arguments = [_to_float64(a) for a in _arguments(part, values, params, names)]
+    with torch.no_grad():
+        results = _Float64(part.module).run(*arguments)
+    return _named(part, results)
+
+
+def live_after(partition: Partition) -> list[set[str]]:
+    """For every part, the names that later parts or the model's outputs still read."""
+    alive = set(partition.outputs)
+    after = []
+    for part in reversed(partition.parts):
+        after.append(set(alive))
+        alive |= set(part.inputs)
+    return after[::-1]
+
+
+def _arguments(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> list[Any]:
+    return [params[names[name]] if name in names else values[name] for name in part.inputs]
+
+
+def _named(part: Part, results: Any) -> Values:
+    if not isinstance(results, tuple | list):
+        results = (results,)
+    return {name: value for name, value in zip(part.outputs, results, strict=True) if name}
+
+
+class _Observer(Interpreter):
+    """Shows chosen intermediate values to a callback."""
+
+    def __init__(self, module: torch.fx.GraphModule, see: Mapping[str, Callable[[Tensor], None]]) -> None:
+        super().__init__(module)
+        self._see = see
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self._see:
+            self._see[n.name](result)
+        return result
+
+
+class _Float64(Interpreter):
+    """Computes in float64 where the graph says float32, casts included."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        result = super().call_function(target, args, kwargs)
+        return _to_float64(result)
+
+
+def _to_float64(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
