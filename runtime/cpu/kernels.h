@@ -70,6 +70,9 @@ struct Kernels {
   // out[g * k2 + j] = sum over r of max(a[r * k1 + g], b[r * k2 + j]), added up in float64 (pairwise_max_sum.h).
   void (*pairwise_max_sum)(const float* a, const float* b, int64_t r, int64_t k1, int64_t k2, double* out,
                            const Parallel&);
+  // What this machine can do, for tools/bench_kernels.py (roofline.h).
+  float (*read_all)(const float* data, int64_t count, const Parallel&);
+  int64_t (*fma_burst)(int64_t steps, const Parallel&);
 };
 
 extern const Kernels kPortable;  // the oracle: plain loops

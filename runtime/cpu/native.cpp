@@ -131,6 +131,22 @@ NB_MODULE(_native, module) {
              "(torch: t.view(torch.uint16)). mask: uint8 [N, ceil(K/8)]. row_start: int64 [N+1].");
   module.def("pairwise_max_sum", pairwise_max_sum, nb::arg("a"), nb::arg("b"),
              "Return S float64 [K1, K2], S[g, j] = sum over r of max(a[r, g], b[r, j]).");
+  module.def(
+      "read_all",
+      [](Floats data) {
+        const Kernels& run = kernels();
+        nb::gil_scoped_release released;
+        return run.read_all(data.data(), int64_t(data.size()), thread_pool());
+      },
+      nb::arg("data"), "Return the sum of an array, read once: time it for the read bandwidth.");
+  module.def(
+      "fma_burst",
+      [](int64_t steps) {
+        const Kernels& run = kernels();
+        nb::gil_scoped_release released;
+        return run.fma_burst(steps, thread_pool());
+      },
+      nb::arg("steps"), "Do independent multiply-adds, return how many operations: time it for the peak.");
   module.def("isa", [] { return kernels().isa; }, "Name the instruction set in use: avx512, avx2 or portable.");
   module.def("num_threads", num_threads, "Return how many threads an op uses.");
   module.def(

@@ -71,8 +71,21 @@ void pairwise_max_sum(const float* a, const float* b, int64_t r, int64_t k1, int
   parallel_for(parallel, k1, task);
 }
 
+float read_all(const float* data, int64_t count, const Parallel&) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < count; ++i) sum += data[i];
+  return sum;
+}
+
+int64_t fma_burst(int64_t steps, const Parallel&) {
+  volatile float sum = 0.0f;
+  for (int64_t i = 0; i < steps; ++i) sum = sum * 0.999f + 0.001f;
+  return steps * 2;
+}
+
 }  // namespace
 
-const Kernels kPortable = {"portable", linear<NmWeight>, linear<BitmaskWeight>, pairwise_max_sum};
+const Kernels kPortable = {"portable", linear<NmWeight>, linear<BitmaskWeight>, pairwise_max_sum,
+                           read_all,   fma_burst};
 
 }  // namespace sparsify

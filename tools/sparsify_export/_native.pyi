@@ -60,6 +60,12 @@ def linear_bitmask(
 def pairwise_max_sum(a: _Floats, b: _Floats) -> NDArray[np.float64]:
     """Return ``S [K1, K2]``, ``S[g, j] = sum_r max(a[r, g], b[r, j])``, for ``a [R, K1]`` and ``b [R, K2]``."""
 
+def read_all(data: _Floats) -> float:
+    """Return the sum of an array, read once. Time it for the read bandwidth."""
+
+def fma_burst(steps: int) -> int:
+    """Do independent multiply-adds on every thread and return how many operations. Time it for the peak."""
+
 def isa() -> str:
     """Name the instruction set in use: ``avx512``, ``avx2`` or ``portable``."""
 

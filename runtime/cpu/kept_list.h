@@ -1,0 +1,88 @@
+// Unpacking: part of a row of W as two plain lists, what both prefill (tile.h) and the general decode path read.
+//
+//   weight[i]  float32
+//   offset[i]  column * stride, the place of that column's activations
+//
+// Done once for many tokens. 16 indices are unpacked with one shift by a different amount in each lane; a bitmask
+// with one compress of the column numbers (its values already lie in order).
+#pragma once
+#include <cstring>
+
+#include "kernels.h"
+
+namespace sparsify { namespace {
+
+// The first `count` values at p, the other lanes 0; reads nothing behind them.
+template <class V, DType type>
+typename V::F load_some_values(const char* p, int64_t count) {
+  if (count >= V::kLanes) return V::template load_values<type>(p);
+  char local[V::kLanes * 4] = {};
+  if (count > 0) std::memcpy(local, p, size_t(count) * byte_size(type));
+  return V::template load_values<type>(local);
+}
+
+template <class V, int bits>
+typename V::I load_some_positions(const uint8_t* p, int64_t count) {
+  if (count >= V::kLanes) return V::template positions<bits>(p);
+  uint8_t local[V::kLanes] = {};
+  if (count > 0) std::memcpy(local, p, size_t(count * bits + 7) / 8);
+  return V::template positions<bits>(local);
+}
+
+// Where in a row to begin, and where in its values.
+struct Cursor {
+  int64_t value;
+};
+
+// Walks N:M rows. `base[i]` = (i / n) * m * stride is the same for every row and made once.
+template <class V, DType type, int bits>
+struct NmUnpacker {
+  const NmWeight& w;
+  const uint32_t* base;
+  uint32_t stride;
+
+  Cursor begin(int64_t) const { return {0}; }
+
+  // Values first .. first + count of `row`; first is a multiple of kLanes. Lists need room for kLanes more.
+  int64_t unpack(int64_t row, int64_t first, int64_t count, Cursor&, float* weight, uint32_t* offset) const {
+    const char* values = static_cast<const char*>(w.values) + (row * w.kept_per_row() + first) * int64_t(byte_size(type));
+    const uint8_t* indices = w.indices + row * w.index_bytes_per_row() + first * bits / 8;
+    const typename V::I scale = V::broadcast(stride);
+    for (int64_t i = 0; i < count; i += V::kLanes) {
+      V::store(weight + i, load_some_values<V, type>(values + i * int64_t(byte_size(type)), count - i));
+      const typename V::I position = load_some_positions<V, bits>(indices + i * bits / 8, count - i);
+      V::store(offset + i, V::add(V::load(base + first + i), V::mul(position, scale)));
+    }
+    return count;
+  }
+};
+
+// Walks bitmask rows; here first and count are columns.
+template <class V, DType type>
+struct BitmaskUnpacker {
+  const BitmaskWeight& w;
+  const uint32_t* base;  // base[k] = k * stride
+  uint32_t stride;
+
+  Cursor begin(int64_t row) const { return {w.row_start[row]}; }
+
+  int64_t unpack(int64_t row, int64_t first, int64_t count, Cursor& at, float* weight, uint32_t* offset) const {
+    constexpr int kMaskBytes = V::kLanes / 8;
+    const uint8_t* mask = w.mask + row * w.mask_bytes_per_row() + first / 8;
+    int64_t kept = 0;
+    for (int64_t k = 0; k < count; k += V::kLanes) {
+      uint32_t bits = 0;
+      if (count - k >= V::kLanes) std::memcpy(&bits, mask + k / 8, kMaskBytes);
+      else std::memcpy(&bits, mask + k / 8, size_t(count - k + 7) / 8);
+      V::compress(offset + kept, bits, V::load(base + first + k));
+      kept += __builtin_popcount(bits);
+    }
+    const char* values = static_cast<const char*>(w.values) + at.value * int64_t(byte_size(type));
+    for (int64_t i = 0; i < kept; i += V::kLanes)
+      V::store(weight + i, load_some_values<V, type>(values + i * int64_t(byte_size(type)), kept - i));
+    at.value += kept;
+    return kept;
+  }
+};
+
+}}  // namespace sparsify::
