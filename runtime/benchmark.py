@@ -1,0 +1,246 @@
+"""Latency, size and memory of an exported file, alone or against another one, measured in turns."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+from rich.table import Table
+
+from ..passes.errors import InputError
+from .session import CausalSession, model_file, open_session, sparse_runs
+
+PREFILL = (16, 128, 512)
+DECODE = (64, 1024)
+WARM_UP = 2
+AT_LEAST = 5  # runs of a row, however long it takes
+
+Run: TypeAlias = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one file in one row: the median, and what 9 of 10 runs stay below."""
+
+    p50: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One workload.
+
+    Attributes:
+        name: ``prefill 128``: 128 tokens and an empty cache; ``decode 64``: one token and a cache of 64;
+            ``batch 1`` for a model that does not take text.
+        model: the file under test.
+        against: the other file, or None.
+        ratio: median over the pairs of runs of the other file's time over this one's, above 1 where the file
+            under test is faster; None without another file.
+        runs: how often each file ran, warm-up left out.
+    """
+
+    name: str
+    model: Times
+    against: Times | None
+    ratio: float | None
+    runs: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """One file.
+
+    Attributes:
+        path: the file.
+        file_bytes: the model file and its external data.
+        resident_bytes: growth of the resident memory of a fresh process between having imported ONNX Runtime and
+            having run 16 tokens (or one batch): weights as they were loaded or touched in the mapped file, what
+            ONNX Runtime repacked, and its buffers.
+        sparse_ops: how often each sparse op ran in that run, from ONNX Runtime's profile; empty for a dense file.
+    """
+
+    path: str
+    file_bytes: int
+    resident_bytes: int
+    sparse_ops: dict[str, int]
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Everything a benchmark measured.
+
+    Attributes:
+        model: the file under test.
+        against: the other file, or None.
+        rows: the workloads that ran.
+        skipped: workloads the model cannot run, each with the reason.
+        threads: threads of an op, for both files; 0 means that ONNX Runtime decides.
+    """
+
+    model: Side
+    against: Side | None
+    rows: tuple[Row, ...]
+    skipped: tuple[str, ...]
+    threads: int
+
+    def to_json(self) -> str:
+        """The report as JSON, times in milliseconds and sizes in bytes."""
+        return json.dumps(asdict(self), indent=2)
+
+
+def bench(
+    path: Path,
+    against: Path | None = None,
+    *,
+    repeats: int = 20,
+    threads: int | None = None,
+    row_seconds: float = 10.0,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> BenchReport:
+    """Measure ``path``, in turns with ``against``: both open at once, same threads, one run each after the other.
+
+    Args:
+        path: the file under test.
+        against: the file to compare with; it must take the same inputs.
+        repeats: runs of each file and row.
+        threads: threads of an op; None lets ONNX Runtime decide.
+        row_seconds: a row ends early, though not before 5 runs, when it has taken so long.
+        progress: told which row runs, how many are done, and how many there are.
+
+    Raises:
+        InputError: a file cannot be opened, the two take different inputs, or no row can run.
+    """
+    if repeats < 1:
+        raise InputError(f"a benchmark wants at least 1 run, got {repeats}")
+    paths = [path] if against is None else [path, against]
+    sides = [_side(p, threads) for p in paths]
+    workloads = [_workloads(open_session(p, threads=threads)) for p in paths]
+    if len({tuple(w) for w in workloads}) != 1:
+        raise InputError(f"{path} and {against} take different inputs and cannot be compared")
+    rows, skipped = [], []
+    for done, name in enumerate(workloads[0]):
+        progress(name, done, len(workloads[0]))
+        runs = [w[name] for w in workloads]
+        try:
+            for run in runs * WARM_UP:
+                run()
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class of their own
+            skipped.append(f"{name}: {str(error).strip().splitlines()[0]}")
+            continue
+        rows.append(_row(name, _alternate(runs, repeats, row_seconds)))
+    if not rows:
+        raise InputError(f"{path} runs none of the workloads; the first says: {skipped[0]}")
+    return BenchReport(sides[0], sides[1] if against else None, tuple(rows), tuple(skipped), threads or 0)
+
+
+def render(report: BenchReport) -> Table:
+    """The table that the command line shows."""
+    table = Table("", "model p50", "p90", *(["against p50", "p90", "speedup"] if report.against else []))
+    for row in report.rows:
+        cells = [f"{row.model.p50:.2f} ms", f"{row.model.p90:.2f} ms"]
+        if row.against is not None:
+            cells += [f"{row.against.p50:.2f} ms", f"{row.against.p90:.2f} ms", f"{row.ratio:.2f}x"]
+        table.add_row(row.name, *cells)
+    table.add_section()
+    for name, field in (("file", "file_bytes"), ("resident memory", "resident_bytes")):
+        size = getattr(report.model, field)
+        cells = [f"{size / 2**20:,.1f} MiB", ""]
+        if report.against is not None:
+            other = getattr(report.against, field)
+            cells += [f"{other / 2**20:,.1f} MiB", "", f"{size / other:.2f} of it"]
+        table.add_row(name, *cells)
+    ops = ", ".join(f"{count} {op}" for op, count in report.model.sparse_ops.items()) or "none"
+    table.caption = f"sparse ops run: {ops}; threads: {report.threads or 'as ONNX Runtime decides'}"
+    return table
+
+
+def _alternate(runs: list[Run], repeats: int, seconds: float) -> np.ndarray:
+    """Times ``[repeats, files]`` in milliseconds; every second pair runs in the other order, against drift."""
+    times: list[list[float]] = []
+    start = time.perf_counter()
+    while len(times) < repeats and (len(times) < AT_LEAST or time.perf_counter() - start < seconds):
+        pair = [0.0] * len(runs)
+        order = range(len(runs)) if len(times) % 2 == 0 else reversed(range(len(runs)))
+        for index in order:
+            begin = time.perf_counter()
+            runs[index]()
+            pair[index] = 1e3 * (time.perf_counter() - begin)
+        times.append(pair)
+    return np.array(times)
+
+
+def _row(name: str, times: np.ndarray) -> Row:
+    each = [Times(float(np.quantile(t, 0.5)), float(np.quantile(t, 0.9))) for t in times.T]
+    if len(each) == 1:
+        return Row(name, each[0], None, None, len(times))
+    return Row(name, each[0], each[1], float(np.median(times[:, 1] / times[:, 0])), len(times))
+
+
+def _workloads(session: Any) -> dict[str, Run]:
+    """What can be run on this file, by name. Ids are random, the same for every file."""
+    inputs = {i.name: i for i in session.get_inputs()}
+    if any(name.startswith("past_key_values.") for name in inputs):
+        causal = CausalSession(session)
+        prefill = {f"prefill {m}": _step(causal, m, 0) for m in PREFILL}
+        return prefill | {f"decode {past}": _step(causal, 1, past) for past in DECODE}
+    if "input_ids" in inputs:
+        return {f"prefill {m}": _call(session, {name: (1, m) for name in inputs}) for m in PREFILL}
+    shapes = {name: tuple(d if isinstance(d, int) else 1 for d in i.shape) for name, i in inputs.items()}
+    return {"batch 1": _call(session, shapes)}
+
+
+def _step(causal: CausalSession, tokens: int, past: int) -> Run:
+    ids = np.random.default_rng(0).integers(causal.vocabulary, size=(1, tokens))
+    mask, cache = np.ones((1, past + tokens), np.int64), causal.random_past(1, past)
+    return lambda: causal.step(ids, mask, cache)
+
+
+def _call(session: Any, shapes: dict[str, tuple[int, ...]]) -> Run:
+    """Run once: ones for integers (a token id, or "not padding"), normal random numbers for floats."""
+    rng = np.random.default_rng(0)
+    feed: dict[str, Any] = {}
+    for i in session.get_inputs():
+        shape = shapes[i.name]
+        feed[i.name] = np.ones(shape, np.int64) if "int" in i.type else rng.standard_normal(shape, np.float32)
+    return lambda: session.run(None, feed)
+
+
+def _side(path: Path, threads: int | None) -> Side:
+    """Size and memory of one file; the memory in a process of its own, where nothing else is."""
+    file = model_file(path)
+    data = file.with_name(file.name + ".data")
+    size = file.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+    command = [sys.executable, "-m", __name__, str(file), str(threads or 0)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it died without a word"]
+        raise InputError(f"cannot run {path}: {lines[-1].removeprefix(f'{InputError.__module__}.InputError: ')}")
+    resident, ops = json.loads(done.stdout)
+    return Side(str(path), size, resident, ops)
+
+
+def _measure(file: Path, threads: int | None) -> tuple[int, dict[str, int]]:
+    """Resident memory after the first workload, and the sparse ops in it; call in a fresh process."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    session = open_session(file, threads=threads)
+    next(iter(_workloads(session).values()))()
+    resident = process.memory_info().rss - before
+    del session
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(file, threads=threads, profile=Path(folder) / "profile")
+        next(iter(_workloads(session).values()))()
+        return resident, sparse_runs(session)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_measure(Path(sys.argv[1]), int(sys.argv[2]) or None)) + os.linesep)

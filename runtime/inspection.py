@@ -1,0 +1,219 @@
+"""What an ONNX file holds: every linear, the pattern of its weight, its bytes, and why it was left dense.
+
+Weights are read one at a time from the mapped file, so a file larger than memory can be inspected.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import onnx_ir as ir
+import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from rich.table import Table
+from torch import Tensor
+
+from ..calibrate.patterns import NM, Unstructured, find_pattern, largest_group_count
+from ..passes.dialect import linear_bitmask, linear_nm
+from ..passes.errors import InputError, VerificationError
+from .session import SPARSE_OPS, model_file
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """One linear of a file.
+
+    Attributes:
+        path: name of its node; in our files the module path.
+        op: ``linear_nm``, ``linear_bitmask``, ``MatMul`` or ``Gemm``.
+        shape: ``(out_features, in_features)``; a batch of matrices has more axes in front.
+        pattern: the pattern found in the weight, ``2:4`` or ``50.0% zeros``; None for a dense weight.
+        reason: why it was left dense; "" where it was lowered.
+        dense_bytes: the weight in float32.
+        stored_bytes: the weight as stored, with its indices or mask.
+        weight: name of the stored weight; linears that share it share its bytes.
+    """
+
+    path: str
+    op: str
+    shape: tuple[int, ...]
+    pattern: str | None
+    reason: str
+    dense_bytes: int
+    stored_bytes: int
+    weight: str
+
+
+@dataclass(frozen=True)
+class PatternCount:
+    """What was counted in the sparse weights of a file.
+
+    Attributes:
+        weights: sparse weights.
+        groups: their groups along in_features, each with at most n non-zeros.
+        full: groups with exactly n non-zeros; the others hold weights that were zero before pruning.
+    """
+
+    weights: int
+    groups: int
+    full: int
+
+
+def inspect(path: Path) -> list[LinearInfo]:
+    """Every linear of an ONNX file, in the file's order: MatMul and Gemm with a constant weight, and our sparse ops.
+
+    Raises:
+        InputError: the file is missing, damaged, or not ONNX.
+    """
+    return [info for info, _ in _linears(path, packed=False)]
+
+
+def sparse_weights(path: Path) -> Iterator[tuple[LinearInfo, Tensor]]:
+    """Every weight with a pattern, unpacked to ``[out_features, in_features]`` in the dtype it is stored in.
+
+    Raises:
+        InputError: the file is missing, damaged, or not ONNX.
+    """
+    for info, weight in _linears(path, packed=True):
+        if info.pattern is not None and weight is not None:
+            yield info, weight
+
+
+def check_pattern(path: Path, nm: NM) -> PatternCount:
+    """Count in the file that every sparse weight keeps at most n of every m neighbours along in_features.
+
+    Raises:
+        InputError: the file is missing, damaged, or not ONNX.
+        VerificationError: a weight has another pattern, or the file has no sparse weight.
+    """
+    weights = groups = full = 0
+    for info, weight in sparse_weights(path):
+        if weight.shape[1] % nm.m:
+            raise VerificationError(f"{info.path} has {weight.shape[1]} in_features, no multiple of {nm.m}")
+        if (most := largest_group_count(weight, nm.m)) > nm.n:
+            raise VerificationError(f"{info.path} is not {nm}: a group of {nm.m} holds {most} non-zeros")
+        counts = (weight != 0).reshape(len(weight), -1, nm.m).sum(-1)
+        weights, groups, full = weights + 1, groups + counts.numel(), full + int((counts == nm.n).sum())
+    if weights == 0:
+        raise VerificationError(f"{path} has no sparse weight")
+    return PatternCount(weights, groups, full)
+
+
+def render(linears: list[LinearInfo]) -> Table:
+    """The table that the command line shows."""
+    table = Table("linear", "op", "shape", "pattern", "dense", "stored", "left dense because")
+    for x in linears:
+        shape = " x ".join(map(str, x.shape))
+        table.add_row(x.path, x.op, shape, x.pattern or "-", _kib(x.dense_bytes), _kib(x.stored_bytes), x.reason)
+    once = {x.weight: x for x in linears}.values()
+    lowered = sum(not x.reason for x in linears)
+    dense, stored = sum(x.dense_bytes for x in once), sum(x.stored_bytes for x in once)
+    table.add_section()
+    table.add_row(f"{lowered} of {len(linears)} lowered", "", "", "", _kib(dense), _kib(stored), "")
+    return table
+
+
+def _linears(path: Path, *, packed: bool) -> Iterator[tuple[LinearInfo, Tensor | None]]:
+    """Every linear; its weight too where it was read (``packed``: unpack those of sparse ops as well)."""
+    file = model_file(path)
+    try:
+        model = ir.load(file)
+        for node in ir.traversal.RecursiveGraphIterator(model.graph):
+            if node.domain == "sparsify" and node.op_type in SPARSE_OPS:
+                yield _sparse(node, packed)
+            elif node.domain == "" and node.op_type in ("MatMul", "Gemm"):
+                value, transposed = _constant(node.inputs[1])
+                if value is not None:
+                    yield _dense(node, value, transposed)
+    except (OSError, DecodeError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read {path}: {str(error).splitlines()[0] if str(error) else error!r}") from error
+
+
+def _constant(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+    """The initializer a weight is read from, and whether it is transposed on the way; None if it is computed."""
+    transposed = False
+    while value is not None and value.const_value is None:
+        producer = value.producer()
+        if producer is None or producer.op_type not in ("Transpose", "Identity", "Cast"):
+            return None, False
+        transposed ^= producer.op_type == "Transpose"
+        value = producer.inputs[0]
+    return value, transposed
+
+
+def _dense(node: ir.Node, value: ir.Value, transposed: bool) -> tuple[LinearInfo, Tensor | None]:
+    """A standard op; MatMul wants ``[K, N]``, Gemm too unless transB says ``[N, K]``."""
+    tensor = value.const_value
+    assert tensor is not None
+    rows_first = transposed ^ bool(node.op_type == "Gemm" and node.attributes.get_int("transB", 0))
+    shape = tuple(tensor.numpy().shape)
+    if not rows_first:
+        shape = (*shape[:-2], *reversed(shape[-2:]))
+    pattern, weight = None, None
+    if len(shape) == 2:
+        stored = _torch(tensor)
+        weight = stored if rows_first else stored.T
+        pattern = find_pattern(weight)
+    others = sorted({user.op_type for user in value.consumers()} - {"MatMul", "Gemm", "Transpose"})
+    if len(shape) != 2:
+        reason = f"its weight has rank {len(shape)}"
+    elif pattern is None:
+        reason = "the weight is dense"
+    else:
+        reason = f"{others[0]} reads the same weight" if others else f"the file uses a plain {node.op_type}"
+    name = value.name or "?"
+    info = LinearInfo(
+        node.name or name, node.op_type, shape, _text(pattern), reason, 4 * tensor.size, tensor.nbytes, name
+    )
+    return info, weight
+
+
+def _sparse(node: ir.Node, packed: bool) -> tuple[LinearInfo, Tensor | None]:
+    """One of our ops, from its packed tensors."""
+    inputs = node.inputs[1 : 3 if node.op_type == linear_nm.NAME else 4]
+    tensors = [value.const_value for value in inputs if value is not None and value.const_value is not None]
+    if len(tensors) != len(inputs):
+        raise InputError(f"{node.name}: the weight of a sparse op must be stored in the file")
+    values, where = tensors[0].numpy(), tensors[1].numpy()  # mapped, not read
+    rows = where.shape[0]
+    pattern: NM | Unstructured
+    weight = None
+    if node.op_type == linear_nm.NAME:
+        pattern = NM(node.attributes.get_int("n"), node.attributes.get_int("m"))
+        columns = values.shape[1] * pattern.m // pattern.n
+        weight = linear_nm.unpack(_torch(tensors[0]), _torch(tensors[1]), pattern) if packed else None
+    else:
+        x = node.inputs[0]
+        last = x.shape[-1] if x is not None and x.shape is not None else None
+        columns = last if isinstance(last, int) else 8 * where.shape[1]  # the mask pads a row to whole bytes
+        pattern = Unstructured(1 - values.size / (rows * columns))
+        weight = linear_bitmask.unpack(_torch(tensors[0]), _torch(tensors[1]), columns) if packed else None
+    name = node.inputs[1].name if node.inputs[1] is not None else None
+    size = sum(tensor.nbytes for tensor in tensors)
+    if weight is not None and weight.count_nonzero() != _torch(tensors[0]).count_nonzero():
+        raise InputError(f"{node.name}: two packed values have the same place; the file is damaged")
+    info = LinearInfo(
+        node.name or "?", node.op_type, (rows, columns), _text(pattern), "", 4 * rows * columns, size, name or "?"
+    )
+    return info, weight
+
+
+def _torch(tensor: ir.TensorProtocol) -> Tensor:
+    """A copy of a stored tensor; numpy has no bfloat16 of its own, so its bits are passed on."""
+    array = tensor.numpy()
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def _text(pattern: NM | Unstructured | None) -> str | None:
+    if isinstance(pattern, Unstructured):
+        return f"{pattern.sparsity:.1%} zeros"
+    return None if pattern is None else str(pattern)
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:,.0f} KiB"

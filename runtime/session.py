@@ -1,0 +1,155 @@
+"""Open an exported ONNX file in ONNX Runtime, decode with its KV cache, and prove which kernels ran."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from ..passes.errors import InputError
+from . import library_path
+
+SPARSE_OPS = ("linear_nm", "linear_bitmask")
+"""Names of the ops of our domain, as ONNX Runtime's profile calls them."""
+
+Ints: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float32]
+Past: TypeAlias = Sequence[Any]
+"""The KV cache: one OrtValue float32 ``[batch, kv_heads, past, head_dim]`` for every key and value, in file order."""
+
+
+def open_session(
+    path: Path, *, kernels: bool = True, threads: int | None = None, profile: Path | None = None
+) -> ort.InferenceSession:
+    """Open an ONNX file on the CPU.
+
+    Our library is registered whether or not the file uses it: it costs nothing where it is not used, and so no
+    file has to be read twice. Where the file was not made by us it changes nothing.
+
+    Args:
+        path: the file, or a folder that holds ``model.onnx``.
+        kernels: run the sparse ops by our kernels; False leaves them to the functions inside the file.
+        threads: how many threads an op uses; None lets ONNX Runtime decide (one a physical core).
+        profile: record every op that runs, to a file whose name starts so; ``sparse_runs`` reads it.
+
+    Raises:
+        InputError: there is no such file, or ONNX Runtime cannot read it.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors; they also arrive as exceptions
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if kernels:
+        options.register_custom_ops_library(str(library_path()))
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    file = model_file(path)
+    try:
+        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base class of their own
+        raise InputError(f"cannot open {path}: {_first_line(error)}") from error
+
+
+def model_file(path: Path) -> Path:
+    """The ONNX file that a path means: itself, or ``model.onnx`` in a folder.
+
+    Raises:
+        InputError: it does not exist, or is not called ``.onnx``.
+    """
+    file = path / "model.onnx" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{file} does not exist")
+    if file.suffix != ".onnx":
+        raise InputError(f"{file} is not an ONNX file: its name does not end in .onnx")
+    return file
+
+
+def sparse_runs(session: ort.InferenceSession) -> dict[str, int]:
+    """How often each sparse op was run by our kernels, from ONNX Runtime's own profile; ends the profiling.
+
+    Where the functions inside the file ran instead, their standard ops stand in the profile and the counts are
+    empty: a sparse op under its own name is a sparse op that our library ran.
+
+    Args:
+        session: opened with ``profile``. The profile is deleted when it has been read.
+
+    Raises:
+        ValueError: the session records no profile.
+    """
+    name = session.end_profiling()
+    if not name:
+        raise ValueError("the session records no profile; open it with profile=")
+    file = Path(name)
+    events = json.loads(file.read_text(encoding="utf-8"))
+    file.unlink()
+    ops = [event["args"].get("op_name") for event in events if event.get("cat") == "Node"]
+    return dict(Counter(op for op in ops if op in SPARSE_OPS))
+
+
+class CausalSession:
+    """A causal language model with its KV cache, which stays inside ONNX Runtime and is never copied.
+
+    Attributes:
+        session: the session; its file has ``input_ids``, ``attention_mask`` and ``past_key_values.*`` as inputs,
+            ``logits`` and ``present.*`` as outputs.
+        vocabulary: how many tokens the logits tell apart.
+    """
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        """Check the names of inputs and outputs.
+
+        Raises:
+            InputError: the file is not a causal language model with a KV cache.
+        """
+        inputs = {i.name: i for i in session.get_inputs()}
+        outputs = {o.name: o for o in session.get_outputs()}
+        self._past = [name for name in inputs if name.startswith("past_key_values.")]
+        self._present = [name.replace("past_key_values.", "present.", 1) for name in self._past]
+        wanted = {"input_ids", "attention_mask"}
+        if not self._past or set(inputs) - set(self._past) != wanted or set(outputs) != {"logits", *self._present}:
+            got = ", ".join(name for name in inputs if name not in self._past)
+            raise InputError(
+                f"not a causal language model: want input_ids, attention_mask and a KV cache in, logits and the "
+                f"cache out; it takes {got} and {len(self._past)} cache tensors, and gives {', '.join(outputs)[:60]}"
+            )
+        self.session = session
+        self.vocabulary = int(outputs["logits"].shape[-1])
+        self._shapes = [tuple(inputs[name].shape) for name in self._past]
+
+    def empty_past(self, batch: int) -> Past:
+        """A cache of length 0."""
+        return self.random_past(batch, 0)
+
+    def random_past(self, batch: int, length: int) -> Past:
+        """A cache of ``length`` tokens with normal random numbers, the same at every call: for timing."""
+        rng = np.random.default_rng(0)
+        shapes = [(batch, heads, length, size) for _, heads, _, size in self._shapes]
+        return [ort.OrtValue.ortvalue_from_numpy(rng.standard_normal(shape, np.float32)) for shape in shapes]
+
+    def step(self, ids: Ints, mask: Ints, past: Past) -> tuple[Floats, Past]:
+        """Run some tokens.
+
+        Args:
+            ids: ``[batch, sequence]``.
+            mask: ``[batch, past + sequence]``, 0 for padding.
+            past: the cache so far.
+
+        Returns:
+            Logits ``[batch, sequence, vocabulary]`` and the longer cache.
+        """
+        feed = dict(zip(self._past, past, strict=True))
+        feed["input_ids"] = ort.OrtValue.ortvalue_from_numpy(ids)
+        feed["attention_mask"] = ort.OrtValue.ortvalue_from_numpy(mask)
+        logits, *present = self.session.run_with_ort_values(["logits", *self._present], feed)
+        return logits.numpy(), present
+
+
+def _first_line(error: Exception) -> str:
+    """What ONNX Runtime says, without its prefix ``[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : ``."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rpartition(" : ")[2] if lines[0].startswith("[ONNXRuntimeError]") else lines[0]
