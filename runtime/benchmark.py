@@ -142,6 +142,23 @@ def bench(
     return BenchReport(sides[0], sides[1] if against else None, tuple(rows), tuple(skipped), threads or 0)
 
 
+def compare_kernels(path: Path, *, repeats: int = 9, row_seconds: float = 5.0) -> tuple[Row, ...]:
+    """Measure a file with our kernels in turns with the same file run by ONNX Runtime alone.
+
+    Without the kernels the functions in the file unpack every weight once, while it is loaded, and dense products
+    run: the same model on the same machine, dense. One prefill and one decode row are enough to see a gain or none.
+    """
+    sides = [_workloads(open_session(path, kernels=kernels)) for kernels in (True, False)]
+    names = [name for name in ("prefill 128", "decode 64", "batch 1") if name in sides[0]]
+    rows = []
+    for name in names:
+        runs = [side[name] for side in sides]
+        for run in runs * WARM_UP:
+            run()
+        rows.append(_row(name, _alternate(runs, repeats, row_seconds)))
+    return tuple(rows)
+
+
 def render(report: BenchReport) -> Table:
     """The table that the command line shows."""
     table = Table("", "model p50", "p90", *(["against p50", "p90", "speedup"] if report.against else []))

@@ -1,6 +1,7 @@
 """Open an exported ONNX file in ONNX Runtime, decode with its KV cache, and prove which kernels ran."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def open_session(
     try:
         return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base class of their own
-        raise InputError(f"cannot open {path}: {_first_line(error)}") from error
+        raise InputError(f"cannot open {file}: {_first_line(error)}") from error
 
 
 def model_file(path: Path) -> Path:
@@ -150,6 +151,6 @@ class CausalSession:
 
 
 def _first_line(error: Exception) -> str:
-    """What ONNX Runtime says, without its prefix ``[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : ``."""
+    """What ONNX Runtime says, without ``[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from X failed:``."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rpartition(" : ")[2] if lines[0].startswith("[ONNXRuntimeError]") else lines[0]
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?", "", lines[0])
