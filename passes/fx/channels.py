@@ -62,7 +62,9 @@ class ChannelSpace:
 
 
 def find_channel_spaces(
-    graph_module: GraphModule, params: Mapping[str, str], cache: Mapping[str, str] | None = None
+    graph_module: GraphModule,
+    params: Mapping[str, str],
+    cache: Mapping[str, str] | Iterable[tuple[str, str]] = (),
 ) -> list[ChannelSpace]:
     """Find every set of channels that may be reordered without changing what the graph computes.
 
@@ -70,9 +72,10 @@ def find_channel_spaces(
         graph_module: a graph of ATen ops as ``torch.export`` traces it, not decomposed: a whole model or one
             block. Every tensor node has ``meta["val"]``; dimensions that vary (tokens, batch) are symbolic.
         params: fully qualified parameter name of each placeholder that is a parameter. Two placeholders with
-            one name are one tied parameter.
-        cache: for each placeholder that holds past keys or values, the node that is returned as the present
-            ones. Such a pair is state that nobody looks into, so its channels may be reordered as well; a
+            one name are one tied parameter. Leave out whatever code outside this graph reads as well (another
+            block with the same weight): what is not named here cannot move. Integers and booleans never move.
+        cache: placeholder that holds past keys or values, and node that is returned as the present ones, in
+            pairs. Such a pair is state that nobody looks into, so its channels may be reordered as well; a
             cache filled before a fold is not valid after it. Any other input or output is left as it is.
 
     Returns:
@@ -80,9 +83,9 @@ def find_channel_spaces(
         of ``params``. They are disjoint and independent: any of them may be folded, in any order.
 
     Raises:
-        ValueError: ``cache`` names a node that the graph does not have.
+        ValueError: ``cache`` names a node that the graph does not have, or a tensor node has no ``meta["val"]``.
     """
-    cache = cache or {}
+    cache = dict(cache)
     nodes = {node.name: node for node in graph_module.graph.nodes}
     if missing := sorted({*cache, *cache.values()} - nodes.keys()):
         raise ValueError(f"cache names nodes that the graph does not have: {', '.join(missing)}")
@@ -107,9 +110,10 @@ class _Walk:
         if node.op == "output":
             self._output(node)
             return
-        shapes = _shapes(self._content(node))
-        if node.op == "placeholder" and node.name in self.names:
-            sizes = tuple(size for size in shapes if isinstance(size, int)) if isinstance(shapes, tuple) else ()
+        content = self._content(node)
+        shapes = _shapes(content)
+        if node.name in self.names and isinstance(content, torch.Tensor) and content.is_floating_point():
+            sizes = tuple(content.shape)
             self.values[node] = Parameter(self.names[node.name], sizes, tuple(range(len(sizes))))
         elif node.op == "placeholder" and node.name in self.cache and isinstance(shapes, tuple):
             tracked = tuple(size if isinstance(size, int) else 1 for size in shapes)

@@ -7,7 +7,13 @@ import torch
 from .channels import ChannelSpace
 
 
-def apply_fold(space: ChannelSpace, order: torch.Tensor, params: MutableMapping[str, torch.Tensor]) -> None:
+def apply_fold(
+    space: ChannelSpace,
+    order: torch.Tensor,
+    params: MutableMapping[str, torch.Tensor],
+    *,
+    only_present: bool = False,
+) -> None:
     """Put the channels of a space into a new order: new channel ``j`` is old channel ``order[j]``.
 
     Before:  y = down(silu(gate(x)) * up(x))
@@ -21,15 +27,19 @@ def apply_fold(space: ChannelSpace, order: torch.Tensor, params: MutableMapping[
         order: ``[space.size]`` integers, a permutation.
         params: tensors by fully qualified name. The entries that the space touches are replaced by new
             tensors; no tensor is written to, so whoever else holds the old ones is not affected.
+        only_present: move what ``params`` holds and nothing else. For scores and masks, which exist for some of
+            the weights only; a model folded like this would be wrong.
 
     Raises:
-        ValueError: ``order`` is not a permutation of the space's channels, or a parameter is missing or too small.
-            Nothing has been replaced then.
+        ValueError: ``order`` is not a permutation of the space's channels, or a parameter is too small or, unless
+            ``only_present``, missing. Nothing has been replaced then.
     """
     order = _permutation(space, order)
     folded: dict[str, torch.Tensor] = {}
     for moved in dict.fromkeys((*space.producers, *space.consumers)):
         if moved.param not in params:
+            if only_present:
+                continue
             raise ValueError(f"{space.name}: parameter {moved.param} is missing")
         old = folded.get(moved.param, params[moved.param])
         if moved.dim >= old.dim() or moved.start + moved.size > old.shape[moved.dim]:
@@ -76,8 +86,8 @@ def stack_scores(space: ChannelSpace, scores: Mapping[str, torch.Tensor]) -> tor
 
     Args:
         space: from ``find_channel_spaces``.
-        scores: ``[out_features, in_features]`` of each consumer, by parameter name. Consumers that are not
-            here (they are not pruned) have no say.
+        scores: one score for each entry of each consumer, by parameter name. Consumers that are not here (they
+            are not pruned) have no say.
 
     Returns:
         ``[R, space.size]`` float32.
