@@ -9,58 +9,59 @@
 // sums; several tokens share the expanded values.
 #pragma once
 #include "kept_list.h"
+#include "unrolled.h"
 
 namespace sparsify { namespace {
 
-template <class V, DType type, int R, int T>
-struct BitmaskRows {
-  const char* values[R];
-  const char* values_end;  // values are read kLanes at a time up to here
-  typename V::F sum[R][T];
-
-  __attribute__((always_inline)) void step(int r, uint32_t bits, const float* x, int64_t x_stride, bool whole) {
-    constexpr int64_t kSize = int64_t(byte_size(type));
-    const int64_t left = values_end - values[r];
-    const typename V::F packed = __builtin_expect(left >= V::kLanes * kSize, 1)
-                                     ? V::template load_values<type>(values[r])
-                                     : load_some_values<V, type>(values[r], left / kSize);
-    const typename V::F value = V::expand(bits, packed);
-    values[r] += __builtin_popcount(bits) * kSize;
-    for (int t = 0; t < T; ++t) {
-      const float* at = x + t * x_stride;
-      sum[r][t] = V::fma_where(bits, value, whole ? V::load(at) : V::load_where(bits, at), sum[r][t]);
-    }
-  }
-};
-
+// T tokens, rows row .. row + R (those at or behind row_last are computed twice, not written).
 template <class V, DType type, int R, int T>
 void decode_bitmask_rows(const BitmaskWeight& w, const float* x, const float* bias, float* y, int64_t row,
                          int64_t row_last) {
   constexpr int64_t kSize = int64_t(byte_size(type));
-  BitmaskRows<V, type, R, T> rows;
+  const char* values[R];
   const uint8_t* mask[R];
-  const char* values = static_cast<const char*>(w.values);
-  rows.values_end = values + w.row_start[w.rows] * kSize;
-  for (int r = 0; r < R; ++r) {
+  typename V::F sum[R][T];
+  const char* const begin = static_cast<const char*>(w.values);
+  const char* const end = begin + w.row_start[w.rows] * kSize;
+  unrolled<R>([&](auto r) SPARSIFY_INLINE {
     const int64_t at = row + r < row_last ? row + r : row_last - 1;
-    rows.values[r] = values + w.row_start[at] * kSize;
+    values[r] = begin + w.row_start[at] * kSize;
     mask[r] = w.mask + at * w.mask_bytes_per_row();
-    for (int t = 0; t < T; ++t) rows.sum[r][t] = V::zero();
-  }
+    unrolled<T>([&](auto t) SPARSIFY_INLINE { sum[r][t] = V::zero(); });
+  });
+
+  // A step of 32 columns reads at most 32 + kLanes values from where a row stands: while that is in the array, also if
+  // it belongs to the next rows, loads need no check. Rows follow each other, so the last one is the one to ask.
   int64_t k = 0;
-  for (; k + 32 <= w.cols; k += 32)
-    for (int r = 0; r < R; ++r) {
-      uint32_t bits;
-      std::memcpy(&bits, mask[r] + k / 8, 4);
-#pragma GCC unroll 4
-      for (int lane = 0; lane < 32; lane += V::kLanes)
-        rows.step(r, bits >> lane & ((1u << V::kLanes) - 1), x + k + lane, w.cols, true);
-    }
+  for (; k + 32 <= w.cols && end - values[R - 1] >= (32 + V::kLanes) * kSize; k += 32)
+    unrolled<R>([&](auto r) SPARSIFY_INLINE {
+      uint32_t word;
+      std::memcpy(&word, mask[r] + k / 8, 4);
+      unrolled<32 / V::kLanes>([&](auto part) SPARSIFY_INLINE {
+        const uint32_t bits = word >> part * V::kLanes & ((1u << V::kLanes) - 1);
+        const typename V::F value = V::expand(bits, V::template load_values<type>(values[r]));
+        values[r] += __builtin_popcount(bits) * kSize;
+        unrolled<T>([&](auto t) SPARSIFY_INLINE {
+          sum[r][t] = V::fma_where(bits, value, V::load(x + t * w.cols + k + part * V::kLanes), sum[r][t]);
+        });
+      });
+    });
   for (; k < w.cols; k += 8)
-    for (int r = 0; r < R; ++r) rows.step(r, mask[r][k / 8], x + k, w.cols, false);
-  for (int r = 0; r < R && row + r < row_last; ++r)
-    for (int t = 0; t < T; ++t)
-      y[t * w.rows + row + r] = V::sum(rows.sum[r][t]) + (bias ? bias[row + r] : 0.0f);
+    unrolled<R>([&](auto r) SPARSIFY_INLINE {
+      const uint32_t bits = mask[r][k / 8];
+      const typename V::F value = V::expand(bits, load_some_values<V, type>(values[r], (end - values[r]) / kSize));
+      values[r] += __builtin_popcount(bits) * kSize;
+      unrolled<T>([&](auto t) SPARSIFY_INLINE {
+        const float* at = x + t * w.cols + k;
+        sum[r][t] = V::fma_where(bits, value, V::load_where(bits, at), sum[r][t]);
+      });
+    });
+  unrolled<R>([&](auto r) SPARSIFY_INLINE {
+    if (row + r >= row_last) return;
+    unrolled<T>([&](auto t) SPARSIFY_INLINE {
+      y[t * w.rows + row + r] = V::sum(sum[r][t]) + (bias ? bias[row + r] : 0.0f);
+    });
+  });
 }
 
 template <class V, DType type>

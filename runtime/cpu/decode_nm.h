@@ -12,60 +12,64 @@
 // x and give independent sums; several tokens share the unpacked values and places.
 #pragma once
 #include "kept_list.h"
+#include "unrolled.h"
 
 namespace sparsify { namespace {
 
 constexpr int64_t kDecodeRows = 4;
 
-template <class V, DType type, int bits, int T>
-struct NmRows {
-  const NmWeight& w;
-  const char* values[kDecodeRows];
-  const uint8_t* indices[kDecodeRows];
-  typename V::F sum[kDecodeRows][T];
-
-  // Adds the products of kLanes kept values a row, `count` of them valid, with the columns that begin at x.
-  template <bool whole>
-  __attribute__((always_inline)) void step(const float* x, int64_t x_stride, int64_t columns, typename V::I group_start, int64_t count) {
-    typename V::F value[kDecodeRows];
-    typename V::I place[kDecodeRows];
-    for (int r = 0; r < kDecodeRows; ++r) {
-      value[r] = whole ? V::template load_values<type>(values[r]) : load_some_values<V, type>(values[r], count);
-      place[r] = V::add(group_start, whole ? V::template positions<bits>(indices[r])
-                                           : load_some_positions<V, bits>(indices[r], count));
-      values[r] += V::kLanes * byte_size(type);
-      indices[r] += V::kLanes * bits / 8;
-    }
-    for (int t = 0; t < T; ++t) {
-      const char* at = reinterpret_cast<const char*>(x + t * x_stride);
-      const typename V::F low =
-          whole ? V::load(x + t * x_stride) : load_some_values<V, DType::f32>(at, columns);
-      const typename V::F high = whole ? V::load(x + t * x_stride + V::kLanes)
-                                       : load_some_values<V, DType::f32>(at + V::kLanes * 4, columns - V::kLanes);
-      for (int r = 0; r < kDecodeRows; ++r)
-        sum[r][t] = V::fma(value[r], V::select(low, place[r], high), sum[r][t]);
-    }
-  }
-};
-
 // T tokens, rows row .. row + kDecodeRows (those at or behind row_last are computed twice, not written).
 template <class V, DType type, int bits, int T>
 void decode_nm_rows(const NmWeight& w, const float* x, const float* bias, float* y, int64_t row, int64_t row_last,
                     typename V::I group_start) {
-  NmRows<V, type, bits, T> rows{w, {}, {}, {}};
-  for (int r = 0; r < kDecodeRows; ++r) {
+  constexpr int64_t kSize = int64_t(byte_size(type));
+  constexpr int64_t kColumns = 2 * V::kLanes;
+  const char* values[kDecodeRows];
+  const uint8_t* indices[kDecodeRows];
+  typename V::F sum[kDecodeRows][T];
+  unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
     const int64_t at = row + r < row_last ? row + r : row_last - 1;
-    rows.values[r] = static_cast<const char*>(w.values) + at * w.kept_per_row() * int64_t(byte_size(type));
-    rows.indices[r] = w.indices + at * w.index_bytes_per_row();
-    for (int t = 0; t < T; ++t) rows.sum[r][t] = V::zero();
+    values[r] = static_cast<const char*>(w.values) + at * w.kept_per_row() * kSize;
+    indices[r] = w.indices + at * w.index_bytes_per_row();
+    unrolled<T>([&](auto t) SPARSIFY_INLINE { sum[r][t] = V::zero(); });
+  });
+
+  typename V::F value[kDecodeRows];
+  typename V::I place[kDecodeRows];
+  int64_t k = 0, i = 0;  // column, kept value
+  for (; k + kColumns <= w.cols; k += kColumns, i += V::kLanes) {
+    unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
+      value[r] = V::template load_values<type>(values[r] + i * kSize);
+      place[r] = V::add(group_start, V::template positions<bits>(indices[r] + i * bits / 8));
+    });
+    unrolled<T>([&](auto t) SPARSIFY_INLINE {
+      const typename V::F low = V::load(x + t * w.cols + k), high = V::load(x + t * w.cols + k + V::kLanes);
+      unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
+        sum[r][t] = V::fma(value[r], V::select(low, place[r], high), sum[r][t]);
+      });
+    });
   }
-  int64_t k = 0;
-  for (; k + 2 * V::kLanes <= w.cols; k += 2 * V::kLanes)
-    rows.template step<true>(x + k, w.cols, 2 * V::kLanes, group_start, V::kLanes);
-  if (k < w.cols) rows.template step<false>(x + k, w.cols, w.cols - k, group_start, (w.cols - k) / 2);
-  for (int r = 0; r < kDecodeRows && row + r < row_last; ++r)
-    for (int t = 0; t < T; ++t)
-      y[t * w.rows + row + r] = V::sum(rows.sum[r][t]) + (bias ? bias[row + r] : 0.0f);
+  if (k < w.cols) {  // the same with the lanes behind the end 0
+    const int64_t columns = w.cols - k;
+    unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
+      value[r] = load_some_values<V, type>(values[r] + i * kSize, columns / 2);
+      place[r] = V::add(group_start, load_some_positions<V, bits>(indices[r] + i * bits / 8, columns / 2));
+    });
+    unrolled<T>([&](auto t) SPARSIFY_INLINE {
+      const char* at = reinterpret_cast<const char*>(x + t * w.cols + k);
+      const typename V::F low = load_some_values<V, DType::f32>(at, columns);
+      const typename V::F high = load_some_values<V, DType::f32>(at + V::kLanes * 4, columns - V::kLanes);
+      unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
+        sum[r][t] = V::fma(value[r], V::select(low, place[r], high), sum[r][t]);
+      });
+    });
+  }
+  unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
+    if (row + r >= row_last) return;
+    unrolled<T>([&](auto t) SPARSIFY_INLINE {
+      y[t * w.rows + row + r] = V::sum(sum[r][t]) + (bias ? bias[row + r] : 0.0f);
+    });
+  });
 }
 
 template <class V>

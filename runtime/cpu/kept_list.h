@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "unrolled.h"
 
 namespace sparsify { namespace {
 
@@ -45,11 +46,19 @@ struct NmUnpacker {
 
   // Values first .. first + count of `row`; first is a multiple of kLanes. Lists need room for kLanes more.
   int64_t unpack(int64_t row, int64_t first, int64_t count, Cursor&, float* weight, uint32_t* offset) const {
-    const char* values = static_cast<const char*>(w.values) + (row * w.kept_per_row() + first) * int64_t(byte_size(type));
+    constexpr int64_t kSize = int64_t(byte_size(type));
+    const char* values = static_cast<const char*>(w.values) + (row * w.kept_per_row() + first) * kSize;
     const uint8_t* indices = w.indices + row * w.index_bytes_per_row() + first * bits / 8;
     const typename V::I scale = V::broadcast(stride);
-    for (int64_t i = 0; i < count; i += V::kLanes) {
-      V::store(weight + i, load_some_values<V, type>(values + i * int64_t(byte_size(type)), count - i));
+    int64_t i = 0;
+    for (; i + V::kLanes <= count; i += V::kLanes) {
+      const char* from = values + i * kSize;
+      __builtin_prefetch(from + count * kSize);  // the row's next block: the jump from row to row hides it otherwise
+      V::store(weight + i, V::template load_values<type>(from));
+      V::store(offset + i, V::add(V::load(base + first + i), V::mul(V::template positions<bits>(indices + i * bits / 8), scale)));
+    }
+    if (i < count) {
+      V::store(weight + i, load_some_values<V, type>(values + i * kSize, count - i));
       const typename V::I position = load_some_positions<V, bits>(indices + i * bits / 8, count - i);
       V::store(offset + i, V::add(V::load(base + first + i), V::mul(position, scale)));
     }
@@ -67,19 +76,28 @@ struct BitmaskUnpacker {
   Cursor begin(int64_t row) const { return {w.row_start[row]}; }
 
   int64_t unpack(int64_t row, int64_t first, int64_t count, Cursor& at, float* weight, uint32_t* offset) const {
-    constexpr int kMaskBytes = V::kLanes / 8;
     const uint8_t* mask = w.mask + row * w.mask_bytes_per_row() + first / 8;
     int64_t kept = 0;
-    for (int64_t k = 0; k < count; k += V::kLanes) {
-      uint32_t bits = 0;
-      if (count - k >= V::kLanes) std::memcpy(&bits, mask + k / 8, kMaskBytes);
-      else std::memcpy(&bits, mask + k / 8, size_t(count - k + 7) / 8);
+    int64_t k = 0;
+    const auto take = [&](uint32_t bits) SPARSIFY_INLINE {
       V::compress(offset + kept, bits, V::load(base + first + k));
       kept += __builtin_popcount(bits);
+    };
+    for (; k + V::kLanes <= count; k += V::kLanes) take(V::mask_bits(mask + k / 8));
+    if (k < count) {
+      uint8_t last[2] = {};
+      std::memcpy(last, mask + k / 8, size_t(count - k + 7) / 8);
+      take(V::mask_bits(last));
     }
-    const char* values = static_cast<const char*>(w.values) + at.value * int64_t(byte_size(type));
-    for (int64_t i = 0; i < kept; i += V::kLanes)
-      V::store(weight + i, load_some_values<V, type>(values + i * int64_t(byte_size(type)), kept - i));
+    constexpr int64_t kSize = int64_t(byte_size(type));
+    const char* values = static_cast<const char*>(w.values) + at.value * kSize;
+    const bool may_overread = at.value + kept + V::kLanes <= w.row_start[w.rows];
+    int64_t i = 0;
+    for (; i + V::kLanes <= kept || (may_overread && i < kept); i += V::kLanes) {
+      __builtin_prefetch(values + (i + kept) * kSize);
+      V::store(weight + i, V::template load_values<type>(values + i * kSize));
+    }
+    if (i < kept) V::store(weight + i, load_some_values<V, type>(values + i * kSize, kept - i));
     at.value += kept;
     return kept;
   }

@@ -25,24 +25,23 @@ void max_tile(const float* a, const float* b, int64_t rows, double* out, int64_t
               int64_t columns_b) {
   constexpr int G = MaxTile<V>::kColumns, J = MaxTile<V>::kVectors;
   typename V::F sum[G][J];
-  for (int g = 0; g < G; ++g)
-    for (int j = 0; j < J; ++j) sum[g][j] = V::zero();
+  unrolled<G>([&](auto g) SPARSIFY_INLINE {
+    unrolled<J>([&](auto j) SPARSIFY_INLINE { sum[g][j] = V::zero(); });
+  });
   for (int64_t r = 0; r < rows; ++r, a += G, b += J * V::kLanes) {
     typename V::F right[J];
-#pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) right[j] = V::load(b + j * V::kLanes);
-#pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) {
+    unrolled<J>([&](auto j) SPARSIFY_INLINE { right[j] = V::load(b + j * V::kLanes); });
+    unrolled<G>([&](auto g) SPARSIFY_INLINE {
       const typename V::F left = V::broadcast(a[g]);
-#pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) sum[g][j] = V::add(sum[g][j], V::max(left, right[j]));
-    }
+      unrolled<J>([&](auto j) SPARSIFY_INLINE { sum[g][j] = V::add(sum[g][j], V::max(left, right[j])); });
+    });
   }
-  float local[J * V::kLanes];
-  for (int g = 0; g < columns_a; ++g) {
-    for (int j = 0; j < J; ++j) V::store(local + j * V::kLanes, sum[g][j]);
-    for (int64_t j = 0; j < columns_b; ++j) out[g * stride + j] += double(local[j]);
-  }
+  float tile[G][J * V::kLanes];
+  unrolled<G>([&](auto g) SPARSIFY_INLINE {
+    unrolled<J>([&](auto j) SPARSIFY_INLINE { V::store(tile[g] + j * V::kLanes, sum[g][j]); });
+  });
+  for (int64_t g = 0; g < columns_a; ++g)
+    for (int64_t j = 0; j < columns_b; ++j) out[g * stride + j] += double(tile[g][j]);
 }
 
 // Copies columns first .. first + width of rows [r, r_last) to out [rows][width]; missing columns are 0.

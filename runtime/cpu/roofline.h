@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "kernels.h"
+#include "unrolled.h"
 
 namespace sparsify { namespace {
 
@@ -15,10 +16,10 @@ float read_all(const float* data, int64_t count, const Parallel& parallel) {
     const float* at = data + index * kPerTask;
     const int64_t length = count - index * kPerTask < kPerTask ? count - index * kPerTask : kPerTask;
     typename V::F sum[8];
-    for (auto& s : sum) s = V::zero();
+    unrolled<8>([&](auto j) SPARSIFY_INLINE { sum[j] = V::zero(); });
     for (int64_t i = 0; i + 8 * V::kLanes <= length; i += 8 * V::kLanes)
-      for (int j = 0; j < 8; ++j) sum[j] = V::add(sum[j], V::load(at + i + j * V::kLanes));
-    for (int j = 1; j < 8; ++j) sum[0] = V::add(sum[0], sum[j]);
+      unrolled<8>([&](auto j) SPARSIFY_INLINE { sum[j] = V::add(sum[j], V::load(at + i + j * V::kLanes)); });
+    unrolled<7>([&](auto j) SPARSIFY_INLINE { sum[0] = V::add(sum[0], sum[j + 1]); });
     const float part = V::sum(sum[0]);
     for (float old = total; !total.compare_exchange_weak(old, old + part);) {
     }
@@ -34,13 +35,12 @@ int64_t fma_burst(int64_t steps, const Parallel& parallel) {
   constexpr int64_t kTasks = 64;
   auto task = [&](int64_t) {
     typename V::F sum[kChains], factor = V::broadcast(0.999f), term = V::broadcast(0.001f);
-    for (auto& s : sum) s = V::zero();
+    unrolled<kChains>([&](auto j) SPARSIFY_INLINE { sum[j] = V::zero(); });
     for (int64_t i = 0; i < steps; ++i)
-#pragma GCC unroll 16
-      for (int j = 0; j < kChains; ++j) {
+      unrolled<kChains>([&](auto j) SPARSIFY_INLINE {
         sum[j] = V::fma(sum[j], factor, term);
         asm volatile("" : "+v"(sum[j]));  // keep it, and in a register
-      }
+      });
   };
   parallel_for(parallel, kTasks, task);
   return steps * kTasks * kChains * V::kLanes * 2;

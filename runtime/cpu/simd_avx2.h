@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -61,8 +62,8 @@ struct Avx2 {
   template <int bits>
   static I positions(const uint8_t* p) {
     if constexpr (bits == 8) return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    uint32_t word = 0;
-    std::memcpy(&word, p, bits);
+    std::conditional_t<bits == 4, uint32_t, std::conditional_t<bits == 2, uint16_t, uint8_t>> word;
+    std::memcpy(&word, p, sizeof word);
     const I shift = _mm256_mullo_epi32(lane(), _mm256_set1_epi32(bits));
     return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(int(word)), shift),
                             _mm256_set1_epi32((1 << bits) - 1));
@@ -73,6 +74,7 @@ struct Avx2 {
                             _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   }
 
+  static uint32_t mask_bits(const uint8_t* p) { return *p; }
   static F expand(uint32_t bits, F v) { return _mm256_permutevar8x32_ps(v, bytes(kMaskTable.expand[bits & 255])); }
   static F fma_where(uint32_t bits, F a, F b, F c) {  // both factors: 0 * inf must not appear in a pruned lane
     const F mask = _mm256_castsi256_ps(lane_mask(bits));

@@ -15,6 +15,7 @@
 #include <new>
 
 #include "kept_list.h"
+#include "unrolled.h"
 
 namespace sparsify { namespace {
 
@@ -44,22 +45,20 @@ template <class V, int T>
 void tile_row(const float* weight, const uint32_t* offset, int64_t count, const float* x, float* c, bool first) {
   constexpr int A = V::kAccumulators / T >= 8 ? 8 : V::kAccumulators / T >= 4 ? 4 : V::kAccumulators / T >= 2 ? 2 : 1;
   typename V::F sum[A][T];
-  for (int t = 0; t < T; ++t) sum[0][t] = first ? V::zero() : V::load(c + t * V::kLanes);
-  for (int a = 1; a < A; ++a)
-    for (int t = 0; t < T; ++t) sum[a][t] = V::zero();
+  unrolled<T>([&](auto t) SPARSIFY_INLINE {
+    sum[0][t] = first ? V::zero() : V::load(c + t * V::kLanes);
+    unrolled<A - 1>([&](auto a) SPARSIFY_INLINE { sum[a + 1][t] = V::zero(); });
+  });
   for (int64_t i = 0; i < count; i += A)
-#pragma GCC unroll 8
-    for (int a = 0; a < A; ++a) {
+    unrolled<A>([&](auto a) SPARSIFY_INLINE {
       const typename V::F w = V::broadcast(weight[i + a]);
       const float* row = x + offset[i + a];
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) sum[a][t] = V::fma(w, V::load(row + t * V::kLanes), sum[a][t]);
-    }
-  for (int t = 0; t < T; ++t) {
-    for (int step = 1; step < A; step *= 2)
-      for (int a = 0; a + step < A; a += 2 * step) sum[a][t] = V::add(sum[a][t], sum[a + step][t]);
+      unrolled<T>([&](auto t) SPARSIFY_INLINE { sum[a][t] = V::fma(w, V::load(row + t * V::kLanes), sum[a][t]); });
+    });
+  unrolled<T>([&](auto t) SPARSIFY_INLINE {
+    unrolled<A - 1>([&](auto a) SPARSIFY_INLINE { sum[0][t] = V::add(sum[0][t], sum[a + 1][t]); });
     V::store(c + t * V::kLanes, sum[0][t]);
-  }
+  });
 }
 
 using TileRow = void (*)(const float*, const uint32_t*, int64_t, const float*, float*, bool);
@@ -147,7 +146,7 @@ template <class V, class Unpacker>
 void tiled_chunk(const Unpacker& unpacker, const Tiles<V>& tiles, const float* packed, int64_t length, int64_t block,
                  int64_t row, int64_t row_last, int64_t first, int64_t last, int64_t rows, const float* bias,
                  float* y) {
-  Scratch<ChunkScratch> memory = scratch<ChunkScratch>(1);
+  thread_local Scratch<ChunkScratch> memory = scratch<ChunkScratch>(1);  // kept: fresh pages cost more than the work
   ChunkScratch& s = memory[0];
   const int64_t c_stride = (last - first) * tiles.kWidth;
   const uint32_t zero_row = uint32_t(tiles.cols * tiles.stride());

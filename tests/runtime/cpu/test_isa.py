@@ -1,0 +1,38 @@
+"""The other tests of this folder again, with every instruction set that this machine has but does not prefer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsify_export import _native
+
+ALL = ["avx512", "avx2", "portable"]  # fastest first: a machine that has one has those behind it
+FILES = ["test_linear.py", "test_pairwise_max_sum.py"]
+
+
+def _run(isa, *command):
+    environment = {**os.environ, "SPARSIFY_ISA": isa}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif("SPARSIFY_ISA" in os.environ, reason="already chosen")
+@pytest.mark.parametrize("isa", ALL[1:])
+def test_every_slower_instruction_set(isa):
+    if ALL.index(isa) <= ALL.index(_native.isa()):
+        pytest.skip(f"this machine prefers {_native.isa()}")
+    here = Path(__file__).parent
+    done = _run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *[str(here / name) for name in FILES])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_the_variable_is_obeyed():
+    done = _run("portable", "-c", "from sparsify_export import _native; print(_native.isa())")
+    assert done.stdout.strip() == "portable", done.stderr
+
+
+def test_an_instruction_set_that_is_not_there_is_an_error():
+    done = _run("amx", "-c", "from sparsify_export import _native; _native.isa()")
+    assert "SPARSIFY_ISA must be avx512, avx2 or portable, and one that this machine has" in done.stderr
