@@ -115,9 +115,13 @@ RULES: dict[str, Rule] = {
     "aten::scaled_dot_product_attention": _attention,
     "aten::softmax": _softmax,
     **dict.fromkeys(["aten::layer_norm", "aten::rms_norm"], _layer_norm),
-    **dict.fromkeys(["aten::mean", "aten::sum", "aten::var", "aten::amax", "aten::amin"], _reduce),
+    **dict.fromkeys(
+        ["aten::mean", "aten::sum", "aten::var", "aten::amax", "aten::amin", "aten::linalg_vector_norm"], _reduce
+    ),
     "aten::embedding": _embedding,
 }
+
+UNTAGGED_POINTWISE = {"aten::hardswish", "aten::log_sigmoid", "aten::__and__", "aten::__or__", "aten::masked_fill"}
 
 
 def apply(params: ParameterAtoms, target: object, arguments: Arguments, shapes: Shape | list[Shape]) -> Result:
@@ -142,7 +146,9 @@ def apply(params: ParameterAtoms, target: object, arguments: Arguments, shapes: 
     if name in RULES:
         return RULES[name](params, arguments, shapes)
     # torch's own word for "each entry of the result depends on the entries at its position only"
-    if torch.Tag.pointwise not in target.tags or torch.Tag.nondeterministic_seeded in target.tags:
+    if name not in UNTAGGED_POINTWISE and torch.Tag.pointwise not in target.tags:
+        raise Unknown
+    if torch.Tag.nondeterministic_seeded in target.tags:
         raise Unknown
     return pointwise(params.atoms, [params.value(operand) for operand in tensors(arguments)], shapes)
 

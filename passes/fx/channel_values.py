@@ -103,8 +103,10 @@ def pointwise(atoms: Atoms, operands: Sequence[Value], shape: Shape, also_still:
         also_still: an axis along which the operands' sizes may differ (they are joined along it) and nothing moves.
 
     Raises:
-        Unknown: an axis is tracked in one operand and symbolic in another.
+        Unknown: the operands are not broadcast to ``shape``, or an axis is tracked in one and symbolic in another.
     """
+    if any(len(operand.shape) > len(shape) for operand in operands):
+        raise Unknown
     operands = [operand.with_leading(len(shape)) for operand in operands]
     tracked = [axis for axis in range(len(shape)) if any(operand.tracked(axis) for operand in operands)]
     if also_still in tracked:
