@@ -24,6 +24,7 @@ from ..calibrate.statistics import ActNorm
 from .equivalence import compare
 from .errors import InputError, VerificationError
 from .frontend.batches import Batch
+from .frontend.trace import PREFIX
 from .fx.channels import find_channel_spaces
 from .fx.fold import aligned, apply_fold, stack_scores
 from .fx.linears import Linear
@@ -288,7 +289,7 @@ class _Block:
         folds = []
         expected: tuple[Values, Values] | None = None
         for space in spaces:
-            if not aligned(space, pattern.m) or not all(c.param in score for c in space.consumers):
+            if not aligned(space, pattern.m) or not any(c.param in score for c in space.consumers):
                 continue
             began = time.perf_counter()
             found = find_order(stack_scores(space, score), pattern)
@@ -308,8 +309,8 @@ class _Block:
                     if not close.ok:
                         raise VerificationError(f"{self.part.path}: folding {space.name} changed its output: {close}")
             self.params.update(folded)
-            apply_fold(space, found.order, score)
-            folds.append(FoldReport(space.name, space.size, found.retained_before, found.retained_after))
+            apply_fold(space, found.order, score, only_present=True)
+            folds.append(FoldReport(space.name.removeprefix(PREFIX), space.size, found.retained_before, found.retained_after))
             self.timings.add("fold", began)
         return folds
 

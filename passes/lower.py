@@ -1,0 +1,120 @@
+"""Lower a traced model to ONNX, opset 23, for ONNX Runtime."""
+
+import ast
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import onnx_fusions
+from torch.export import ExportedProgram
+
+from .dialect import linear_bitmask, linear_nm
+from .frontend.trace import PREFIX, Traced
+from .fx.plain import plain_linears
+from .onnx.grouped_attention import ShareAttentionHeads
+from .onnx.write import write_model
+
+OPSET = 23
+TRANSLATION = {
+    torch.ops.sparsify.linear_nm.default: linear_nm.to_onnx,
+    torch.ops.sparsify.linear_bitmask.default: linear_bitmask.to_onnx,
+}
+
+
+def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object]) -> None:
+    """Write ``traced`` as ``path`` and ``path.data``.
+
+    Causal models take ``input_ids, attention_mask, past_key_values.{i}.key/value`` and return ``logits,
+    present.{i}.key/value``; other models keep the names of their inputs and outputs. Sparse ops are custom ops of the
+    domain ``sparsify`` and, for runtimes without our library, functions of standard ops in the same file.
+
+    Args:
+        traced: the model; its program is consumed.
+        path: the ``.onnx`` file.
+        metadata: stored in the file as JSON strings.
+
+    Raises:
+        InputError: the files cannot be written.
+    """
+    plain_linears(traced.program)
+    model = _export(traced.program)
+    _name(model, traced)
+    for node in model.graph:
+        node.name = _module(node) or node.name
+    for pass_ in (
+        common.ClearMetadataAndDocStringPass(),
+        ShareAttentionHeads(),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+    ):
+        pass_(model)
+    model.metadata_props.update({f"sparsify.{key}": json.dumps(value) for key, value in metadata.items()})
+    model.producer_name = "sparsify-export"
+    used = {node.op_type for node in model.graph if node.domain == "sparsify"}
+    write_model(model, path, [op.FUNCTION for op in (linear_nm, linear_bitmask) if op.NAME in used])
+
+
+def _export(program: ExportedProgram) -> ir.Model:
+    """Translate to ONNX and fold what is constant; norms and rotary embeddings become single ops."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it lists every torchvision op that is not installed
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside torch's own tree utilities
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+                custom_translation_table=TRANSLATION,
+            )
+    finally:
+        log.setLevel(level)
+    model = exported.model
+    common.InlinePass()(model)
+    fold_constants_ir(model)
+    onnx_fusions.fuse(model)
+    return model
+
+
+def _module(node: ir.Node) -> str:
+    """The module path of a linear, so that the file says which layer each weight belongs to; "" for other nodes."""
+    if node.domain != "sparsify" and node.op_type != "MatMul":
+        return ""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    return scopes[-2].removeprefix(PREFIX) if len(scopes) > 1 else ""
+
+
+def _name(model: ir.Model, traced: Traced) -> None:
+    """Give inputs, outputs and their axes the names that runtimes look for."""
+    axes: dict[str, str] = {}
+    for value, name in zip(model.graph.inputs, traced.inputs, strict=True):
+        value.name = name
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                axes.setdefault(dim.value, _axis_name(name, axis))
+    for value, name in zip(model.graph.outputs, traced.outputs, strict=True):
+        value.name = name
+    total = "total_sequence_length"
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        dims: Sequence[int | ir.SymbolicDim] = list(value.shape or ())
+        named = [axes.get(d.value or "", total) if isinstance(d, ir.SymbolicDim) else d for d in dims]
+        value.shape = ir.Shape(named)
+
+
+def _axis_name(name: str, axis: int) -> str:
+    if axis == 0:
+        return "batch_size"
+    if name == "attention_mask" or name not in ("input_ids", "token_type_ids"):
+        return "past_sequence_length" if name.startswith("past_key_values") else "total_sequence_length"
+    return "sequence_length"

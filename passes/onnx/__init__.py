@@ -1,0 +1,1 @@
+"""Rewrites of ONNX models, and how they are written to disk."""

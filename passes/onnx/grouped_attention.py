@@ -1,0 +1,46 @@
+"""Let the Attention op share key and value heads itself, instead of copying them for every query head."""
+
+import onnx_ir as ir
+
+
+class ShareAttentionHeads(ir.passes.InPlacePass):
+    """Remove the repetition of key and value heads in front of grouped-query attention.
+
+    Before:  k [B, kv, T, D] -> Unsqueeze(axis 2) -> Expand [B, kv, g, T, D] -> Reshape [B, kv g, T, D]
+             y = Attention(q, k', v')
+    After:   y = Attention(q, k, v)         opset 23: query head h reads key head h // g
+    Left alone: keys and values that are not both such a repetition.
+    Numerics: the same products on the same numbers.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite every Attention node of the main graph."""
+        modified = False
+        for node in model.graph:
+            if node.op_type != "Attention" or node.domain != "":
+                continue
+            keys, values = _repeated(node.inputs[1]), _repeated(node.inputs[2])
+            if keys is not None and values is not None:
+                node.replace_input_with(1, keys)
+                node.replace_input_with(2, values)
+                modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _repeated(value: ir.Value | None) -> ir.Value | None:
+    """The value before its heads (axis 1) were repeated, or None if it was not made like that."""
+    chain = []
+    for op_type in ("Reshape", "Expand", "Unsqueeze"):
+        producer = value.producer() if value is not None else None
+        if producer is None or producer.op_type != op_type:
+            return None
+        chain.append(producer)
+        value = producer.inputs[0]
+    axes = ir.convenience.get_const_tensor(chain[2].inputs[1])
+    if axes is None or axes.numpy().reshape(-1).tolist() != [2] or value is None or value.shape is None:
+        return None
+    expanded, heads = chain[1].outputs[0].shape, value.shape
+    # Only the new axis may grow: batch, heads, length and width stay as they were.
+    if expanded is None or len(heads) != 4 or len(expanded) != 5:
+        return None
+    return value if (expanded[1], expanded[4]) == (heads[1], heads[3]) else None

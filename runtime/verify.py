@@ -1,0 +1,101 @@
+"""Prove that an exported file computes what the model computes: with our kernels, without them, and while decoding."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..passes.equivalence import Closeness, compare
+from ..passes.errors import VerificationError
+from ..passes.frontend.batches import Batch
+from ..passes.frontend.trace import Traced
+from ..passes.fx.partition import Partition
+from ..passes.fx.run import run_part, run_part_float64, start
+from .session import CausalSession, open_session
+
+DECODED = 8
+"""How many of the tokens are fed one by one, through the cache."""
+
+FACTOR = 4.0
+"""How many times as wrong as float32 torch the file may be: ONNX Runtime sums in blocks of its own."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the model returns for one batch, before it is lowered.
+
+    Attributes:
+        batch: the inputs.
+        baseline: first output in float32, as torch computes it.
+        exact: the same in float64.
+    """
+
+    batch: Batch
+    baseline: Tensor
+    exact: Tensor
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One way of running the file, and how close it came."""
+
+    how: str
+    closeness: Closeness
+
+
+def expect(partition: Partition, params: Mapping[str, Tensor], batch: Batch) -> Expected:
+    """Run the partitioned graph in float32 and in float64.
+
+    Args:
+        partition: the model.
+        params: weights as the file will hold them: pruned, folded and rounded to their storage dtype.
+        batch: held-out inputs.
+    """
+    results = []
+    for run in (run_part, run_part_float64):
+        values = start(partition, batch.inputs)
+        for part in partition.parts:
+            values.update(run(part, values, params, partition.params))
+        results.append(values[partition.outputs[0]])
+    return Expected(batch, results[0], results[1])
+
+
+def verify(path: Path, traced: Traced, expected: Expected) -> list[Verified]:
+    """Run the file with the kernels and with its own functions, whole and (causal models) token by token.
+
+    Raises:
+        VerificationError: one of them is further from the truth than ``FACTOR`` times float32 torch, or is not finite.
+    """
+    results = []
+    for how, kernels in (("kernels", True), ("functions", False)):
+        session = open_session(path, kernels=kernels)
+        feed = {name: x.numpy() for name, x in zip(traced.inputs, expected.batch.inputs, strict=True)}
+        got = torch.from_numpy(session.run([traced.outputs[0]], feed)[0])
+        results.append(Verified(how, compare(got, expected.baseline, expected.exact, factor=FACTOR)))
+        if traced.kind == "causal":
+            decoded = _decode(CausalSession(session), expected.batch)
+            results.append(Verified(f"{how}, decoding", _tail(decoded, expected)))
+    for result in results:
+        if not result.closeness.ok:
+            raise VerificationError(f"{path.name} differs from the model ({result.how}): {result.closeness}")
+    return results
+
+
+def _decode(session: CausalSession, batch: Batch) -> Tensor:
+    """Logits of the last tokens, each computed from the cache of those before it."""
+    ids, mask = (x.numpy() for x in batch.inputs[:2])
+    first = max(1, ids.shape[1] - DECODED)
+    logits, past = session.step(ids[:, :first], mask[:, :first], session.empty_past(len(ids)))
+    steps = [logits[:, -1:]]
+    for end in range(first + 1, ids.shape[1] + 1):
+        logits, past = session.step(ids[:, end - 1 : end], mask[:, :end], past)
+        steps.append(logits)
+    return torch.from_numpy(np.concatenate(steps, axis=1))
+
+
+def _tail(decoded: Tensor, expected: Expected) -> Closeness:
+    count = decoded.shape[1]
+    return compare(decoded, expected.baseline[:, -count:], expected.exact[:, -count:], factor=FACTOR)

@@ -1,0 +1,294 @@
+"""The command line: ``sparsify-export MODEL ... -o OUT`` and ``sparsify-export eval|bench|inspect|generate``."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .passes.errors import InputError, VerificationError
+
+DONE, BAD_INPUT, NOT_BUILT, NOT_EQUAL, INTERRUPTED = 0, 2, 3, 4, 130
+
+app = App(name="sparsify-export", help="Compile a pretrained transformer into a sparse one that really is faster.")
+terminal = Terminal(stderr=False)
+errors = Terminal(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code, and prints one sentence for everything the user can mend."""
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        return code if isinstance(code, int) else DONE
+    except (InputError, CycloptsError) as error:
+        errors.print(f"sparsify-export: {' '.join(str(error).split())}")
+        return BAD_INPUT
+    except VerificationError as error:
+        errors.print(f"sparsify-export: verification failed: {error}")
+        return NOT_EQUAL
+    except KeyboardInterrupt:
+        errors.print("sparsify-export: interrupted; nothing was written")
+        return INTERRUPTED
+
+
+@app.default
+def compile_command(
+    model: str,
+    /,
+    *,
+    out: Annotated[str, Parameter(name=["--output", "-o"])],
+    nm: str | None = None,
+    sparsity: float | None = None,
+    effort: Literal["fast"] = "fast",
+    score: Literal["ria", "wanda", "magnitude"] | None = None,
+    ria_power: float = 0.5,
+    permute: Literal["fold", "none"] | None = None,
+    skip: tuple[str, ...] = (),
+    calibration: str = "self",
+    calibration_inputs: Path | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    ops: Literal["sparse", "standard"] = "sparse",
+    eval_: Annotated[Path | None, Parameter(name="--eval")] = None,
+    window: int = 2048,
+    windows: int | None = None,
+    trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Prune a model, verify it and write it as ONNX; with neither --nm nor --sparsity, only lower what is sparse.
+
+    Args:
+        model: Hugging Face folder, hub id or .gguf file.
+        out: OUT.onnx (weights go to OUT.onnx.data), or a folder.
+        nm: keep N of every M neighbouring weights, e.g. 2:4.
+        sparsity: fraction of zeros anywhere, between 0 and 1.
+        effort: the recipe that fills in flags not given; fast is score and fold, original weights.
+        score: what ranks the weights; default ria.
+        ria_power: exponent of the activation norms in RIA.
+        permute: fold channel orders into neighbouring weights where the graph allows it; default fold.
+        skip: glob of module paths that stay dense; may be repeated.
+        calibration: text file, JSONL with a text field, or self: text the model writes itself.
+        calibration_inputs: folder of .npz batches, for models that do not take text, and any other.
+        samples: calibration windows; default 128 of a file, 32 of the model's own text.
+        seq_len: tokens in a calibration window; default 2048 of a file, 512 of the model's own text.
+        seed: of everything random.
+        dtype: storage of packed weights.
+        ops: sparse ops, or standard MatMul with zeros.
+        eval_: text file to measure perplexity on, before and after.
+        window: tokens in an evaluation window.
+        windows: evaluation windows at most.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        overwrite: replace what is at OUT.
+        quiet: print nothing but errors.
+    """
+    from . import compile as compiler
+    from .passes.pipeline import Recipe
+    from .report import render
+
+    if out.endswith((".plan", ".engine")):
+        errors.print(f"sparsify-export: {out}: this version cannot build TensorRT engines; want a name ending in .onnx")
+        return NOT_BUILT
+    _positive("--samples", samples)
+    _positive("--seq-len", seq_len, least=2)
+    _positive("--window", window, least=2)
+    _positive("--windows", windows)
+    pattern = compiler.parse_pattern(nm, sparsity)
+    if pattern is None:
+        _refuse_ignored({"--score": score, "--permute": permute, "--skip": skip or None, "--samples": samples,
+                         "--seq-len": seq_len, "--calibration-inputs": calibration_inputs})
+    if ria_power < 0:
+        raise InputError(f"--ria-power {ria_power:g} is negative; want 0 or more")
+    recipe = None
+    if pattern is not None:
+        recipe = Recipe(pattern, score or "ria", ria_power, permute or "fold", skip)
+    source = compiler.Calibration(calibration, calibration_inputs, samples, seq_len, seed)
+    settings = compiler.Settings(recipe, source, dtype, ops, eval_, window, windows)
+    with _progress(quiet) as console:
+        if not quiet:
+            terminal.print(_settings_table(model, out, effort, settings))
+        report = compiler.compile_model(
+            model,
+            Path(out),
+            settings,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            console=console.as_console(),
+        )
+    if not quiet:
+        terminal.print(render(report))
+        terminal.print(f"wrote {out}", highlight=False)
+    return DONE
+
+
+@app.command(name="eval")
+def eval_command(model: str, /, *, text: Path, window: int = 2048, windows: int | None = None,
+                 tokenizer: str | None = None, json: Annotated[bool, Parameter(negative="")] = False,
+                 trust_remote_code: Annotated[bool, Parameter(negative="")] = False) -> int:
+    """Perplexity of a model or an exported file over non-overlapping windows of a text.
+
+    Args:
+        model: an .onnx file, a folder this tool wrote, a Hugging Face folder, hub id or .gguf file.
+        text: plain text, or JSONL with a text field.
+        window: tokens in a window.
+        windows: windows at most; default all of the text.
+        tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
+        json: print JSON.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from . import frontdoor
+
+    _positive("--window", window, least=2)
+    _positive("--windows", windows)
+    with _progress(quiet=json) as console:
+        result = frontdoor.evaluate(
+            model, text, window=window, windows=windows, tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code, progress=console.progress,
+        )
+    if json:
+        terminal.print_json(dumps(asdict(result)))
+    else:
+        terminal.print(
+            f"perplexity {result.perplexity:.2f} over {result.windows} windows of {result.window} tokens", highlight=False
+        )
+    return DONE
+
+
+@app.command(name="bench")
+def bench_command(model: Path, /, *, against: Path | None = None, repeats: int = 20, threads: int | None = None,
+                  json: Annotated[bool, Parameter(negative="")] = False) -> int:
+    """Time prefill and decode of an exported file, in turns with another one.
+
+    Args:
+        model: the file under test.
+        against: the file to compare with.
+        repeats: runs of each row and file.
+        threads: threads of an op, the same for both files.
+        json: print JSON.
+    """
+    from .runtime.benchmark import bench, render
+
+    _positive("--repeats", repeats)
+    _positive("--threads", threads)
+    with _progress(quiet=json) as console:
+        report = bench(model, against, repeats=repeats, threads=threads, progress=console.progress)
+    if json:
+        terminal.print_json(report.to_json())
+    else:
+        terminal.print(render(report))
+        for reason in report.skipped:
+            terminal.print(f"left out {reason}", highlight=False)
+    return DONE
+
+
+@app.command(name="inspect")
+def inspect_command(model: Path, /) -> int:
+    """List every linear of an ONNX file: shape, pattern, bytes, lowered or left dense and why.
+
+    Args:
+        model: an .onnx file, or a folder that holds model.onnx.
+    """
+    from .runtime.inspection import inspect, render
+
+    terminal.print(render(inspect(model)))
+    return DONE
+
+
+@app.command(name="generate")
+def generate_command(model: Path, /, *, prompt: str, max_new_tokens: int = 64, tokenizer: str | None = None,
+                     threads: int | None = None, kernels: bool = True) -> int:
+    """Continue a prompt greedily, with the KV cache.
+
+    Args:
+        model: an exported file or folder.
+        prompt: the text to continue.
+        max_new_tokens: tokens to write at most.
+        tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
+        threads: threads of an op.
+        kernels: use our kernels; without, ONNX Runtime runs the functions inside the file.
+    """
+    from . import frontdoor
+
+    _positive("--max-new-tokens", max_new_tokens)
+    _positive("--threads", threads)
+    text, result = frontdoor.generate(
+        model, prompt, max_new_tokens=max_new_tokens, tokenizer=tokenizer, threads=threads, kernels=kernels
+    )
+    terminal.print(prompt + text, highlight=False, markup=False)
+    terminal.print(
+        f"prefill {result.prompt_tokens} tokens at {result.prefill_rate:.1f} tokens/s, "
+        f"decode {result.decoded_tokens} at {result.decode_rate:.1f} tokens/s",
+        highlight=False,
+    )
+    return DONE
+
+
+class _progress:
+    """A progress bar on stderr that follows ``(stage, done, total)``; silent when ``quiet``."""
+
+    def __init__(self, quiet: bool) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=errors, transient=True, disable=quiet)
+        self._quiet = quiet
+        self._task: Any = None
+        self._stage = ""
+
+    def __enter__(self) -> "_progress":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Show a stage; a new one replaces the last."""
+        if stage != self._stage:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task, self._stage = self._bar.add_task(stage, total=total or None), stage
+        self._bar.update(self._task, completed=done, total=total or None)
+
+    def note(self, text: str) -> None:
+        """Say something that stays on the screen."""
+        if not self._quiet:
+            self._bar.console.print(text)
+
+    def as_console(self) -> Any:
+        """The same as what the compiler wants."""
+        from .compile import Console
+
+        return Console(note=self.note, progress=self.progress)
+
+
+def _positive(flag: str, value: int | None, *, least: int = 1) -> None:
+    if value is not None and value < least:
+        raise InputError(f"{flag} {value} is too small; want {least} or more")
+
+
+def _refuse_ignored(flags: dict[str, object]) -> None:
+    """A flag without effect is a mistake somewhere, so it is refused rather than ignored."""
+    if given := [flag for flag, value in flags.items() if value is not None]:
+        raise InputError(f"{given[0]} has no effect without --nm or --sparsity, since nothing is pruned")
+
+
+def _settings_table(model: str, out: str, effort: str, settings: Any) -> Table:
+    from .compile import _plain
+
+    table = Table("setting", "value", title="sparsify-export", title_justify="left")
+    table.add_row("model", model)
+    table.add_row("out", out)
+    table.add_row("effort", effort)
+    for name, value in _plain(settings).items():
+        if value not in (None, []):
+            table.add_row(name.replace("_", " "), str(value))
+    return table

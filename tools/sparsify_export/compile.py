@@ -1,0 +1,412 @@
+"""The compiler: a pretrained model in, a verified sparse ONNX model and its report out."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .calibrate.patterns import NM, Pattern, Unstructured
+from .passes.errors import InputError, VerificationError
+from .passes.frontend.batches import Batch, load_npz, read_npz, read_windows, token_batches, written_by_itself
+from .passes.frontend.load import Pretrained, load
+from .passes.frontend.trace import Traced, trace
+from .passes.fx.canonical import canonicalise
+from .passes.fx.partition import Partition, partition
+from .passes.fx.rewrite import Lowered, lower_linears
+from .passes.lower import to_onnx
+from .passes.pipeline import BlockReport, Recipe, Timings, prune
+from .report import Evaluation, Report, build_report
+from .runtime.benchmark import compare_kernels
+from .runtime.evaluate import onnx_logits, perplexity, torch_logits
+from .runtime.session import CausalSession, open_session
+from .runtime.verify import expect, verify
+from .stages import Stages
+
+HELD_OUT = 48
+"""Tokens of the text that the finished file is verified on."""
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the activations are observed on.
+
+    Attributes:
+        text: ``self``, or a text file; not used when ``inputs`` is given.
+        inputs: folder of ``.npz`` batches.
+        samples: how many windows; None for 128 of a file, 32 of the model's own text, every ``.npz`` batch.
+        length: tokens in a window; None for 2,048 of a file, 512 of the model's own text.
+        seed: of the model's own text, and of the tokens that verify the file.
+    """
+
+    text: str = "self"
+    inputs: Path | None = None
+    samples: int | None = None
+    length: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what comes out; printed before work starts and stored in the file and the report.
+
+    Attributes:
+        recipe: how to prune, or None to prune nothing.
+        calibration: what to observe.
+        dtype: storage of packed weights: fp32, fp16 or bf16.
+        ops: ``sparse`` lowers sparse weights to our ops; ``standard`` writes plain MatMul with zeros.
+        evaluate: text file to measure perplexity on before and after, or None.
+        window: tokens in an evaluation window.
+        windows: how many evaluation windows at most; None for all.
+    """
+
+    recipe: Recipe | None
+    calibration: Calibration = Calibration()
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    ops: Literal["sparse", "standard"] = "sparse"
+    evaluate: Path | None = None
+    window: int = 2048
+    windows: int | None = None
+
+
+@dataclass(frozen=True)
+class Console:
+    """Where the compiler tells what it does; the default says nothing."""
+
+    note: Callable[[str], None] = lambda text: None
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+
+
+def compile_model(
+    source: str,
+    out: Path,
+    settings: Settings,
+    *,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    console: Console = Console(),  # noqa: B008  frozen
+) -> Report:
+    """Compile ``source`` to ``out``.
+
+    Args:
+        source: Hugging Face folder, hub id or ``.gguf`` file.
+        out: a file ending in ``.onnx`` (weights go to ``OUT.data``, the report to ``OUT.report.json``), or a folder
+            for ``model.onnx``, ``model.onnx.data``, tokenizer, configuration and ``report.json``.
+        settings: what to make.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        overwrite: replace what is at ``out``.
+        console: where to tell what happens.
+
+    Returns:
+        The report that was written.
+
+    Raises:
+        InputError: bad input; nothing was written.
+        VerificationError: a fold or the finished file differs from the model; a finished file is kept as
+            ``OUT.failed``.
+    """
+    target = Target.check(out, overwrite=overwrite)
+    stages, timings = Stages(), Timings()
+    with stages.run("load"):
+        console.progress("loading", 0, 0)
+        pretrained = load(source, trust_remote_code=trust_remote_code)
+    before = _evaluate_torch(pretrained, settings, stages, console)
+    windows, held_out = _text(pretrained, settings, stages, console)
+    with stages.run("trace"):
+        console.progress("tracing", 0, 0)
+        example = _example(settings)
+        traced = trace(pretrained, example)
+        canonicalise(traced.program)
+        parts = partition(traced.program)
+    batches = _batches(traced, pretrained, settings, windows)
+    params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
+    blocks: list[BlockReport] = []
+    if settings.recipe is not None:
+        with stages.run("prune"):
+            cache = _cache_pairs(traced, parts)
+            blocks = prune(
+                parts, params, settings.recipe, batches, cache=cache, progress=console.progress, timings=timings
+            )
+        _store(traced, params)
+    with stages.run("lower"):
+        console.progress("lowering", 0, 0)
+        probe = _probe(traced, pretrained, batches, held_out, settings)
+        dtype = DTYPES[settings.dtype]
+        lowered = lower_linears(traced.program, dtype=dtype, sparse=settings.ops == "sparse")
+        expected = expect(parts, _as_stored(params, lowered, dtype), probe)
+        del params
+        target.open()
+        try:
+            to_onnx(traced, target.model, metadata={"source": source, "settings": _plain(settings)})
+        except BaseException:
+            target.discard()
+            raise
+    try:
+        with stages.run("verify"):
+            console.progress("verifying", 0, 0)
+            verified = verify(target.model, traced, expected)
+        with stages.run("measure"):
+            console.progress("measuring", 0, 0)
+            latency = compare_kernels(target.model) if any(not entry.reason for entry in lowered) else ()
+        after = _evaluate_onnx(pretrained, target.model, settings, stages, console)
+        report = build_report(
+            source=source,
+            settings=_plain(settings),
+            blocks=blocks,
+            lowered=lowered,
+            verified=verified,
+            evaluation=Evaluation(before, after) if before and after else None,
+            latency=latency,
+            stages=stages.done,
+            pruning_seconds=timings.seconds,
+            model=target.model,
+        )
+        target.finish(pretrained, report)
+    except VerificationError:
+        target.fail()
+        raise
+    except BaseException:
+        target.discard()
+        raise
+    return report
+
+
+def parse_pattern(nm: str | None, sparsity: float | None) -> Pattern | None:
+    """The pattern that ``--nm`` or ``--sparsity`` names, or None with neither.
+
+    Raises:
+        InputError: both are given, or one is out of range.
+    """
+    if nm is not None and sparsity is not None:
+        raise InputError(f"--nm {nm} and --sparsity {sparsity:g} were both given; want at most one of them")
+    try:
+        return NM.parse(nm) if nm is not None else Unstructured(sparsity) if sparsity is not None else None
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the results go: built beside their final place, moved there when they are whole.
+
+    Attributes:
+        out: the final file or folder.
+        folder: whether ``out`` is a folder.
+        stage: the folder that things are built in.
+    """
+
+    out: Path
+    folder: bool
+    stage: Path
+
+    @property
+    def model(self) -> Path:
+        """The ONNX file while it is being built."""
+        return self.stage / ("model.onnx" if self.folder else self.out.name)
+
+    @classmethod
+    def check(cls, out: Path, *, overwrite: bool) -> "Target":
+        """Refuse what cannot be written before any work is done.
+
+        Raises:
+            InputError: an unknown suffix, a missing or unwritable parent, or something is there already.
+        """
+        folder = out.suffix == "" or out.is_dir()
+        if not folder and out.suffix != ".onnx":
+            raise InputError(f"{out} ends in {out.suffix}; want .onnx, or a folder name without a suffix")
+        if out.exists() and not overwrite:
+            raise InputError(f"{out} exists already; remove it or give --overwrite")
+        if not out.parent.is_dir():
+            raise InputError(f"{out} cannot be written: {out.parent} is not a folder")
+        return cls(out, folder, out.with_name(f".{out.name}.partial"))
+
+    def open(self) -> None:
+        """Make the folder that things are built in."""
+        try:
+            shutil.rmtree(self.stage, ignore_errors=True)
+            self.stage.mkdir()
+        except OSError as error:
+            raise InputError(f"{self.out} cannot be written: {error.strerror}") from error
+
+    def finish(self, pretrained: Pretrained, report: Report) -> None:
+        """Add what belongs beside the model and move everything into place."""
+        try:
+            if self.folder:
+                report.save(self.stage / "report.json")
+                pretrained.model.config.save_pretrained(self.stage)
+                if pretrained.kind == "causal":
+                    pretrained.model.generation_config.save_pretrained(self.stage)
+                if pretrained.tokenizer is not None:
+                    pretrained.tokenizer.save_pretrained(self.stage)
+                if self.out.exists():
+                    shutil.rmtree(self.out)
+                self.stage.rename(self.out)
+                return
+            report.save(self.stage / f"{self.out.name}.report.json")
+            for file in sorted(self.stage.iterdir()):
+                file.replace(self.out.parent / file.name)
+            self.stage.rmdir()
+        except OSError as error:
+            raise InputError(f"{self.out} cannot be written: {error.strerror}") from error
+
+    def fail(self) -> None:
+        """Keep the artifact that failed its verification, under a name that says so."""
+        failed = self.out.with_name(f"{self.out.name}.failed")
+        if failed.exists():
+            shutil.rmtree(failed)
+        self.stage.rename(failed)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        shutil.rmtree(self.stage, ignore_errors=True)
+
+
+def _text(
+    pretrained: Pretrained, settings: Settings, stages: Stages, console: Console
+) -> tuple[Tensor | None, Tensor | None]:
+    """Calibration windows and held-out tokens, or None where the model or the settings want none."""
+    wanted = settings.calibration
+    if settings.recipe is None or wanted.inputs is not None:
+        return None, None
+    if pretrained.inputs[0] != "input_ids":
+        raise InputError(f"{pretrained.source} does not take text; give --calibration-inputs FOLDER")
+    limit = _longest(pretrained)
+    with stages.run("calibration text"):
+        if wanted.text == "self":
+            samples, length = wanted.samples or 32, wanted.length or 512
+            length = _shortened(length, limit, "the model takes", console)
+            windows = written_by_itself(
+                pretrained, samples=samples + 1, length=length, seed=wanted.seed, progress=console.progress
+            )
+        else:
+            if pretrained.tokenizer is None:
+                raise InputError(f"{pretrained.source} has no tokenizer, so it cannot read {wanted.text}")
+            samples, length = wanted.samples or 128, wanted.length or 2048
+            length = _shortened(length, limit, "the model takes", console)
+            windows = read_windows(Path(wanted.text), pretrained.tokenizer, samples=samples + 1, length=length)
+            _shortened(length, windows.shape[1], "the text holds", console)
+            if len(windows) < samples:
+                console.note(f"calibrating on {len(windows)} windows; the text does not hold {samples}")
+    if len(windows) > samples:
+        return windows[:samples], windows[samples:]
+    return windows, None
+
+
+def _longest(pretrained: Pretrained) -> int | None:
+    return getattr(pretrained.model.config, "max_position_embeddings", None)
+
+
+def _shortened(length: int, limit: int | None, why: str, console: Console) -> int:
+    if limit is not None and length > limit:
+        console.note(f"windows shortened from {length} to {limit} tokens: that is what {why}")
+        return limit
+    return length
+
+
+def _example(settings: Settings) -> Mapping[str, Tensor] | None:
+    folder = settings.calibration.inputs
+    if folder is None:
+        return None
+    files = sorted(folder.glob("*.npz"))
+    return load_npz(files[0]) if files else None
+
+
+def _batches(
+    traced: Traced, pretrained: Pretrained, settings: Settings, windows: Tensor | None
+) -> list[Batch]:
+    if settings.calibration.inputs is not None:
+        return read_npz(settings.calibration.inputs, traced, samples=settings.calibration.samples)
+    return token_batches(traced, windows, names=pretrained.inputs) if windows is not None else []
+
+
+def _probe(
+    traced: Traced, pretrained: Pretrained, batches: list[Batch], held_out: Tensor | None, settings: Settings
+) -> Batch:
+    """The inputs that the finished file is verified on: held-out text, else the last batch, else random tokens."""
+    if held_out is None and batches and traced.inputs[0] != "input_ids":
+        return batches[-1].head()
+    generator = torch.Generator().manual_seed(settings.calibration.seed)
+    if traced.inputs[0] != "input_ids":
+        shape = next(n.meta["val"].shape for n in traced.program.graph.nodes if n.name == _user_inputs(traced)[0])
+        return Batch((torch.randn(1, *[int(s) for s in shape[1:]], generator=generator),), None)
+    if held_out is None:
+        vocabulary = pretrained.model.config.get_text_config().vocab_size
+        held_out = torch.randint(0, vocabulary, (1, HELD_OUT), generator=generator)
+    return token_batches(traced, held_out[:1, :HELD_OUT], names=pretrained.inputs)[0]
+
+
+def _user_inputs(traced: Traced) -> list[str]:
+    specs = traced.program.graph_signature.input_specs
+    return [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT"]
+
+
+def _cache_pairs(traced: Traced, parts: Partition) -> list[tuple[str, str]]:
+    """Graph names of every past input and the present output that continues it."""
+    inputs = dict(zip(traced.inputs, parts.inputs, strict=True))
+    outputs = dict(zip(traced.outputs, parts.outputs, strict=True))
+    pasts = [name for name in traced.inputs if name.startswith("past_key_values.")]
+    return [(inputs[name], outputs[name.replace("past_key_values.", "present.")]) for name in pasts]
+
+
+def _store(traced: Traced, params: Mapping[str, Tensor]) -> None:
+    """Put the pruned weights into the program, so that the dense ones can be freed."""
+    state = traced.program.state_dict
+    for key in state:
+        if state[key] is not params[key]:
+            state[key] = torch.nn.Parameter(params[key], requires_grad=False)
+
+
+def _as_stored(params: Mapping[str, Tensor], lowered: list[Lowered], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights as the file holds them: packed values went through the storage dtype once."""
+    packed = {entry.linear.weight for entry in lowered if not entry.reason}
+    return {key: value.to(dtype).float() if key in packed else value for key, value in params.items()}
+
+
+def _evaluate_torch(pretrained: Pretrained, settings: Settings, stages: Stages, console: Console) -> Any:
+    if settings.evaluate is None:
+        return None
+    if pretrained.kind != "causal" or pretrained.tokenizer is None:
+        raise InputError(f"{pretrained.source} is not a language model with a tokenizer, so --eval has no meaning")
+    with stages.run("evaluate dense"):
+        console.progress("evaluating the dense model", 0, 0)
+        return perplexity(torch_logits(pretrained.model), _evaluation_windows(pretrained, settings))
+
+
+def _evaluate_onnx(
+    pretrained: Pretrained, model: Path, settings: Settings, stages: Stages, console: Console
+) -> Any:
+    if settings.evaluate is None:
+        return None
+    with stages.run("evaluate result"):
+        console.progress("evaluating the result", 0, 0)
+        session = CausalSession(open_session(model))
+        return perplexity(onnx_logits(session), _evaluation_windows(pretrained, settings))
+
+
+def _evaluation_windows(pretrained: Pretrained, settings: Settings) -> Tensor:
+    assert settings.evaluate is not None
+    length = min(settings.window, _longest(pretrained) or settings.window)
+    return read_windows(settings.evaluate, pretrained.tokenizer, samples=settings.windows, length=length)
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON-able values."""
+    recipe = settings.recipe
+    return {
+        "pattern": str(recipe.pattern) if recipe else None,
+        "score": recipe.score if recipe else None,
+        "ria_power": recipe.ria_power if recipe else None,
+        "permute": recipe.permute if recipe else None,
+        "skip": list(recipe.skip) if recipe else [],
+        "calibration": str(settings.calibration.inputs or settings.calibration.text),
+        "samples": settings.calibration.samples,
+        "seq_len": settings.calibration.length,
+        "seed": settings.calibration.seed,
+        "dtype": settings.dtype,
+        "ops": settings.ops,
+    }

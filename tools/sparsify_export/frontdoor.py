@@ -1,0 +1,84 @@
+"""What the eval and generate commands do: find model and tokenizer, then call the runtime."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+from transformers import AutoTokenizer
+
+from .passes.errors import InputError
+from .passes.frontend.batches import read_windows
+from .passes.frontend.load import load, load_tokenizer
+from .runtime.evaluate import Perplexity, onnx_logits, perplexity, torch_logits
+from .runtime.generate import Generation
+from .runtime.generate import generate as run_generate
+from .runtime.session import CausalSession, model_file, open_session
+
+
+def evaluate(
+    model: str,
+    text: Path,
+    *,
+    window: int,
+    windows: int | None,
+    tokenizer: str | None,
+    trust_remote_code: bool,
+    progress: Callable[[str, int, int], None],
+) -> Perplexity:
+    """Perplexity of an exported file or of a pretrained model, by the same code.
+
+    Raises:
+        InputError: see ``load``, ``open_session``, ``read_windows`` and ``perplexity``.
+    """
+    if is_export(Path(model)):
+        logits = onnx_logits(CausalSession(open_session(Path(model))))
+        words = tokenizer_of(Path(model), tokenizer)
+    else:
+        pretrained = load(model, trust_remote_code=trust_remote_code)
+        if pretrained.kind != "causal":
+            raise InputError(f"{model} is not a causal language model, so it has no perplexity")
+        logits, words = torch_logits(pretrained.model), pretrained.tokenizer
+        if tokenizer is not None:
+            words = load_tokenizer(tokenizer)
+    return perplexity(logits, read_windows(text, words, samples=windows, length=window), progress=progress)
+
+
+def generate(
+    model: Path, prompt: str, *, max_new_tokens: int, tokenizer: str | None, threads: int | None, kernels: bool
+) -> tuple[str, Generation]:
+    """Continue a prompt; returns the new text and what it took.
+
+    Raises:
+        InputError: see ``open_session`` and ``tokenizer_of``; or the prompt is empty.
+    """
+    words = tokenizer_of(model, tokenizer)
+    session = CausalSession(open_session(model, threads=threads, kernels=kernels))
+    ids = words(prompt, verbose=False)["input_ids"]
+    eos = () if words.eos_token_id is None else (words.eos_token_id,)
+    result = run_generate(session, [ids], max_new_tokens=max_new_tokens, eos=eos)
+    return words.decode(result.tokens[0], skip_special_tokens=True), result
+
+
+def is_export(path: Path) -> bool:
+    """Whether a path is something this tool wrote, rather than a pretrained model."""
+    return path.suffix == ".onnx" or (path / "model.onnx").is_file()
+
+
+def tokenizer_of(model: Path, given: str | None) -> Any:
+    """The tokenizer for an exported file: the one given, the one beside it, or that of the model it was made from.
+
+    Raises:
+        InputError: none of them can be had.
+    """
+    if given is not None:
+        return load_tokenizer(given)
+    file = model_file(model)
+    if (file.parent / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(str(file.parent))
+    properties = {p.key: p.value for p in onnx.load(str(file), load_external_data=False).metadata_props}
+    source = json.loads(properties.get("sparsify.source", "null"))
+    if source is None:
+        raise InputError(f"{model} has no tokenizer beside it and does not say where it came from; give --tokenizer MODEL")
+    return load_tokenizer(source)

@@ -1,0 +1,226 @@
+"""What was gained and what was lost: the report of a compilation, as JSON and as tables."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from .passes.frontend.trace import PREFIX
+from .passes.fx.rewrite import Lowered
+from .passes.pipeline import BlockReport
+from .runtime.benchmark import Row
+from .runtime.evaluate import Perplexity
+from .runtime.verify import Verified
+from .stages import Stage
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity on the same windows: the dense model in torch, the finished file in ONNX Runtime."""
+
+    dense: Perplexity
+    result: Perplexity
+
+
+@dataclass(frozen=True)
+class LinearEntry:
+    """One linear of the model.
+
+    Attributes:
+        path: module path.
+        shape: ``[out_features, in_features]``.
+        pattern: the pattern of its zeros, or None.
+        op: what the file holds: ``linear_nm``, ``linear_bitmask`` or ``MatMul``.
+        reason: why it is a ``MatMul``, or was not pruned; "" otherwise.
+        sparsity: fraction of zeros, counted; None where it was not pruned here.
+        retained_before: score kept by the mask with the channels in their original order.
+        retained_after: score kept as pruned.
+        dense_bytes: its weight in float32.
+        stored_bytes: its weight in the file.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    pattern: str | None
+    op: str
+    reason: str
+    sparsity: float | None
+    retained_before: float | None
+    retained_after: float | None
+    dense_bytes: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is known about one compilation; see the fields of its parts.
+
+    Attributes:
+        source: the model.
+        settings: what was asked for.
+        linears: every linear of the model.
+        blocks: path, error and folds of every block.
+        verified: how the file was run, its error and the error allowed.
+        evaluation: perplexity before and after, or None without ``--eval``.
+        latency: milliseconds with our kernels against the same file run by ONNX Runtime alone.
+        stages: seconds and peak memory.
+        pruning_seconds: what pruning was spent on.
+        file_bytes: the model and its data.
+        dense_linear_bytes: all linears of the repeated layers in float32.
+        stored_linear_bytes: the same as stored.
+    """
+
+    source: str
+    settings: Mapping[str, Any]
+    linears: tuple[LinearEntry, ...]
+    blocks: tuple[Mapping[str, Any], ...]
+    verified: tuple[Mapping[str, Any], ...]
+    evaluation: Evaluation | None
+    latency: tuple[Row, ...]
+    stages: tuple[Stage, ...]
+    pruning_seconds: Mapping[str, float]
+    file_bytes: int
+    dense_linear_bytes: int
+    stored_linear_bytes: int
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def build_report(
+    *,
+    source: str,
+    settings: Mapping[str, Any],
+    blocks: Sequence[BlockReport],
+    lowered: Sequence[Lowered],
+    verified: Sequence[Verified],
+    evaluation: Evaluation | None,
+    latency: Sequence[Row],
+    stages: Sequence[Stage],
+    pruning_seconds: Mapping[str, float],
+    model: Path,
+) -> Report:
+    """Put together what the stages reported."""
+    pruned = {linear.path: linear for block in blocks for linear in block.linears}
+    linears = []
+    for entry in lowered:
+        linear = pruned.get(entry.linear.path)
+        linears.append(
+            LinearEntry(
+                path=entry.linear.path,
+                shape=(entry.linear.out_features, entry.linear.in_features),
+                pattern=linear.pattern if linear else entry.pattern,
+                op=entry.op,
+                reason=(linear.reason if linear and linear.reason else entry.reason),
+                sparsity=linear.sparsity if linear and linear.pattern else None,
+                retained_before=linear.retained_before if linear else None,
+                retained_after=linear.retained_after if linear else None,
+                dense_bytes=entry.dense_bytes,
+                stored_bytes=entry.stored_bytes,
+            )
+        )
+    inside = [entry for entry in linears if entry.path in pruned] or [e for e in linears if e.op != "MatMul"]
+    return Report(
+        source=source,
+        settings=settings,
+        linears=tuple(linears),
+        blocks=tuple({"path": b.path, "error": b.error, "folds": [asdict(f) for f in b.folds]} for b in blocks),
+        verified=tuple({"how": v.how, "error": v.closeness.error, "allowed": v.closeness.budget} for v in verified),
+        evaluation=evaluation,
+        latency=tuple(latency),
+        stages=tuple(stages),
+        pruning_seconds=dict(pruning_seconds),
+        file_bytes=sum(file.stat().st_size for file in (model, model.with_name(model.name + ".data"))),
+        dense_linear_bytes=sum(entry.dense_bytes for entry in inside),
+        stored_linear_bytes=sum(entry.stored_bytes for entry in inside),
+    )
+
+
+def render(report: Report) -> Group:
+    """The report for a terminal: one line a block, every exception in full, the totals, and the proof."""
+    parts: list[Any] = [_blocks(report)] if report.blocks else []
+    dense = [e for e in report.linears if e.op == "MatMul"]
+    if dense and report.settings["ops"] == "sparse":
+        parts.append(_left_dense(dense))
+    parts += [_totals(report), _stages(report)]
+    return Group(*parts)
+
+
+def _blocks(report: Report) -> Table:
+    table = Table(title="Pruned blocks", title_justify="left")
+    for name in ("block", "linears", "pattern", "retained", "folded", "folds", "output error", "bytes"):
+        table.add_column(name, justify="left" if name in ("block", "pattern") else "right")
+    for block in report.blocks:
+        own = [e for e in report.linears if e.path.startswith(f"{block['path']}.") and e.sparsity is not None]
+        if not own:
+            continue
+        weight = [e.shape[0] * e.shape[1] for e in own]
+        before = sum((e.retained_before or 0) * w for e, w in zip(own, weight, strict=True)) / sum(weight)
+        after = sum((e.retained_after or 0) * w for e, w in zip(own, weight, strict=True)) / sum(weight)
+        stored = sum(e.stored_bytes for e in own) / sum(e.dense_bytes for e in own)
+        table.add_row(
+            block["path"].removeprefix(PREFIX),
+            str(len(own)),
+            ", ".join(sorted({e.pattern or "" for e in own})),
+            f"{before:.3f}",
+            f"{after:.3f}",
+            str(len(block["folds"])),
+            f"{block['error']:.3f}",
+            f"{stored:.3f}x",
+        )
+    return table
+
+
+def _left_dense(entries: Sequence[LinearEntry]) -> Table:
+    reasons: dict[str, list[LinearEntry]] = {}
+    for entry in entries:
+        reasons.setdefault(entry.reason, []).append(entry)
+    table = Table("left dense", "why", title="Linears left dense", title_justify="left")
+    for reason, same in reasons.items():
+        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+        table.add_row(f"{same[0].path} {list(same[0].shape)}{more}", reason)
+    return table
+
+
+def _totals(report: Report) -> Table:
+    table = Table("what", "figure", title="Result", title_justify="left")
+    lowered = [e for e in report.linears if e.op != "MatMul"]
+    table.add_row("linears lowered to sparse ops", f"{len(lowered)} of {len(report.linears)}")
+    if report.dense_linear_bytes:
+        ratio = report.stored_linear_bytes / report.dense_linear_bytes
+        sizes = f"{_mb(report.stored_linear_bytes)} of {_mb(report.dense_linear_bytes)} dense fp32"
+        gain = "" if ratio < 1 else ": no gain"
+        table.add_row("their weights", f"{sizes} ({ratio:.3f}x{gain})")
+    table.add_row("file", _mb(report.file_bytes))
+    for row in report.latency:
+        if row.against is not None and row.ratio is not None:
+            gain = f"{row.ratio:.2f}x" if row.ratio > 1 else f"{row.ratio:.2f}x: no gain"
+            table.add_row(
+                row.name, f"{row.model.p50:.1f} ms, same file without our kernels {row.against.p50:.1f} ms ({gain})"
+            )
+    if report.evaluation:
+        dense, result = report.evaluation.dense, report.evaluation.result
+        where = f"{result.windows} windows of {result.window} tokens"
+        table.add_row("perplexity", f"{result.perplexity:.2f}, dense {dense.perplexity:.2f} ({where})")
+    for entry in report.verified:
+        table.add_row(
+            f"verified with {entry['how']}", f"max error {entry['error']:.2e}, allowed {entry['allowed']:.2e}"
+        )
+    return table
+
+
+def _stages(report: Report) -> Text:
+    times = ", ".join(f"{s.name} {s.seconds:.1f} s ({_mb(s.peak_bytes)})" for s in report.stages)
+    inside = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.pruning_seconds.items())
+    text = f"time and peak memory: {times}"
+    return Text(text + (f"\npruning: {inside}" if inside else ""))
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
