@@ -24,6 +24,7 @@ WARM_UP = 2
 AT_LEAST = 5  # runs of a row, however long it takes
 
 Run: TypeAlias = Callable[[], object]
+Progress: TypeAlias = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def bench(
     repeats: int = 20,
     threads: int | None = None,
     row_seconds: float = 10.0,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> BenchReport:
     """Measure ``path``, in turns with ``against``: both open at once, same threads, one run each after the other.
 
@@ -126,20 +127,10 @@ def bench(
     workloads = [_workloads(open_session(p, threads=threads)) for p in paths]
     if len({tuple(w) for w in workloads}) != 1:
         raise InputError(f"{path} and {against} take different inputs and cannot be compared")
-    rows, skipped = [], []
-    for done, name in enumerate(workloads[0]):
-        progress(name, done, len(workloads[0]))
-        runs = [w[name] for w in workloads]
-        try:
-            for run in runs * WARM_UP:
-                run()
-        except Exception as error:  # ONNX Runtime's exceptions have no common base class of their own
-            skipped.append(f"{name}: {str(error).strip().splitlines()[0]}")
-            continue
-        rows.append(_row(name, _alternate(runs, repeats, row_seconds)))
+    rows, skipped = _measure_rows(workloads, tuple(workloads[0]), repeats, row_seconds, progress)
     if not rows:
         raise InputError(f"{path} runs none of the workloads; the first says: {skipped[0]}")
-    return BenchReport(sides[0], sides[1] if against else None, tuple(rows), tuple(skipped), threads or 0)
+    return BenchReport(sides[0], sides[1] if against else None, rows, skipped, threads or 0)
 
 
 def compare_kernels(path: Path, *, repeats: int = 9, row_seconds: float = 5.0) -> tuple[Row, ...]:
@@ -149,14 +140,8 @@ def compare_kernels(path: Path, *, repeats: int = 9, row_seconds: float = 5.0) -
     run: the same model on the same machine, dense. One prefill and one decode row are enough to see a gain or none.
     """
     sides = [_workloads(open_session(path, kernels=kernels)) for kernels in (True, False)]
-    names = [name for name in ("prefill 128", "decode 64", "batch 1") if name in sides[0]]
-    rows = []
-    for name in names:
-        runs = [side[name] for side in sides]
-        for run in runs * WARM_UP:
-            run()
-        rows.append(_row(name, _alternate(runs, repeats, row_seconds)))
-    return tuple(rows)
+    names = tuple(name for name in ("prefill 128", "decode 64", "batch 1") if name in sides[0])
+    return _measure_rows(sides, names, repeats, row_seconds, lambda stage, done, total: None)[0]
 
 
 def render(report: BenchReport) -> Table:
@@ -178,6 +163,24 @@ def render(report: BenchReport) -> Table:
     ops = ", ".join(f"{count} {op}" for op, count in report.model.sparse_ops.items()) or "none"
     table.caption = f"sparse ops run: {ops}; threads: {report.threads or 'as ONNX Runtime decides'}"
     return table
+
+
+def _measure_rows(
+    sides: list[dict[str, Run]], names: tuple[str, ...], repeats: int, seconds: float, progress: Progress
+) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    """Every workload on every side; those the model cannot run are named with what ONNX Runtime says."""
+    rows, skipped = [], []
+    for done, name in enumerate(names):
+        progress(name, done, len(names))
+        runs = [side[name] for side in sides]
+        try:
+            for run in runs * WARM_UP:
+                run()
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class of their own
+            skipped.append(f"{name}: {str(error).strip().splitlines()[0]}")
+            continue
+        rows.append(_row(name, _alternate(runs, repeats, seconds)))
+    return tuple(rows), tuple(skipped)
 
 
 def _alternate(runs: list[Run], repeats: int, seconds: float) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sparsify_export.passes.errors import InputError
 from sparsify_export.runtime import benchmark
-from sparsify_export.runtime.benchmark import bench, render
+from sparsify_export.runtime.benchmark import bench, compare_kernels, render
 
 IMAGES = "g (float[batch, 3, 4, 4] pixel_values) => (float[batch, 3, 4, 4] y) { y = Relu (pixel_values) }"
 TEXT = (
@@ -58,6 +58,14 @@ def test_a_row_that_cannot_run_is_skipped_with_its_reason(onnx_file):
     report = bench(onnx_file(LIMITED, table=np.zeros((1, 128), np.int64)), repeats=1)
     assert [r.name for r in report.rows] == ["prefill 16", "prefill 128"]
     assert report.skipped[0].startswith("prefill 512: ")
+
+
+def test_kernels_against_functions(tiny, onnx_file):
+    rows = compare_kernels(tiny.path, repeats=2)
+    assert [r.name for r in rows] == ["prefill 128", "decode 64"]
+    assert all(r.ratio is not None and r.runs == 2 for r in rows)
+    assert [r.name for r in compare_kernels(onnx_file(IMAGES), repeats=1)] == ["batch 1"]
+    assert compare_kernels(onnx_file(LIMITED, table=np.zeros((1, 100), np.int64))) == ()
 
 
 def test_refuses(tiny, onnx_file, tmp_path):
