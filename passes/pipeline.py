@@ -10,6 +10,7 @@ The order of the passes, each of which may rely on those before it:
 
 import fnmatch
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -141,13 +142,15 @@ def prune(
     timings = timings or Timings()
     chosen = _choose(partition, recipe)
     alive = live_after(partition)
+    readers = Counter(name for part in partition.parts for name in part.inputs)
+    shared = {name for name, count in readers.items() if count > 1}
     states = [start(partition, batch.inputs) for batch in batches]
     check = start(partition, batches[0].head().inputs)
     reports: list[BlockReport] = []
     for index, part in enumerate(partition.parts):
         if part.path:
             reasons = {linear.path: chosen[linear.path] for linear in part.linears}
-            block = _Block(part, partition.params, params, recipe, reasons, cache, timings)
+            block = _Block(part, partition.params, params, recipe, reasons, cache, shared, timings)
             reports.append(block.prune(states, batches, check))
             progress("pruning", len(reports), len(partition.blocks))
         elif not reports:  # the prologue; what follows the last block is nobody's input
@@ -188,6 +191,7 @@ class _Block:
         recipe: Recipe,
         reasons: Mapping[str, str],
         cache: Sequence[tuple[str, str]],
+        shared: set[str],
         timings: Timings,
     ) -> None:
         self.part = part
@@ -198,6 +202,7 @@ class _Block:
         self.reasons = reasons
         self.cache = cache
         self.timings = timings
+        self.shared = shared
         state = {present for _, present in cache}  # the cache may be reordered; everything else must stay
         self.judged = [name for name in part.outputs if name and name not in state]
 
@@ -283,7 +288,8 @@ class _Block:
         if self.recipe.permute == "none" or not isinstance(pattern, NM):
             return []
         began = time.perf_counter()
-        own = {n: self.names[outer] for n, outer in self._placeholders() if outer in self.names}
+        # A weight that another block reads as well must not move: the check of this block would not see it.
+        own = {n: self.names[o] for n, o in self._placeholders() if o in self.names and o not in self.shared}
         spaces = find_channel_spaces(self.part.module, own, cache=self._inner_cache())
         self.timings.add("channel spaces", began)
         folds = []

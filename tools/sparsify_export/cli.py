@@ -282,13 +282,13 @@ def _refuse_ignored(flags: dict[str, object]) -> None:
 
 
 def _settings_table(model: str, out: str, effort: str, settings: Any) -> Table:
-    from .compile import _plain
+    from .compile import plain
 
     table = Table("setting", "value", title="sparsify-export", title_justify="left")
     table.add_row("model", model)
     table.add_row("out", out)
     table.add_row("effort", effort)
-    for name, value in _plain(settings).items():
+    for name, value in plain(settings).items():
         if value not in (None, []):
             table.add_row(name.replace("_", " "), str(value))
     return table

@@ -128,11 +128,11 @@ def compile_model(
     blocks: list[BlockReport] = []
     if settings.recipe is not None:
         with stages.run("prune"):
-            cache = _cache_pairs(traced, parts)
+            cache = cache_pairs(traced, parts)
             blocks = prune(
                 parts, params, settings.recipe, batches, cache=cache, progress=console.progress, timings=timings
             )
-        _store(traced, params)
+        store(traced, params)
     with stages.run("lower"):
         console.progress("lowering", 0, 0)
         probe = _probe(traced, pretrained, batches, held_out, settings)
@@ -142,7 +142,7 @@ def compile_model(
         del params
         target.open()
         try:
-            to_onnx(traced, target.model, metadata={"source": source, "settings": _plain(settings)})
+            to_onnx(traced, target.model, metadata={"source": source, "settings": plain(settings)})
         except BaseException:
             target.discard()
             raise
@@ -156,7 +156,7 @@ def compile_model(
         after = _evaluate_onnx(pretrained, target.model, settings, stages, console)
         report = build_report(
             source=source,
-            settings=_plain(settings),
+            settings=plain(settings),
             blocks=blocks,
             lowered=lowered,
             verified=verified,
@@ -345,7 +345,7 @@ def _user_inputs(traced: Traced) -> list[str]:
     return [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT"]
 
 
-def _cache_pairs(traced: Traced, parts: Partition) -> list[tuple[str, str]]:
+def cache_pairs(traced: Traced, parts: Partition) -> list[tuple[str, str]]:
     """Graph names of every past input and the present output that continues it."""
     inputs = dict(zip(traced.inputs, parts.inputs, strict=True))
     outputs = dict(zip(traced.outputs, parts.outputs, strict=True))
@@ -353,7 +353,7 @@ def _cache_pairs(traced: Traced, parts: Partition) -> list[tuple[str, str]]:
     return [(inputs[name], outputs[name.replace("past_key_values.", "present.")]) for name in pasts]
 
 
-def _store(traced: Traced, params: Mapping[str, Tensor]) -> None:
+def store(traced: Traced, params: Mapping[str, Tensor]) -> None:
     """Put the pruned weights into the program, so that the dense ones can be freed."""
     state = traced.program.state_dict
     for key in state:
@@ -394,7 +394,7 @@ def _evaluation_windows(pretrained: Pretrained, settings: Settings) -> Tensor:
     return read_windows(settings.evaluate, pretrained.tokenizer, samples=settings.windows, length=length)
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
+def plain(settings: Settings) -> dict[str, Any]:
     """The settings as JSON-able values."""
     recipe = settings.recipe
     return {

@@ -1,0 +1,113 @@
+"""Every family through the whole compiler: exact counts, exact patterns, and decoding equal to torch."""
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+import transformers
+from families import CAUSAL, FAMILIES, GROUPED, VOCABULARY, compile_family
+from sparsify_export.calibrate.patterns import NM
+from sparsify_export.passes.equivalence import compare
+from sparsify_export.passes.errors import InputError
+from sparsify_export.passes.frontend.load import describe
+from sparsify_export.passes.frontend.trace import trace
+from sparsify_export.passes.fx.canonical import canonicalise
+from sparsify_export.passes.fx.partition import partition
+from sparsify_export.runtime.inspection import check_pattern, sparse_weights
+from sparsify_export.runtime.session import CausalSession, open_session, sparse_runs
+from sparsify_export.runtime.verify import expect, verify
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    return request.param, compile_family(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def compiled(family):
+    return family[1]
+
+
+def test_exactly_these_linears_are_pruned_and_folded(family):
+    name, compiled = family
+    wanted = FAMILIES[name]
+    pruned = [linear for block in compiled.blocks for linear in block.linears if linear.pattern == "2:4"]
+    assert len(pruned) == wanted.pruned
+    assert sum(len(block.folds) for block in compiled.blocks) == wanted.folded
+    assert [entry.op for entry in compiled.lowered].count("linear_nm") == wanted.pruned
+    assert [entry.op for entry in compiled.lowered].count("MatMul") == wanted.dense
+    assert all(fold.retained_after > fold.retained_before for block in compiled.blocks for fold in block.folds)
+    assert all(linear.retained_after >= linear.retained_before for linear in pruned)
+
+
+def test_file_holds_exactly_2_of_4_and_kept_weights_bit_for_bit(family):
+    name, compiled = family
+    count = check_pattern(compiled.path, NM(2, 4))
+    assert count.weights == FAMILIES[name].pruned
+    stored = {info.path: weight for info, weight in sparse_weights(compiled.path)}
+    linears = {linear.path: linear for part in compiled.parts.blocks for linear in part.linears}
+    assert stored.keys() == linears.keys()
+    for path, weight in stored.items():
+        source = compiled.source[linears[path].weight]
+        assert torch.equal(weight, compiled.params[linears[path].weight])
+        # Folds move rows and columns but change no value.
+        assert torch.isin(weight[weight != 0], source).all()
+        assert not torch.signbit(weight[weight == 0]).any()
+
+
+def test_file_equals_the_model_with_and_without_our_library(compiled):
+    results = verify(compiled.path, compiled.traced, expect(compiled.parts, compiled.params, compiled.probe))
+    assert {result.how.split(",")[0] for result in results} == {"kernels", "functions"}
+
+
+def test_kernels_run_with_the_library_and_functions_without(family, tmp_path):
+    name, compiled = family
+    feed = {n: x.numpy() for n, x in zip(compiled.traced.inputs, compiled.probe.inputs, strict=True)}
+    for kernels, runs in ((True, {"linear_nm": FAMILIES[name].pruned}), (False, {})):
+        session = open_session(compiled.path, kernels=kernels, profile=tmp_path / "profile")
+        session.run(None, feed)
+        assert sparse_runs(session) == runs
+
+
+def test_a_bare_onnx_runtime_opens_the_file(compiled):
+    assert ort.InferenceSession(str(compiled.path), providers=["CPUExecutionProvider"]).get_inputs()
+
+
+def test_decodes_24_tokens_like_torch_without_a_cache_at_batch_2_left_padded(family):
+    name, compiled = family
+    if name not in CAUSAL:
+        pytest.skip("encoders do not decode")
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(3, VOCABULARY, (prompt + 24,), generator=generator) for prompt in (12, 7)]
+    ids = torch.zeros(2, 12 + 24, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(rows):
+        ids[row, -len(text) :], mask[row, -len(text) :] = text, 1
+    session = CausalSession(open_session(compiled.path))
+    logits, past = session.step(ids[:, :12].numpy(), mask[:, :12].numpy(), session.empty_past(2))
+    got = [logits[:, -1:]]
+    for end in range(13, 36):
+        logits, past = session.step(ids[:, end - 1 : end].numpy(), mask[:, :end].numpy(), past)
+        got.append(logits)
+    decoded = torch.from_numpy(np.concatenate(got, axis=1))
+    for row, text in enumerate(rows):
+        with torch.no_grad():
+            baseline = compiled.model(input_ids=text[None], use_cache=False).logits[:, -25:-1]
+            exact = compiled.model.double()(input_ids=text[None], use_cache=False).logits[:, -25:-1]
+        compiled.model.float()
+        close = compare(decoded[row : row + 1], baseline, exact, factor=8.0)
+        assert close.ok, close
+
+
+def test_mixture_of_experts_is_refused_by_name_rather_than_half_pruned():
+    config = transformers.MixtralConfig(**GROUPED, num_local_experts=4)
+    traced = trace(describe(transformers.MixtralForCausalLM(config)))
+    canonicalise(traced.program)
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.experts\.\w+ \[4, .*stack of expert matrices"):
+        partition(traced.program)
+
+
+def test_encoder_decoder_is_refused():
+    config = transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=32)
+    with pytest.raises(InputError, match="encoder-decoder"):
+        describe(transformers.T5ForConditionalGeneration(config))
