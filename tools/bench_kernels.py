@@ -4,8 +4,10 @@
     python -P tools/bench_kernels.py --op nm --tokens 1 --shape 4096x4096 --json
 
 Sparse and dense run in turns, so that both see the same disturbances; the ratio is the median of the ratios of
-neighbours. With one token the weights are cycled through copies of 200 MB or more, so that they come from memory as
-they do in a model; layers of less than 8 MB are also shown as they are in a small model, from cache. The floor is
+neighbours. With one token a session holds as many layers as make 200 MB of packed weights (at most 64), so that they
+come from memory as they do in a model; the time is that of one layer. With more tokens it holds one layer. With
+--threads 1 everything runs in the calling thread and its processor time is taken, which other processes on the machine
+do not stretch (they still share memory and caches). The floor is
 the larger of (bytes / read bandwidth) and (operations on kept weights / peak), both measured here in the same minute.
 """
 
@@ -13,19 +15,18 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from itertools import cycle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
+import sparsify_export
 from onnx import TensorProto, helper
 from rich.console import Console
 from rich.table import Table
-
-import sparsify_export
 from sparsify_export import _native
 
 LIBRARY = str(Path(sparsify_export.__file__).with_name("libsparsify_ort.so"))
@@ -38,16 +39,29 @@ def tensor(name: str, kind: int, array: np.ndarray, shape: tuple[int, ...] | Non
     return helper.make_tensor(name, kind, shape or array.shape, array.tobytes(), raw=True)
 
 
-def session(node: onnx.NodeProto, inits: list[onnx.TensorProto], cols: int, threads: int) -> Callable[..., None]:
-    """Run one node on x [M, cols] in its own session."""
+def session(
+    layers: list[tuple[onnx.NodeProto, list[onnx.TensorProto]]], cols: int, threads: int
+) -> Callable[..., None]:
+    """Run layers one after the other, as a model does, each on x [M, cols] and with its own weights."""
+    nodes, weights, outputs = [], [], []
+    for number, (node, inits) in enumerate(layers):
+        for init in inits:
+            init.name += str(number)
+        node.input[1:] = [init.name for init in inits]
+        node.output[0] = f"y{number}"
+        nodes.append(node)
+        weights.extend(inits)
+        outputs.append(helper.make_tensor_value_info(f"y{number}", TensorProto.FLOAT, None))
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", cols])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("sparsify", 1)]
-    model = helper.make_model(helper.make_graph([node], "g", [x], [y], inits), opset_imports=opsets, ir_version=8)
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], outputs, weights), opset_imports=opsets, ir_version=8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.register_custom_ops_library(LIBRARY)
-    ready = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory() as folder:  # a file of its own for the weights: protobuf ends at 2 GB
+        path = str(Path(folder) / "model.onnx")
+        onnx.save(model, path, save_as_external_data=True, location="weights")
+        ready = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda x: ready.run(None, {"x": x})
 
 
@@ -58,78 +72,77 @@ def halves(values: np.ndarray, kind: str) -> np.ndarray:
     return values.astype({"f32": np.float32, "f16": np.float16}[kind])
 
 
-def sparse_nm(rng: np.random.Generator, rows: int, cols: int, kind: str, n: int, m: int, threads: int):
-    """A random n:m layer: its session and its packed bytes."""
+def sparse_nm(rng: np.random.Generator, rows: int, cols: int, kind: str, n: int, m: int):
+    """A random n:m layer: node, weights and packed bytes."""
     bits = 1 if m == 2 else 2 if m <= 4 else 4 if m <= 16 else 8
     kept = cols // m * n
     order = rng.random((rows, cols // m, m), np.float32).argsort(axis=-1)[..., :n]
     position = np.sort(order, axis=-1).reshape(rows, kept, 1).astype(np.uint8)
-    indices = np.packbits((position >> np.arange(bits, dtype=np.uint8) & 1).reshape(rows, -1), axis=1, bitorder="little")
+    indices = np.packbits(
+        (position >> np.arange(bits, dtype=np.uint8) & 1).reshape(rows, -1), axis=1, bitorder="little"
+    )
     values = halves(rng.standard_normal((rows, kept), np.float32), kind)
     inits = [tensor("v", TYPES[kind][0], values), tensor("i", TensorProto.UINT8, indices)]
     node = helper.make_node("linear_nm", ["x", "v", "i"], ["y"], domain="sparsify", n=n, m=m)
-    return session(node, inits, cols, threads), values.nbytes + indices.nbytes
+    return (node, inits), values.nbytes + indices.nbytes
 
 
-def sparse_bitmask(rng: np.random.Generator, rows: int, cols: int, kind: str, density: float, threads: int):
-    """A random unstructured layer: its session and its packed bytes."""
+def sparse_bitmask(rng: np.random.Generator, rows: int, cols: int, kind: str, density: float):
+    """A random unstructured layer: node, weights and packed bytes."""
     keep = rng.random((rows, cols), np.float32) < density
     values = halves(rng.standard_normal(int(keep.sum()), np.float32), kind)
     mask, starts = np.packbits(keep, axis=1, bitorder="little"), np.r_[0, keep.sum(axis=1).cumsum()].astype(np.int64)
     inits = [tensor("v", TYPES[kind][0], values), tensor("k", TensorProto.UINT8, mask)]
     node = helper.make_node("linear_bitmask", ["x", "v", "k", "r"], ["y"], domain="sparsify")
-    return session(node, [*inits, tensor("r", TensorProto.INT64, starts)], cols, threads), values.nbytes + mask.nbytes
+    return (node, [*inits, tensor("r", TensorProto.INT64, starts)]), values.nbytes + mask.nbytes
 
 
-def dense(rng: np.random.Generator, rows: int, cols: int, threads: int) -> Callable[..., None]:
-    """The dense float32 layer in ONNX Runtime."""
+def dense(rng: np.random.Generator, rows: int, cols: int) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
+    """The dense float32 layer."""
     weight = tensor("w", TensorProto.FLOAT, rng.standard_normal((cols, rows), np.float32))
-    return session(helper.make_node("MatMul", ["x", "w"], ["y"]), [weight], cols, threads)
+    return helper.make_node("MatMul", ["x", "w"], ["y"]), [weight]
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+def seconds(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time of one call."""
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def clock_for(threads: int) -> Callable[[], float]:
+    """Wall time, or for one thread its processor time."""
+    return time.thread_time if threads == 1 else time.perf_counter
 
 
 def limits(threads: int) -> tuple[float, float]:
     """Read bandwidth in byte/s and peak in flop/s, the best of a few tries."""
     _native.set_num_threads(threads)
     data = np.ones(64 << 20, np.float32)
-    bandwidth = data.nbytes / min(seconds(lambda: _native.read_all(data)) for _ in range(7))
+    clock = clock_for(threads)
+    bandwidth = data.nbytes / min(seconds(lambda: _native.read_all(data), clock) for _ in range(7))
     steps = 20_000 if _native.isa() != "portable" else 1_000_000
     flops = _native.fma_burst(1)
-    peak = flops * steps / min(seconds(lambda: _native.fma_burst(steps)) for _ in range(7))
+    peak = flops * steps / min(seconds(lambda: _native.fma_burst(steps), clock) for _ in range(7))
     return bandwidth, peak
 
 
-def measure(make: Callable[[], tuple], make_dense: Callable, tokens: int, cols: int, dense_bytes: int, budget: float):
-    """Median seconds of both, and the median ratio of neighbours."""
-    copies = max(1, -(-200_000_000 // dense_bytes)) if tokens == 1 and dense_bytes >= 8 << 20 else 1
-    made = [make() for _ in range(2 * copies)]  # half the bytes, so twice the copies
-    sparse, ordinary = cycle([run for run, _ in made]), cycle([make_dense() for _ in range(copies)])
+def measure(make: Callable, make_dense: Callable, tokens: int, cols: int, threads: int, budget: float):
+    """Median seconds of one layer of each, the median ratio of neighbours, our best, bytes of a layer, runs."""
+    first, size = make()
+    copies = min(64, -(-200_000_000 // size)) if tokens == 1 else 1
+    sparse = session([first, *(make()[0] for _ in range(copies - 1))], cols, threads)
+    ordinary = session([make_dense() for _ in range(copies)], cols, threads)
     x = np.random.default_rng(1).standard_normal((tokens, cols), np.float32)
-    ours, theirs = [], []
+    for _ in range(2):
+        sparse(x), ordinary(x)
+    ours, theirs, clock = [], [], clock_for(threads)
     deadline = time.perf_counter() + budget
-    for warm in _turns(deadline, 2 * copies + 2):
-        a, b = next(sparse), next(ordinary)
-        pair = seconds(lambda a=a: a(x)), seconds(lambda b=b: b(x))
-        if not warm:
-            ours.append(pair[0])
-            theirs.append(pair[1])
+    while len(ours) < 7 or (time.perf_counter() < deadline and len(ours) < 3000):
+        ours.append(seconds(lambda: sparse(x), clock) / copies)
+        theirs.append(seconds(lambda: ordinary(x), clock) / copies)
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-    return statistics.median(ours), statistics.median(theirs), ratio, min(ours), made[0][1], len(ours)
-
-
-def _turns(deadline: float, warm: int) -> Iterator[bool]:
-    """True while warming up, then False at least 7 times and until the deadline."""
-    yield from [True] * warm
-    for turn in range(3000):
-        if turn >= 7 and time.perf_counter() > deadline:
-            return
-        yield False
+    return statistics.median(ours), statistics.median(theirs), ratio, min(ours), size, len(ours)
 
 
 def main() -> None:
@@ -157,15 +170,15 @@ def main() -> None:
 
                     def make(op=op, kind=kind, rows=rows, cols=cols, rng=rng):
                         if op == "nm":
-                            return sparse_nm(rng, rows, cols, kind, n, m, args.threads)
-                        return sparse_bitmask(rng, rows, cols, kind, args.density, args.threads)
+                            return sparse_nm(rng, rows, cols, kind, n, m)
+                        return sparse_bitmask(rng, rows, cols, kind, args.density)
 
                     ours, theirs, ratio, best, size, runs = measure(
                         make,
-                        lambda rows=rows, cols=cols, rng=rng: dense(rng, rows, cols, args.threads),
+                        lambda rows=rows, cols=cols, rng=rng: dense(rng, rows, cols),
                         tokens,
                         cols,
-                        rows * cols * 4,
+                        args.threads,
                         args.seconds,
                     )
                     density = n / m if op == "nm" else args.density
@@ -189,8 +202,22 @@ def main() -> None:
     if args.json:
         json.dump({"isa": _native.isa(), "threads": args.threads, "results": results}, sys.stdout, indent=1)
         return
-    table = Table(title=f"{_native.isa()}, {args.threads} threads, against ONNX Runtime {onnxruntime.__version__} dense f32")
-    for column in ("op", "type", "N x K", "tokens", "sparse us", "best us", "dense us", "speedup", "of floor", "GB/s", "GFLOP/s"):
+    table = Table(
+        title=f"{_native.isa()}, {args.threads} threads, against ONNX Runtime {onnxruntime.__version__} dense f32"
+    )
+    for column in (
+        "op",
+        "type",
+        "N x K",
+        "tokens",
+        "sparse us",
+        "best us",
+        "dense us",
+        "speedup",
+        "of floor",
+        "GB/s",
+        "GFLOP/s",
+    ):
         table.add_column(column, justify="left" if column in ("op", "type", "N x K") else "right")
     for row in results:
         table.add_row(

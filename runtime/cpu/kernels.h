@@ -3,8 +3,8 @@
 //   x [tokens, cols] float32, y [tokens, rows] float32, both row-major; bias [rows] float32 or null.
 //   y = x W^T + bias for a sparse W [rows, cols], rows = out_features (N), cols = in_features (K).
 //
-// Weights are read in the layout of the file (ONNX Runtime maps it): nothing is repacked. Pointers need no
-// alignment. Weights must have passed formats.h; the kernels do not check again.
+// Weights are read in the layout of the file (ONNX Runtime maps it): nothing is repacked. values, indices and mask need
+// no alignment, the other arrays that of their elements. Weights must have passed formats.h; the kernels do not check.
 // A row of y is computed by one thread in a fixed order, so results do not depend on the number of threads.
 #pragma once
 #include <cstddef>

@@ -93,7 +93,8 @@ Tensor constant(const OrtKernelInfo* info, size_t index, const char* name) {
 int attribute(const OrtKernelInfo* info, const char* name) {
   int64_t value = 0;
   check(ort::KernelInfoGetAttribute_int64(api, info, name, &value));
-  return value < 0 || value > 1024 ? -1 : int(value);  // far outside what check_nm accepts stays outside
+  constexpr int64_t kFar = 1000000000;  // fits an int, and what check_nm refuses stays refused
+  return int(value < -kFar ? -kFar : value > kFar ? kFar : value);
 }
 
 const OrtValue* input(const OrtKernelContext* context, size_t index) {

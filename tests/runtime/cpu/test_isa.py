@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from sparsify_export import _native
 
 ALL = ["avx512", "avx2", "portable"]  # fastest first: a machine that has one has those behind it

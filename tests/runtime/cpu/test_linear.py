@@ -8,11 +8,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from sparsify_export import _native
 from sparsify_export.passes.equivalence import compare
 
-PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (2, 3), (4, 8), (1, 8), (5, 7), (8, 16), (1, 16), (2, 17), (16, 32), (3, 32)]
+PATTERNS = [
+    (1, 2),
+    (2, 4),
+    (1, 4),
+    (3, 4),
+    (2, 3),
+    (4, 8),
+    (1, 8),
+    (5, 7),
+    (8, 16),
+    (1, 16),
+    (2, 17),
+    (16, 32),
+    (3, 32),
+]
 TOKENS = [0, 1, 2, 3, 5, 8, 9, 15, 16, 17, 33, 127, 129]
 DTYPES = ["f32", "f16", "bf16"]
 
@@ -145,7 +158,7 @@ def test_every_half_converts_exactly():
 
 def test_torch_tensors_of_every_type(pack):
     rng = np.random.default_rng(0)
-    values, indices, dense = pack.nm(rng, 9, 64, 2, 4)
+    values, indices, _ = pack.nm(rng, 9, 64, 2, 4)
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     want = _native.linear_nm(x, values, indices, 2, 4)
     assert np.array_equal(_native.linear_nm(x, torch.from_numpy(values), torch.from_numpy(indices), 2, 4), want)
@@ -165,7 +178,10 @@ def test_writes_out_and_nothing_around_it(pack):
             x = rng.standard_normal((tokens, 36), np.float32)
             for run, want in [
                 (lambda out, x=x, v=values, i=indices: _native.linear_nm(x, v, i, 2, 4, out=out), dense),
-                (lambda out, x=x, v=b_values, k=mask, r=row_start: _native.linear_bitmask(x, v, k, r, out=out), b_dense),
+                (
+                    lambda out, x=x, v=b_values, k=mask, r=row_start: _native.linear_bitmask(x, v, k, r, out=out),
+                    b_dense,
+                ),
             ]:
                 guarded = np.full(tokens * rows + 128, 7.0, np.float32)
                 y = guarded[64:-64].reshape(tokens, rows)

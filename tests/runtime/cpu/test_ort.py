@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
-
 import sparsify_export
+from onnx import TensorProto, helper
 from sparsify_export import _native
 
 LIBRARY = str(Path(sparsify_export.__file__).with_name("libsparsify_ort.so"))
@@ -46,7 +45,9 @@ def test_linear_nm_equals_the_native_kernel(pack, dtype, with_bias):
     rng = np.random.default_rng(0)
     values, indices, _ = pack.nm(rng, 300, 512, 2, 4, dtype)
     bias = rng.standard_normal(300, np.float32) if with_bias else None
-    weights = [initializer("v", values, dtype), initializer("i", indices)] + ([initializer("b", bias)] if with_bias else [])
+    weights = [initializer("v", values, dtype), initializer("i", indices)] + (
+        [initializer("b", bias)] if with_bias else []
+    )
     for threads in (1, 2):
         ready = session("linear_nm", weights, ["batch", "sequence", 512], threads, n=2, m=4)
         assert ready.get_outputs()[0].shape == ["batch", "sequence", 300]
@@ -80,7 +81,10 @@ def test_a_bias_may_be_computed_but_must_fit(pack):
     ready = session("linear_nm", weights, [2, 32], inputs=[bias], n=2, m=4)
     x, b = np.ones((2, 32), np.float32), np.arange(5, dtype=np.float32)
     assert np.array_equal(ready.run(None, {"x": x, "b": b})[0], _native.linear_nm(x, values, indices, 2, 4, b))
-    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match=r"up_proj: bias must have shape \[5\], got \[4\]"):
+    with pytest.raises(
+        onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument,
+        match=r"up_proj: bias must have shape \[5\], got \[4\]",
+    ):
         ready.run(None, {"x": x, "b": b[:4]})
 
 
@@ -96,10 +100,10 @@ def test_a_damaged_nm_weight_is_refused_when_the_session_is_made(pack):
     short = initializer("i", np.ascontiguousarray(indices[:, 1:]))
     _refused(r"up_proj: indices must have shape \[5, 4\], got \[5, 3\]", "linear_nm", [v, short], [2, 32], n=2, m=4)
     _refused(r"up_proj: n:m must have .* got 0:4", "linear_nm", [v, i], [2, 32], n=0, m=4)
-    _refused(r"up_proj: n:m must have .* got 2:-1", "linear_nm", [v, i], [2, 32], n=2, m=-7)
+    _refused(r"up_proj: n:m must have .* got 2:-7", "linear_nm", [v, i], [2, 32], n=2, m=-7)
     outside = initializer("i", np.full((5, 4), 255, np.uint8))
     _refused(r"up_proj: indices must be below m = 3, got 3", "linear_nm", [v, outside], [2, 24], n=2, m=3)
-    with pytest.raises(Exception, match="'n'|\"n\"|name:n|attribute"):
+    with pytest.raises(Exception, match=r"'n'|name:n|attribute"):
         session("linear_nm", [v, i], [2, 32], m=4)
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from sparsify_export import _native
 from sparsify_export.passes.equivalence import compare
 

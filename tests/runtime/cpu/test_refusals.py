@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from sparsify_export import _native
 
 
