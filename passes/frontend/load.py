@@ -83,9 +83,12 @@ def describe(model: PreTrainedModel, tokenizer: Any = None, source: str = "model
     """Find out how a model in memory is called.
 
     Raises:
-        InputError: it is an encoder-decoder, whose two halves would need two graphs.
+        InputError: a weight holds NaN or infinity, or it is an encoder-decoder, which would need two graphs.
     """
     model = model.eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise InputError(f"{source} is damaged: {name} holds NaN or infinity")
     if model.config.is_encoder_decoder:
         raise InputError(f"{source} is an encoder-decoder model; only decoders and encoders can be compiled")
     parameters = inspect.signature(model.forward).parameters

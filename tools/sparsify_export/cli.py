@@ -116,7 +116,7 @@ def compile_command(
             terminal.print(_settings_table(model, out, effort, settings))
         report = compiler.compile_model(
             model,
-            Path(out),
+            out,
             settings,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,

@@ -1,5 +1,6 @@
 """The compiler: a pretrained model in, a verified sparse ONNX model and its report out."""
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Console:
 
 def compile_model(
     source: str,
-    out: Path,
+    out: str,
     settings: Settings,
     *,
     trust_remote_code: bool = False,
@@ -138,7 +139,7 @@ def compile_model(
         probe = _probe(traced, pretrained, batches, held_out, settings)
         dtype = DTYPES[settings.dtype]
         lowered = lower_linears(traced.program, dtype=dtype, sparse=settings.ops == "sparse")
-        expected = expect(parts, _as_stored(params, lowered, dtype), probe)
+        expected = expect(parts, as_stored(params, lowered, dtype), probe)
         del params
         target.open()
         try:
@@ -210,19 +211,27 @@ class Target:
         return self.stage / ("model.onnx" if self.folder else self.out.name)
 
     @classmethod
-    def check(cls, out: Path, *, overwrite: bool) -> "Target":
+    def check(cls, name: str, *, overwrite: bool) -> "Target":
         """Refuse what cannot be written before any work is done.
 
         Raises:
-            InputError: an unknown suffix, a missing or unwritable parent, or something is there already.
+            InputError: an unknown suffix, a missing or unwritable parent, or something is there already that may not
+                be replaced.
         """
-        folder = out.suffix == "" or out.is_dir()
+        out = Path(name)
+        folder = name.endswith(("/", os.sep)) or out.suffix == ""
         if not folder and out.suffix != ".onnx":
             raise InputError(f"{out} ends in {out.suffix}; want .onnx, or a folder name without a suffix")
         if out.exists() and not overwrite:
             raise InputError(f"{out} exists already; remove it or give --overwrite")
+        if out.is_dir() != folder and out.exists():
+            raise InputError(f"{out} is {'a file, not a folder' if folder else 'a folder, not a file'}")
+        if folder and out.is_dir() and any(out.iterdir()) and not (out / "report.json").is_file():
+            raise InputError(f"{out} was not written by sparsify-export, so --overwrite will not remove it")
         if not out.parent.is_dir():
             raise InputError(f"{out} cannot be written: {out.parent} is not a folder")
+        if not os.access(out.parent, os.W_OK):
+            raise InputError(f"{out} cannot be written: no permission to write in {out.parent.resolve()}")
         return cls(out, folder, out.with_name(f".{out.name}.partial"))
 
     def open(self) -> None:
@@ -361,7 +370,7 @@ def store(traced: Traced, params: Mapping[str, Tensor]) -> None:
             state[key] = torch.nn.Parameter(params[key], requires_grad=False)
 
 
-def _as_stored(params: Mapping[str, Tensor], lowered: list[Lowered], dtype: torch.dtype) -> dict[str, Tensor]:
+def as_stored(params: Mapping[str, Tensor], lowered: list[Lowered], dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights as the file holds them: packed values went through the storage dtype once."""
     packed = {entry.linear.weight for entry in lowered if not entry.reason}
     return {key: value.to(dtype).float() if key in packed else value for key, value in params.items()}

@@ -1,0 +1,293 @@
+"""The command line: what it writes, and one sentence and exit code 2 for everything a user can get wrong."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from families import VOCABULARY, random_model
+from safetensors.torch import load_file, save_file
+from sparsify_export.cli import main
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
+SHORT = ["--samples", "4", "--seq-len", "32", "--quiet"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A tiny Llama with a tokenizer of 96 words."""
+    path = tmp_path_factory.mktemp("model") / "llama"
+    random_model("llama").save_pretrained(path)
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(np.random.default_rng(0).choice(WORDS, 600)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def refused(capsys, out: Path, *arguments: object) -> str:
+    """Run, expect exit code 2 with one sentence and nothing left behind; returns the sentence."""
+    before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
+    assert main([*map(str, arguments), "-o", str(out)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0, said
+    assert "Traceback" not in said
+    assert (sorted(out.parent.iterdir()) if out.parent.is_dir() else None) == before
+    return said
+
+
+@pytest.fixture(scope="session")
+def exported(folder, text, tmp_path_factory):
+    """A folder written by the command line."""
+    out = tmp_path_factory.mktemp("out") / "sparse"
+    arguments = [str(folder), "--nm", "2:4", "--calibration", str(text), "--eval", str(text), "--window", "32", *SHORT]
+    assert main([*arguments, "-o", f"{out}/"]) == 0
+    return out
+
+
+def test_folder_holds_everything_that_serving_needs(exported):
+    names = {file.name for file in exported.iterdir()}
+    assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "report.json"} <= names
+    report = json.loads((exported / "report.json").read_text())
+    assert report["settings"]["pattern"] == "2:4"
+    assert report["stored_linear_bytes"] <= 0.56 * report["dense_linear_bytes"]
+    assert report["evaluation"]["result"]["window"] == 32
+    assert {entry["how"] for entry in report["verified"]} >= {"kernels", "functions"}
+    assert {row["name"] for row in report["latency"]} == {"prefill 128", "decode 64"} or report["latency"]
+    assert all(entry["error"] <= entry["allowed"] for entry in report["verified"])
+
+
+def test_onnx_name_writes_the_file_and_its_data(folder, tmp_path):
+    out = tmp_path / "model.onnx"
+    assert main([str(folder), "--sparsity", "0.5", "--score", "wanda", "--quiet", *SHORT[:4], "-o", str(out)]) == 0
+    assert {f.name for f in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data", "model.onnx.report.json"}
+
+
+def test_eval_bench_inspect_and_generate_take_what_was_written(exported, text, capsys):
+    assert main(["eval", str(exported), "--text", str(text), "--window", "32"]) == 0
+    assert "18 windows of 32 tokens" in capsys.readouterr().out
+    assert main(["inspect", str(exported)]) == 0
+    assert "2:4" in capsys.readouterr().out
+    assert main(["generate", str(exported), "--prompt", "w1 w2 w3", "--max-new-tokens", "5"]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+    assert main(["bench", str(exported), "--repeats", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"]
+
+
+def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, capsys):
+    out = tmp_path / "dense.onnx"
+    assert main([str(folder), "--quiet", "-o", str(out)]) == 0
+    found = []
+    for model in (folder, out):
+        assert main(["eval", str(model), "--text", str(text), "--window", "64", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_plan_says_that_engines_are_not_built_here(folder, tmp_path, capsys):
+    assert main([str(folder), "--nm", "2:4", "-o", str(tmp_path / "model.plan")]) == 3
+    assert "cannot build TensorRT engines" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_skip_leaves_layers_dense_and_reports_them(folder, text, tmp_path):
+    out = tmp_path / "model.onnx"
+    arguments = [str(folder), "--nm", "2:4", "--calibration", str(text), *SHORT]
+    assert main([*arguments, "--skip", "*.down_proj", "--permute", "none", "-o", str(out)]) == 0
+    linears = json.loads((tmp_path / "model.onnx.report.json").read_text())["linears"]
+    skipped = [e for e in linears if e["reason"] == "skipped by --skip"]
+    assert [e["path"] for e in skipped] == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    assert all(e["op"] == "MatMul" for e in skipped)
+
+
+def test_standard_ops_write_plain_matmul_with_zeros(folder, tmp_path, capsys):
+    out = tmp_path / "model.onnx"
+    assert main([str(folder), "--nm", "2:4", "--ops", "standard", *SHORT, "-o", str(out)]) == 0
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "linear_nm" not in shown
+    assert "2:4" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--nm", "4:4"], "0 < n < m"),
+        (["--nm", "0:4"], "0 < n < m"),
+        (["--nm", "two:4"], "two whole numbers"),
+        (["--sparsity", "0"], "between 0 and 1"),
+        (["--sparsity", "1.5"], "between 0 and 1"),
+        (["--nm", "2:4", "--sparsity", "0.5"], "at most one"),
+        (["--nm", "2:4", "--samples", "0"], "--samples 0"),
+        (["--nm", "2:4", "--ria-power", "-1"], "negative"),
+        (["--nm", "2:4", "--effort", "huge"], "huge"),
+        (["--nm", "2:4", "--skip", "*.no_such_layer"], "matches none of the 14 linears"),
+        (["--nm", "3:7"], "64 is not a multiple of 7"),
+        (["--score", "wanda"], "has no effect without --nm"),
+        (["--nm", "2:4", "--no-such-flag"], "no-such-flag"),
+    ],
+)
+def test_bad_flags(folder, tmp_path, capsys, flags, why):
+    assert why in refused(capsys, tmp_path / "model.onnx", folder, *flags, *SHORT[:0 if "--samples" in flags else 4])
+
+
+def test_missing_model(tmp_path, capsys):
+    assert "does not exist" in refused(capsys, tmp_path / "model.onnx", tmp_path / "nothing", "--nm", "2:4")
+
+
+def test_folder_and_file_that_are_no_model(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "no config.json" in refused(capsys, tmp_path / "m.onnx", tmp_path / "empty")
+    assert "is not a model" in refused(capsys, tmp_path / "m.onnx", tmp_path / "notes.txt")
+
+
+def test_damaged_gguf(tmp_path, capsys):
+    (tmp_path / "a.gguf").write_bytes(b"nonsense")
+    (tmp_path / "b.gguf").write_bytes(b"GGUF" + bytes(20))
+    assert "is not a GGUF file" in refused(capsys, tmp_path / "m.onnx", tmp_path / "a.gguf")
+    assert "cannot load" in refused(capsys, tmp_path / "m.onnx", tmp_path / "b.gguf")
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the model that a test may damage."""
+    path = tmp_path / "copy"
+    path.mkdir()
+    for file in folder.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    return path
+
+
+def test_damaged_safetensors(copy, tmp_path, capsys):
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    assert "cannot load" in refused(capsys, tmp_path / "m.onnx", copy, "--nm", "2:4")
+
+
+def test_nan_in_weights_names_the_layer(copy, tmp_path, capsys):
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert "layers.1.mlp.up_proj.weight holds NaN" in refused(capsys, tmp_path / "m.onnx", copy, "--nm", "2:4", *SHORT)
+
+
+def test_activations_that_overflow_name_the_layer(copy, text, tmp_path, capsys):
+    weights = load_file(copy / "model.safetensors")
+    for name in ("gate_proj", "up_proj"):
+        weights[f"model.layers.1.mlp.{name}.weight"].fill_(3e37)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    said = refused(capsys, tmp_path / "m.onnx", copy, "--nm", "2:4", "--calibration", text, *SHORT)
+    assert "layers.1.mlp.down_proj: activations hold NaN or infinity" in said
+
+
+@pytest.mark.parametrize(("content", "why"), [("", "is empty"), ("  \n", "is empty"), ("w1", "holds 1 tokens")])
+def test_calibration_text_that_is_no_text(folder, tmp_path, capsys, content, why):
+    file = tmp_path / "text.txt"
+    file.write_text(content)
+    assert why in refused(capsys, tmp_path / "m.onnx", folder, "--nm", "2:4", "--calibration", file)
+
+
+def test_calibration_file_that_is_missing_or_no_jsonl(folder, tmp_path, capsys):
+    assert "cannot read" in refused(capsys, tmp_path / "m.onnx", folder, "--nm", "2:4", "--calibration", tmp_path / "x")
+    bad = tmp_path / "text.jsonl"
+    bad.write_text('{"content": "no text field"}\n')
+    assert "JSONL" in refused(capsys, tmp_path / "m.onnx", folder, "--nm", "2:4", "--calibration", bad)
+
+
+def test_calibration_inputs_without_files_or_with_the_wrong_arrays(folder, tmp_path, capsys):
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    arguments = [folder, "--nm", "2:4", "--calibration-inputs", inputs]
+    assert "holds no .npz file" in refused(capsys, tmp_path / "m.onnx", *arguments)
+    np.savez(inputs / "a.npz", input_ids=np.ones((1, 8), np.int64))
+    assert "lacks attention_mask" in refused(capsys, tmp_path / "m.onnx", *arguments)
+
+
+def test_existing_output_stays_unless_overwritten(folder, tmp_path, capsys):
+    out = tmp_path / "model.onnx"
+    out.write_text("precious")
+    assert "exists already" in refused(capsys, out, folder)
+    assert out.read_text() == "precious"
+    assert main([str(folder), "--quiet", "--overwrite", "-o", str(out)]) == 0
+    assert out.stat().st_size > 1000
+
+
+def test_overwrite_never_removes_a_folder_of_somebody_else(folder, tmp_path, capsys):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letters.txt").write_text("dear")
+    assert "was not written by sparsify-export" in refused(capsys, tmp_path / "home", folder, "--overwrite")
+
+
+def test_output_that_cannot_be_written(folder, tmp_path, capsys):
+    assert "ends in .pt" in refused(capsys, tmp_path / "model.pt", folder)
+    assert "is not a folder" in refused(capsys, tmp_path / "no" / "model.onnx", folder)
+    if os.geteuid():  # root may write anywhere
+        tmp_path.chmod(0o500)
+        assert "no permission" in refused(capsys, tmp_path / "model.onnx", folder)
+
+
+def test_disk_that_fills_up_while_writing_leaves_nothing(folder, tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the next write beyond it fails as a full disk does
+    try:
+        assert "cannot write" in refused(capsys, tmp_path / "model.onnx", folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_disk_that_is_too_small_is_refused_before_writing(folder, tmp_path, capsys, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("sparsify_export.passes.onnx.write.psutil.disk_usage", lambda path: usage)
+    assert "the disk has 1000 left" in refused(capsys, tmp_path / "model.onnx", folder)
+
+
+def test_file_that_fails_its_verification_is_kept_as_failed(folder, tmp_path, capsys, monkeypatch):
+    import sparsify_export.compile as compiler
+
+    stored = compiler.as_stored
+
+    def wrong(params, lowered, dtype):
+        return {key: value * 1.5 if value.is_floating_point() else value for key, value in stored(params, lowered, dtype).items()}
+
+    monkeypatch.setattr(compiler, "as_stored", wrong)
+    assert main([str(folder), "--quiet", "-o", str(tmp_path / "model.onnx")]) == 4
+    assert "verification failed: model.onnx differs from the model" in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == ["model.onnx.failed"]
+
+
+def test_ctrl_c_exits_with_130_and_leaves_nothing(folder, tmp_path):
+    command = [sys.executable, "-m", "sparsify_export", str(folder), "--nm", "2:4", "-o", str(tmp_path / "m.onnx")]
+    # The default calibration text is long enough to be interrupted in the middle of.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # the settings are shown before work starts
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert not list(tmp_path.iterdir())
