@@ -16,7 +16,7 @@ namespace sparsify { namespace {
 // T tokens, rows row .. row + R (those at or behind row_last are computed twice, not written).
 template <class V, DType type, int R, int T>
 void decode_bitmask_rows(const BitmaskWeight& w, const float* x, const float* bias, float* y, int64_t row,
-                         int64_t row_last) {
+                         int64_t row_last, int64_t values_ahead, int64_t mask_ahead) {
   constexpr int64_t kSize = int64_t(byte_size(type));
   const char* values[R];
   const uint8_t* mask[R];
@@ -37,6 +37,9 @@ void decode_bitmask_rows(const BitmaskWeight& w, const float* x, const float* bi
     unrolled<R>([&](auto r) SPARSIFY_INLINE {
       uint32_t word;
       std::memcpy(&word, mask[r] + k / 8, 4);
+      prefetch(values[r] + values_ahead);
+      if (kSize == 4) prefetch(values[r] + values_ahead + 64);
+      if (k % 512 == 0) prefetch(mask[r] + k / 8 + mask_ahead);
       unrolled<32 / V::kLanes>([&](auto part) SPARSIFY_INLINE {
         const uint32_t bits = word >> part * V::kLanes & ((1u << V::kLanes) - 1);
         const typename V::F value = V::expand(bits, V::template load_values<type>(values[r]));
@@ -67,16 +70,19 @@ void decode_bitmask_rows(const BitmaskWeight& w, const float* x, const float* bi
 template <class V, DType type>
 void decode_bitmask(const BitmaskWeight& w, const float* x, int64_t tokens, const float* bias, float* y, int64_t row,
                     int64_t row_last) {
+  const int64_t value_bytes = w.row_start[w.rows] / w.rows * int64_t(byte_size(type));  // of a row, on average
   for (; row < row_last; row += 4)
     for (int64_t token = 0; token < tokens;) {  // the rows stay in cache from one group of tokens to the next
       const float* from = x + token * w.cols;
       float* to = y + token * w.rows;
       const int64_t last = row + 4 < row_last ? row + 4 : row_last;
+      const int64_t ahead = token == 0 ? rows_to_prefetch(value_bytes + w.mask_bytes_per_row()) : 0;
+      const int64_t values = ahead * value_bytes, mask = ahead * w.mask_bytes_per_row();
       switch (tokens - token) {
-        case 1: decode_bitmask_rows<V, type, 4, 1>(w, from, bias, to, row, last); token += 1; break;
-        case 2: decode_bitmask_rows<V, type, 4, 2>(w, from, bias, to, row, last); token += 2; break;
-        case 3: decode_bitmask_rows<V, type, 4, 3>(w, from, bias, to, row, last); token += 3; break;
-        default: decode_bitmask_rows<V, type, 4, 4>(w, from, bias, to, row, last); token += 4; break;
+        case 1: decode_bitmask_rows<V, type, 4, 1>(w, from, bias, to, row, last, values, mask); token += 1; break;
+        case 2: decode_bitmask_rows<V, type, 4, 2>(w, from, bias, to, row, last, values, mask); token += 2; break;
+        case 3: decode_bitmask_rows<V, type, 4, 3>(w, from, bias, to, row, last, values, mask); token += 3; break;
+        default: decode_bitmask_rows<V, type, 4, 4>(w, from, bias, to, row, last, values, mask); token += 4; break;
       }
     }
 }

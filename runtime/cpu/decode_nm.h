@@ -21,7 +21,7 @@ constexpr int64_t kDecodeRows = 4;
 // T tokens, rows row .. row + kDecodeRows (those at or behind row_last are computed twice, not written).
 template <class V, DType type, int bits, int T>
 void decode_nm_rows(const NmWeight& w, const float* x, const float* bias, float* y, int64_t row, int64_t row_last,
-                    typename V::I group_start) {
+                    typename V::I group_start, int64_t rows_ahead) {
   constexpr int64_t kSize = int64_t(byte_size(type));
   constexpr int64_t kColumns = 2 * V::kLanes;
   const char* values[kDecodeRows];
@@ -34,11 +34,15 @@ void decode_nm_rows(const NmWeight& w, const float* x, const float* bias, float*
     unrolled<T>([&](auto t) SPARSIFY_INLINE { sum[r][t] = V::zero(); });
   });
 
+  const int64_t values_ahead = rows_ahead * w.kept_per_row() * kSize;
+  const int64_t indices_ahead = rows_ahead * w.index_bytes_per_row();
   typename V::F value[kDecodeRows];
   typename V::I place[kDecodeRows];
   int64_t k = 0, i = 0;  // column, kept value
   for (; k + kColumns <= w.cols; k += kColumns, i += V::kLanes) {
     unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
+      prefetch(values[r] + i * kSize + values_ahead);
+      if (i * bits % 512 == 0) prefetch(indices[r] + i * bits / 8 + indices_ahead);
       value[r] = V::template load_values<type>(values[r] + i * kSize);
       place[r] = V::add(group_start, V::template positions<bits>(indices[r] + i * bits / 8));
     });
@@ -83,15 +87,17 @@ void decode_nm(const NmWeight& w, const float* x, int64_t tokens, const float* b
   uint32_t start[V::kLanes];
   for (int i = 0; i < V::kLanes; ++i) start[i] = uint32_t(i / w.n * w.m);
   const typename V::I group_start = V::load(start);
+  const int64_t row_bytes = w.kept_per_row() * int64_t(byte_size(type)) + w.index_bytes_per_row();
   for (; row < row_last; row += kDecodeRows)
     for (int64_t token = 0; token < tokens;) {  // the rows stay in cache from one group of tokens to the next
+      const int64_t ahead = token == 0 ? rows_to_prefetch(row_bytes) : 0;
       const float* from = x + token * w.cols;
       float* to = y + token * w.rows;
       switch (tokens - token) {
-        case 1: decode_nm_rows<V, type, bits, 1>(w, from, bias, to, row, row_last, group_start); token += 1; break;
-        case 2: decode_nm_rows<V, type, bits, 2>(w, from, bias, to, row, row_last, group_start); token += 2; break;
-        case 3: decode_nm_rows<V, type, bits, 3>(w, from, bias, to, row, row_last, group_start); token += 3; break;
-        default: decode_nm_rows<V, type, bits, 4>(w, from, bias, to, row, row_last, group_start); token += 4; break;
+        case 1: decode_nm_rows<V, type, bits, 1>(w, from, bias, to, row, row_last, group_start, ahead); token += 1; break;
+        case 2: decode_nm_rows<V, type, bits, 2>(w, from, bias, to, row, row_last, group_start, ahead); token += 2; break;
+        case 3: decode_nm_rows<V, type, bits, 3>(w, from, bias, to, row, row_last, group_start, ahead); token += 3; break;
+        default: decode_nm_rows<V, type, bits, 4>(w, from, bias, to, row, row_last, group_start, ahead); token += 4; break;
       }
     }
 }

@@ -14,13 +14,17 @@
 namespace sparsify { namespace {
 
 constexpr int64_t kDecodeTokens = 8;
-constexpr int64_t kTaskBytes = 128 << 10;  // of weights read in one task: a few microseconds
+// Bytes of weights that one task reads: a sixteenth of all, but not so little that a task is over at once, nor so much
+// that threads wait for the last one.
+constexpr int64_t kLeastTaskBytes = 48 << 10, kMostTaskBytes = 512 << 10;
 
 // Calls decode(row, row_last) for tasks of whole groups of 4 rows.
 template <class Decode>
 void for_row_tasks(int64_t rows, int64_t weight_bytes, const Parallel& parallel, const Decode& decode) {
   const int64_t row_bytes = rows ? weight_bytes / rows + 1 : 1;
-  int64_t per_task = (kTaskBytes / row_bytes + 3) / 4 * 4;
+  int64_t bytes = weight_bytes / 16;
+  bytes = bytes < kLeastTaskBytes ? kLeastTaskBytes : bytes > kMostTaskBytes ? kMostTaskBytes : bytes;
+  int64_t per_task = (bytes / row_bytes + 3) / 4 * 4;
   if (per_task < 4) per_task = 4;
   auto task = [&](int64_t index) {
     const int64_t row = index * per_task;
