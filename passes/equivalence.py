@@ -4,6 +4,7 @@ A result may be a small multiple as wrong as the plain expression is in the same
 expression's own error is measured against float64, so no tolerance is ever guessed.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,8 @@ class Closeness:
     """How far a result is from the truth, and how far it may be.
 
     Attributes:
-        error: max ``|got - exact|``; ``inf`` where either holds a NaN or an infinity the other does not.
-        budget: the largest error allowed.
+        error: max ``|got - exact|``; ``inf`` if the result holds a NaN or an infinity.
+        budget: the largest error allowed; not finite if the baseline or the truth is not, and then nothing is.
     """
 
     error: float
@@ -23,8 +24,8 @@ class Closeness:
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within its budget; never true for NaN."""
-        return self.error <= self.budget
+        """Whether the error is within its budget; never true where a NaN or an infinity is involved."""
+        return self.error <= self.budget < math.inf
 
     def __str__(self) -> str:
         return f"max error {self.error:.3e}, allowed {self.budget:.3e}"
