@@ -29,6 +29,7 @@ from onnxscript.values import Opset
 from torch import Tensor
 
 from ... import _native
+from .storage import to_storage
 
 NAME = "linear_bitmask"
 
@@ -95,6 +96,9 @@ def pack(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         ``values``, ``mask`` and ``row_start`` as described at the top of this file.
+
+    Raises:
+        ValueError: a value does not fit ``dtype``.
     """
     stored = weight != 0
     row_start = torch.zeros(len(weight) + 1, dtype=torch.int64)
@@ -102,7 +106,7 @@ def pack(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     padded = torch.nn.functional.pad(stored, (0, -weight.shape[1] % 8))
     bits = padded.reshape(len(weight), -1, 8).to(torch.uint8)
     mask = (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=2, dtype=torch.uint8)
-    return weight[stored].to(dtype), mask, row_start
+    return to_storage(weight[stored], dtype), mask, row_start
 
 
 def unpack(values: Tensor, mask: Tensor, in_features: int) -> Tensor:

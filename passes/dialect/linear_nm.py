@@ -31,6 +31,7 @@ from torch import Tensor
 from ... import _native
 from ...calibrate.masks import nm_keep_mask
 from ...calibrate.patterns import NM, largest_group_count
+from .storage import to_storage
 
 NAME = "linear_nm"
 
@@ -122,7 +123,7 @@ def pack(weight: Tensor, nm: NM, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         ``values`` and ``indices`` as described at the top of this file.
 
     Raises:
-        ValueError: K is not a multiple of m, or a group holds more than n non-zeros.
+        ValueError: K is not a multiple of m, a group holds more than n non-zeros, or a value does not fit ``dtype``.
     """
     out_features, in_features = weight.shape
     if (most := largest_group_count(weight, nm.m)) > nm.n:
@@ -131,8 +132,8 @@ def pack(weight: Tensor, nm: NM, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     keep = nm_keep_mask((weight != 0).float(), nm)
     groups = (out_features, in_features // nm.m, nm.m)
     index = keep.reshape(groups).nonzero()[:, 2].to(torch.uint8).reshape(out_features, -1)
-    values = weight[keep].reshape(out_features, -1).to(dtype)
-    return torch.where(values == 0, 0.0, values).to(dtype), _pack_bits(index, index_bits(nm.m))
+    values = to_storage(weight[keep], dtype).reshape(index.shape)
+    return values, _pack_bits(index, index_bits(nm.m))
 
 
 def unpack(values: Tensor, indices: Tensor, nm: NM) -> Tensor:
