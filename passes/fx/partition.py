@@ -89,7 +89,8 @@ def partition(program: ExportedProgram) -> Partition:
     )
     _refuse_expert_weights(program.graph_module, place, params, last)
     paths = {f"submod_{i}": path for path, i in number.items()}
-    parts = tuple(_part(outer, node, paths, params) for node in outer.graph.nodes if node.op == "call_module")
+    stored = {name: key for name, key in params.items() if key in program.state_dict}
+    parts = tuple(_part(outer, node, paths, stored) for node in outer.graph.nodes if node.op == "call_module")
     user = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     results = outer.graph.output_node().args[0]
     return Partition(parts, params, tuple(user), tuple(n.name for n in results))
@@ -123,13 +124,15 @@ def _refuse_expert_weights(module: GraphModule, place: dict[Node, int], params: 
         for holder in node.all_input_nodes:
             value = holder.meta.get("val")
             if holder.name in params and isinstance(value, torch.Tensor) and value.dim() >= 3 and min(value.shape) > 1:
+                name = params[holder.name].removeprefix(PREFIX)
                 raise InputError(
-                    f"{params[holder.name].removeprefix(PREFIX)} {list(value.shape)} is a stack of expert matrices read "
-                    f"by {node.target}; only linear layers can be pruned, and this model keeps most of its weights there"
+                    f"{name} {list(value.shape)} is a stack of expert matrices "
+                    f"read by {node.target}; only linear layers can be pruned, and most of this model is there"
                 )
 
 
-def _part(outer: GraphModule, node: Node, paths: dict[str, str], params: dict[str, str]) -> Part:
+def _part(outer: GraphModule, node: Node, paths: dict[str, str], stored: dict[str, str]) -> Part:
+    """One part; ``stored`` names the parameters that can be replaced, which constants cannot."""
     module = getattr(outer, str(node.target))
     path = paths.get(str(node.target), "")
     inner = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -140,6 +143,6 @@ def _part(outer: GraphModule, node: Node, paths: dict[str, str], params: dict[st
         outputs = tuple(picks.get(i, "") for i in range(len(results)))
     else:
         outputs = (node.name,)
-    own = {n.name: params[name] for n, name in zip(inner, inputs, strict=True) if name in params}
+    own = {n.name: stored[name] for n, name in zip(inner, inputs, strict=True) if name in stored}
     linears = tuple(find_linears(module.graph, own)) if path else ()
     return Part(path, module, inputs, outputs, linears)

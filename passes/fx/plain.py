@@ -2,8 +2,10 @@
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from .canonical import parameter_names
+from .replace import replace_node
 
 aten = torch.ops.aten
 
@@ -23,9 +25,10 @@ def plain_linears(program: ExportedProgram) -> None:
         if node.op != "call_function" or node.target is not aten.linear.default:
             continue
         x, weight, *bias = node.args
-        if weight.name not in names or len(weight.users) != 1:
+        assert isinstance(weight, Node)
+        key = names.get(weight.name, "")
+        if key not in program.state_dict or len(weight.users) != 1:
             continue
-        key = names[weight.name]
         program.state_dict[key] = torch.nn.Parameter(program.state_dict[key].detach().t().contiguous(), False)
         weight.meta["val"] = weight.meta["val"].t().contiguous()
         with graph.inserting_before(node):
@@ -35,6 +38,5 @@ def plain_linears(program: ExportedProgram) -> None:
             if bias:
                 result = graph.call_function(aten.add.Tensor, (product, bias[0]))
                 result.meta = dict(node.meta)
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
+        replace_node(program, node, result)
     program.graph_module.recompile()

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
-from ...calibrate.patterns import NM, find_pattern
+from ...calibrate.patterns import NM, Pattern, find_pattern
 from ..dialect import linear_bitmask, linear_nm
+from ..errors import InputError
 from .canonical import parameter_names
 from .linears import Linear, find_linears
+from .replace import replace_node
 
 
 @dataclass(frozen=True)
@@ -44,27 +47,38 @@ def lower_linears(
     Before:  y = linear(x, W, b)                             W has N:M structure or enough zeros
     After:   y = sparsify.linear_nm(x, values, indices, b, n, m)
              y = sparsify.linear_bitmask(x, values, mask, row_start, b)
-    Left alone: dense weights, weights that something besides linears reads (tied embeddings), and everything when
-        ``sparse`` is False. A packed form that would not be smaller than the dense one is not made.
+    Left alone: dense weights, weights that something besides linears reads (tied embeddings), weights that are not in
+        the state dict, and everything when ``sparse`` is False. A packed form that would not be smaller than the
+        dense one is not made.
     Numerics: the same products; values are rounded once to ``dtype``.
 
     Args:
         program: a canonical program; its packed weights replace the dense ones in ``state_dict``.
         dtype: how packed values are stored.
         sparse: False only reports.
+
+    Raises:
+        InputError: a weight does not fit ``dtype``.
     """
     names = parameter_names(program)
     nodes = {node.name: node for node in program.graph_module.graph.nodes}
     results = []
     for linear in find_linears(program.graph_module.graph, names):
-        weight = program.state_dict[linear.weight]
         node = nodes[linear.node]
-        dense = weight.numel() * 4
-        pattern, reason = _why_dense(node, weight, dtype, sparse)
-        if reason:
-            results.append(Lowered(linear, pattern and str(pattern), "MatMul", reason, dense, dense))
+        dense = linear.out_features * linear.in_features * 4
+        weight = program.state_dict.get(linear.weight)
+        if weight is None:
+            results.append(Lowered(linear, None, "MatMul", "the weight is a constant, not a parameter", dense, dense))
             continue
-        tensors, attributes, op = _packed(weight.detach(), pattern, dtype)
+        pattern, reason = _why_dense(node, weight, dtype, sparse)
+        if reason or pattern is None:
+            found = None if pattern is None else str(pattern)
+            results.append(Lowered(linear, found, "MatMul", reason, dense, dense))
+            continue
+        try:
+            tensors, attributes, op = _packed(weight.detach(), pattern, dtype)
+        except ValueError as error:
+            raise InputError(f"{linear.path}: {error}; store the weights as fp32 or bf16") from error
         _replace(program, node, op, tensors, attributes)
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         results.append(Lowered(linear, str(pattern), op._opname, "", dense, size))
@@ -73,26 +87,30 @@ def lower_linears(
     return results
 
 
-def _why_dense(node: Node, weight: Tensor, dtype: torch.dtype, sparse: bool) -> tuple[NM | object | None, str]:
+def _why_dense(node: Node, weight: Tensor, dtype: torch.dtype, sparse: bool) -> tuple[Pattern | None, str]:
     """The pattern found in the weight, and the reason why its linear must stay a MatMul ("" if it need not)."""
     pattern = find_pattern(weight.detach())
     if pattern is None:
         return None, "the weight is dense"
     if not sparse:
         return pattern, "--ops standard"
-    if any(user.target is not torch.ops.aten.linear.default for user in node.args[1].users):
+    holder = node.args[1]
+    assert isinstance(holder, Node)
+    if any(user.target is not torch.ops.aten.linear.default for user in holder.users):
         return pattern, "the weight is tied to something that is not a linear"
-    size = (
-        linear_nm.packed_bytes(*weight.shape, pattern, dtype)
-        if isinstance(pattern, NM)
-        else linear_bitmask.packed_bytes(*weight.shape, int(weight.count_nonzero()), dtype)
-    )
+    rows, columns = weight.shape
+    if isinstance(pattern, NM):
+        size = linear_nm.packed_bytes(rows, columns, pattern, dtype)
+    else:
+        size = linear_bitmask.packed_bytes(rows, columns, int(weight.count_nonzero()), dtype)
     if size >= weight.numel() * weight.element_size():
         return pattern, f"packed it would take {size} bytes, dense {weight.numel() * weight.element_size()}"
     return pattern, ""
 
 
-def _packed(weight: Tensor, pattern: object, dtype: torch.dtype) -> tuple[dict[str, Tensor], tuple[int, ...], object]:
+def _packed(
+    weight: Tensor, pattern: Pattern, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], tuple[int, ...], OpOverload]:
     if isinstance(pattern, NM):
         values, indices = linear_nm.pack(weight, pattern, dtype)
         op = torch.ops.sparsify.linear_nm.default
@@ -103,30 +121,35 @@ def _packed(weight: Tensor, pattern: object, dtype: torch.dtype) -> tuple[dict[s
 
 
 def _replace(
-    program: ExportedProgram, node: Node, op: object, tensors: dict[str, Tensor], attributes: Sequence[int]
+    program: ExportedProgram, node: Node, op: OpOverload, tensors: dict[str, Tensor], attributes: Sequence[int]
 ) -> None:
     graph = program.graph_module.graph
     x, weight, *bias = node.args
+    assert isinstance(weight, Node)
     key = parameter_names(program)[weight.name]
-    first = next(iter(graph.nodes))
-    placeholders = []
-    for name, tensor in tensors.items():
-        target = f"{key}.{name}"
-        with graph.inserting_before(first):
-            holder = graph.placeholder(f"{weight.name}_{name}")
-        holder.meta["val"] = weight.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
-        spec = InputSpec(InputKind.BUFFER, TensorArgument(holder.name), target, persistent=True)
-        # Placeholders and specs correspond by position.
-        program.graph_signature.input_specs.insert(len(placeholders), spec)
-        program.state_dict[target] = tensor
-        placeholders.append(holder)
+    holders = [_holder(program, weight, f"{key}.{name}", tensor) for name, tensor in tensors.items()]
     with graph.inserting_before(node):
-        new = graph.call_function(op, (x, *placeholders, bias[0] if bias else None, *attributes))
+        new = graph.call_function(op, (x, *holders, bias[0] if bias else None, *attributes))
     new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    first_names = [n.name for n in graph.nodes if n.op == "placeholder"]
-    assert first_names == [spec.arg.name for spec in program.graph_signature.input_specs]
+    replace_node(program, node, new)
+
+
+def _holder(program: ExportedProgram, weight: Node, key: str, tensor: Tensor) -> Node:
+    """The placeholder of one packed tensor; linears that share a weight share it."""
+    graph = program.graph_module.graph
+    specs = program.graph_signature.input_specs
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for spec, node in zip(specs, placeholders, strict=True):
+        if spec.target == key:
+            return node
+    # Placeholders and specs correspond by position; right behind the dense weight is as good a place as any.
+    index = placeholders.index(weight) + 1
+    with graph.inserting_after(weight):
+        holder = graph.placeholder(f"{weight.name}_{key.rpartition('.')[2]}")
+    holder.meta["val"] = weight.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
+    specs.insert(index, InputSpec(InputKind.BUFFER, TensorArgument(holder.name), key, persistent=True))
+    program.state_dict[key] = tensor
+    return holder
 
 
 def _drop_unused(program: ExportedProgram) -> None:
