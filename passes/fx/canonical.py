@@ -6,6 +6,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from .replace import replace_node
+
 aten = torch.ops.aten
 
 
@@ -14,7 +16,7 @@ def canonicalise(program: ExportedProgram) -> None:
 
     Before:  y = addmm(b, x, W)                 W [in, out]   (GPT-2's Conv1D)
              _assert_tensor_metadata(x, ...)    says what the dtype was while tracing
-             x[:], x.to(x.dtype), dropout(x) in evaluation
+             x[:], x.to(x.dtype), dropout(x) in evaluation, x * 1.0
     After:   y = linear(x, W, b)                W [out, in], in the program's state_dict
              (no assertion)
              x
@@ -29,17 +31,16 @@ def canonicalise(program: ExportedProgram) -> None:
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
         elif _is_identity(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+            replace_node(program, node, node.all_input_nodes[0])
         elif node.target is aten.addmm.default and not node.kwargs:
             bias, x, weight = node.args
-            if weight.op == "placeholder" and weight.name in names and len(weight.users) == 1:
+            assert isinstance(weight, torch.fx.Node)
+            if names.get(weight.name) in program.state_dict and len(weight.users) == 1:
                 _transpose_parameter(program, weight, names[weight.name])
                 with graph.inserting_before(node):
                     linear = graph.call_function(aten.linear.default, (x, weight, bias))
                 linear.meta = dict(node.meta)
-                node.replace_all_uses_with(linear)
-                graph.erase_node(node)
+                replace_node(program, node, linear)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
 
@@ -65,9 +66,15 @@ def _is_identity(node: torch.fx.Node) -> bool:
     if node.target is aten.slice.Tensor:
         start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
         return start in (None, 0) and end in (None, sys.maxsize) and step == 1
+    if node.target is aten.mul.Tensor:  # rotary scaling; the fusion of rotary embeddings looks for cos and sin alone
+        return type(node.args[1]) is float and node.args[1] == 1.0 and _same_type(node)
     if node.target is aten.dropout.default:
         return node.args[2] is False
     if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default):
-        before, after = node.args[0].meta["val"], node.meta["val"]
-        return before.dtype == after.dtype and before.device == after.device
+        return _same_type(node)
     return False
+
+
+def _same_type(node: torch.fx.Node) -> bool:
+    before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
+    return bool(before.dtype == after.dtype and before.device == after.device)
