@@ -34,6 +34,30 @@ class Stack(nn.Module):
         return self.last(x)
 
 
+class ScaledBlock(Block):
+    """A block that reads a table which all blocks share."""
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return super().forward(x * table)
+
+
+class Cached(Stack):
+    """A table for all blocks, and a second result from every block, as rotary tables and the KV cache of a decoder."""
+
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__(layers)
+        self.layers = nn.ModuleList([ScaledBlock(8, 16) for _ in range(layers)])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        table = x.sigmoid()
+        x = self.first(x)
+        kept = []
+        for layer in self.layers:
+            x = layer(x, table)
+            kept.append(x.tanh())
+        return self.last(x), *kept
+
+
 class Wrapped(nn.Module):
     """Puts the same attribute in front of every path as tracing a pretrained model does."""
 

@@ -54,8 +54,8 @@ def run_part_float64(part: Part, values: Values, params: Mapping[str, Tensor], n
 
 
 def live_after(partition: Partition) -> list[set[str]]:
-    """For every part, the names that later parts or the model's outputs still read."""
-    alive = set(partition.outputs)
+    """For every part, the names that later parts still read; not what only the model returns, such as its KV cache."""
+    alive: set[str] = set()
     after = []
     for part in reversed(partition.parts):
         after.append(set(alive))

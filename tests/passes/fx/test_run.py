@@ -1,0 +1,92 @@
+"""Running parts: plainly, with a look inside, and in float64."""
+
+import torch
+from sparsify_export.passes.fx.partition import partition
+from sparsify_export.passes.fx.run import live_after, observe_part, run_part, run_part_float64, start
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import Block, Cached, Stack, export, stack, weights
+
+X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+
+
+class NoFloat32(TorchDispatchMode):
+    """Fails on every operation that returns float32."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            assert not (isinstance(value, Tensor) and value.dtype == torch.float32), f"{func} returned float32"
+        return result
+
+
+class Casting(Block):
+    """A block that casts, makes a constant and splits, as norms and masks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half, other = super().forward(x).to(torch.float32).chunk(2, dim=-1)
+        scale = torch.full((1,), 0.5, dtype=torch.float32)
+        return torch.cat([half * scale, other.softmax(-1, dtype=torch.float32)], dim=-1)
+
+
+def cast_stack() -> Stack:
+    model = stack()
+    model.layers[0] = Casting(8, 16)
+    return model.requires_grad_(False)
+
+
+def test_float64_is_float64_throughout():
+    program = export(cast_stack(), X)
+    parts, params = partition(program), {k: v.double() for k, v in weights(program).items()}
+    values = start(parts, (X.double(),))
+    with NoFloat32():
+        for part in parts.parts:
+            values.update(run_part_float64(part, values, params, parts.params))
+    result = values[parts.outputs[0]]
+    assert result.dtype == torch.float64
+
+
+def test_float64_takes_float32_values_and_weights_as_they_are():
+    model = stack()
+    program = export(model, X)
+    parts, params = partition(program), weights(program)
+    values = start(parts, (X,))
+    for part in parts.parts:
+        values.update(run_part_float64(part, values, params, parts.params))
+    assert torch.equal(values[parts.outputs[0]], model.double()(X.double()))
+    assert all(weight.dtype == torch.float32 for weight in params.values())
+
+
+def test_observes_exactly_the_inputs_of_the_linears_and_changes_nothing():
+    model = stack()
+    program = export(model, X)
+    parts, params = partition(program), weights(program)
+    values = start(parts, (X,))
+    values.update(run_part(parts.parts[0], values, params, parts.params))
+    block = parts.parts[1]
+    seen = {}
+    see = {linear.input: lambda x, name=linear.input: seen.setdefault(name, []).append(x) for linear in block.linears}
+    before = dict(values)
+    observed = observe_part(block, values, params, parts.params, see)
+    assert values == before
+    plain = run_part(block, values, params, parts.params)
+    assert observed.keys() == plain.keys() == set(block.outputs)
+    assert all(torch.equal(observed[name], plain[name]) for name in plain)
+    x = model.first(X)
+    up, down = (linear.input for linear in block.linears)
+    assert {name: len(calls) for name, calls in seen.items()} == {up: 1, down: 1}
+    assert torch.equal(seen[up][0], x)
+    assert torch.equal(seen[down][0], model.layers[0].up(x).relu())
+
+
+def test_only_what_later_parts_read_stays_alive():
+    parts = partition(export(Cached(layers=3).requires_grad_(False), X))
+    prologue, *blocks, _ = parts.parts
+    (table,) = set(prologue.outputs) & set(blocks[0].inputs) & set(blocks[2].inputs)
+    made = set(parts.inputs)
+    for part, later, alive in zip(parts.parts, parts.parts[1:], live_after(parts), strict=False):
+        made |= set(part.outputs)
+        (carried,) = set(part.outputs) & set(later.inputs) - {table}
+        assert alive & made == ({table, carried} if later in blocks else {carried})
+    assert len(parts.outputs) == 4
+    assert live_after(parts)[-1] == set()
