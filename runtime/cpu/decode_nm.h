@@ -8,71 +8,63 @@
 //   place    1  3       |  4  6       | ...     + group start: the operand of one two-register permutation
 //   sum     += value * x[place]                 one FMA
 //
-// Memory is the limit (68 bytes for 16 fp32 values), so the rest only has to keep up: several rows share the loads of
-// x and give independent sums; several tokens share the unpacked values and places.
+// Memory is the limit (68 bytes for 16 fp32 values), so the rest only has to keep up. Rows are read one after another:
+// values and indices are then two plain streams, which the hardware prefetches well; several rows side by side are
+// eight short ones, and measured slower. Independent sums over steps of k hide the latency of the FMA; several tokens
+// share the unpacked values and places.
 #pragma once
 #include "kept_list.h"
 #include "unrolled.h"
 
 namespace sparsify { namespace {
 
-constexpr int64_t kDecodeRows = 4;
+// How far ahead of its use a line is asked for: past the end of the page, where the hardware's streams stop.
+constexpr int64_t kPrefetchBytes = 4 << 10;
 
-// T tokens, rows row .. row + kDecodeRows (those at or behind row_last are computed twice, not written).
+// T tokens, one row.
 template <class V, DType type, int bits, int T>
-void decode_nm_rows(const NmWeight& w, const float* x, const float* bias, float* y, int64_t row, int64_t row_last,
-                    typename V::I group_start, int64_t rows_ahead) {
+void decode_nm_row(const NmWeight& w, const float* x, const float* bias, float* y, int64_t row,
+                   typename V::I group_start) {
   constexpr int64_t kSize = int64_t(byte_size(type));
   constexpr int64_t kColumns = 2 * V::kLanes;
-  const char* values[kDecodeRows];
-  const uint8_t* indices[kDecodeRows];
-  typename V::F sum[kDecodeRows][T];
-  unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
-    const int64_t at = row + r < row_last ? row + r : row_last - 1;
-    values[r] = static_cast<const char*>(w.values) + at * w.kept_per_row() * kSize;
-    indices[r] = w.indices + at * w.index_bytes_per_row();
-    unrolled<T>([&](auto t) SPARSIFY_INLINE { sum[r][t] = V::zero(); });
+  constexpr int kSteps = T <= 2 ? 4 : 2;
+  const char* values = static_cast<const char*>(w.values) + row * w.kept_per_row() * kSize;
+  const uint8_t* indices = w.indices + row * w.index_bytes_per_row();
+  typename V::F sum[kSteps][T];
+  unrolled<kSteps>([&](auto s) SPARSIFY_INLINE {
+    unrolled<T>([&](auto t) SPARSIFY_INLINE { sum[s][t] = V::zero(); });
   });
 
-  const int64_t values_ahead = rows_ahead * w.kept_per_row() * kSize;
-  const int64_t indices_ahead = rows_ahead * w.index_bytes_per_row();
-  typename V::F value[kDecodeRows];
-  typename V::I place[kDecodeRows];
   int64_t k = 0, i = 0;  // column, kept value
-  for (; k + kColumns <= w.cols; k += kColumns, i += V::kLanes) {
-    unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
-      prefetch(values[r] + i * kSize + values_ahead);
-      if (i * bits % 512 == 0) prefetch(indices[r] + i * bits / 8 + indices_ahead);
-      value[r] = V::template load_values<type>(values[r] + i * kSize);
-      place[r] = V::add(group_start, V::template positions<bits>(indices[r] + i * bits / 8));
-    });
+  const auto step = [&](auto s) SPARSIFY_INLINE {
+    prefetch(values + i * kSize + kPrefetchBytes);
+    const typename V::F value = V::template load_values<type>(values + i * kSize);
+    const typename V::I place = V::add(group_start, V::template positions<bits>(indices + i * bits / 8));
     unrolled<T>([&](auto t) SPARSIFY_INLINE {
-      const typename V::F low = V::load(x + t * w.cols + k), high = V::load(x + t * w.cols + k + V::kLanes);
-      unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
-        sum[r][t] = V::fma(value[r], V::select(low, place[r], high), sum[r][t]);
-      });
+      const float* at = x + t * w.cols + k;
+      sum[s][t] = V::fma(value, V::select(V::load(at), place, V::load(at + V::kLanes)), sum[s][t]);
     });
-  }
+    k += kColumns;
+    i += V::kLanes;
+  };
+  prefetch(indices + kPrefetchBytes / 8);
+  while (k + kSteps * kColumns <= w.cols) unrolled<kSteps>(step);
+  while (k + kColumns <= w.cols) step(std::integral_constant<int, 0>());
   if (k < w.cols) {  // the same with the lanes behind the end 0
     const int64_t columns = w.cols - k;
-    unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
-      value[r] = load_some_values<V, type>(values[r] + i * kSize, columns / 2);
-      place[r] = V::add(group_start, load_some_positions<V, bits>(indices[r] + i * bits / 8, columns / 2));
-    });
+    const typename V::F value = load_some_values<V, type>(values + i * kSize, columns / 2);
+    const typename V::I place = V::add(group_start, load_some_positions<V, bits>(indices + i * bits / 8, columns / 2));
     unrolled<T>([&](auto t) SPARSIFY_INLINE {
       const char* at = reinterpret_cast<const char*>(x + t * w.cols + k);
       const typename V::F low = load_some_values<V, DType::f32>(at, columns);
       const typename V::F high = load_some_values<V, DType::f32>(at + V::kLanes * 4, columns - V::kLanes);
-      unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
-        sum[r][t] = V::fma(value[r], V::select(low, place[r], high), sum[r][t]);
-      });
+      sum[0][t] = V::fma(value, V::select(low, place, high), sum[0][t]);
     });
   }
-  unrolled<kDecodeRows>([&](auto r) SPARSIFY_INLINE {
-    if (row + r >= row_last) return;
-    unrolled<T>([&](auto t) SPARSIFY_INLINE {
-      y[t * w.rows + row + r] = V::sum(sum[r][t]) + (bias ? bias[row + r] : 0.0f);
-    });
+  unrolled<T>([&](auto t) SPARSIFY_INLINE {
+    typename V::F all = sum[0][t];
+    unrolled<kSteps - 1>([&](auto s) SPARSIFY_INLINE { all = V::add(all, sum[s + 1][t]); });
+    y[t * w.rows + row] = V::sum(all) + (bias ? bias[row] : 0.0f);
   });
 }
 
@@ -87,17 +79,15 @@ void decode_nm(const NmWeight& w, const float* x, int64_t tokens, const float* b
   uint32_t start[V::kLanes];
   for (int i = 0; i < V::kLanes; ++i) start[i] = uint32_t(i / w.n * w.m);
   const typename V::I group_start = V::load(start);
-  const int64_t row_bytes = w.kept_per_row() * int64_t(byte_size(type)) + w.index_bytes_per_row();
-  for (; row < row_last; row += kDecodeRows)
-    for (int64_t token = 0; token < tokens;) {  // the rows stay in cache from one group of tokens to the next
-      const int64_t ahead = token == 0 ? rows_to_prefetch(row_bytes) : 0;
+  for (; row < row_last; ++row)
+    for (int64_t token = 0; token < tokens;) {  // the row stays in cache from one group of tokens to the next
       const float* from = x + token * w.cols;
       float* to = y + token * w.rows;
       switch (tokens - token) {
-        case 1: decode_nm_rows<V, type, bits, 1>(w, from, bias, to, row, row_last, group_start, ahead); token += 1; break;
-        case 2: decode_nm_rows<V, type, bits, 2>(w, from, bias, to, row, row_last, group_start, ahead); token += 2; break;
-        case 3: decode_nm_rows<V, type, bits, 3>(w, from, bias, to, row, row_last, group_start, ahead); token += 3; break;
-        default: decode_nm_rows<V, type, bits, 4>(w, from, bias, to, row, row_last, group_start, ahead); token += 4; break;
+        case 1: decode_nm_row<V, type, bits, 1>(w, from, bias, to, row, group_start); token += 1; break;
+        case 2: decode_nm_row<V, type, bits, 2>(w, from, bias, to, row, group_start); token += 2; break;
+        case 3: decode_nm_row<V, type, bits, 3>(w, from, bias, to, row, group_start); token += 3; break;
+        default: decode_nm_row<V, type, bits, 4>(w, from, bias, to, row, group_start); token += 4; break;
       }
     }
 }

@@ -14,7 +14,7 @@ from .passes.errors import InputError, VerificationError
 
 DONE, BAD_INPUT, NOT_BUILT, NOT_EQUAL, INTERRUPTED = 0, 2, 3, 4, 130
 
-app = App(name="sparsify-export", help="Compile a pretrained transformer into a sparse one that really is faster.")
+app = App(name="sparsify-export", suppress_keyboard_interrupt=False, help="Compile a pretrained transformer into a sparse one that really is faster.")
 terminal = Terminal(stderr=False)
 errors = Terminal(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
