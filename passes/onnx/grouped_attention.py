@@ -9,7 +9,7 @@ class ShareAttentionHeads(ir.passes.InPlacePass):
     Before:  k [B, kv, T, D] -> Unsqueeze(axis 2) -> Expand [B, kv, g, T, D] -> Reshape [B, kv g, T, D]
              y = Attention(q, k', v')
     After:   y = Attention(q, k, v)         opset 23: query head h reads key head h // g
-    Left alone: keys and values that are not both such a repetition.
+    Left alone: keys and values that are not both such a repetition, and attention that also reads a past.
     Numerics: the same products on the same numbers.
     """
 
@@ -17,7 +17,7 @@ class ShareAttentionHeads(ir.passes.InPlacePass):
         """Rewrite every Attention node of the main graph."""
         modified = False
         for node in model.graph:
-            if node.op_type != "Attention" or node.domain != "":
+            if node.op_type != "Attention" or node.domain != "" or any(node.inputs[4:6]):
                 continue
             keys, values = _repeated(node.inputs[1]), _repeated(node.inputs[2])
             if keys is not None and values is not None:
@@ -39,8 +39,10 @@ def _repeated(value: ir.Value | None) -> ir.Value | None:
     axes = ir.convenience.get_const_tensor(chain[2].inputs[1])
     if axes is None or axes.numpy().reshape(-1).tolist() != [2] or value is None or value.shape is None:
         return None
-    expanded, heads = chain[1].outputs[0].shape, value.shape
-    # Only the new axis may grow: batch, heads, length and width stay as they were.
-    if expanded is None or len(heads) != 4 or len(expanded) != 5:
+    shapes = [value.shape, chain[1].outputs[0].shape, chain[0].outputs[0].shape]
+    if any(shape is None for shape in shapes) or [len(shape) for shape in shapes] != [4, 5, 4]:
         return None
-    return value if (expanded[1], expanded[4]) == (heads[1], heads[3]) else None
+    (_, heads, _, width), (_, kept, times, _, across), (_, repeated, _, last) = shapes
+    # Only the new axis may grow, and only into the heads: the length stays, named or not.
+    same = kept == heads and isinstance(times, int) and repeated == heads * times and across == last == width
+    return value if same else None

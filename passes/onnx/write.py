@@ -1,6 +1,7 @@
 """Write an ONNX model with its weights beside it, every tensor aligned, one tensor in memory at a time."""
 
 import os
+import shutil
 from pathlib import Path
 
 import onnx
@@ -16,7 +17,8 @@ INLINE = 1024  # smaller tensors stay in the model file, where shape inference c
 def write_model(model: ir.Model, path: Path, functions: list[onnx.FunctionProto]) -> None:
     """Write ``path`` and ``path.data``, or neither.
 
-    Both are written beside their final names and renamed when they are whole and the checker accepts them.
+    Both are written into a folder beside them and moved when they are whole and the checker accepts them; until then
+    what was there before stays as it was.
 
     Args:
         model: the model; its weights may be lazy, each is asked for once. They are pointed at the file afterwards.
@@ -28,30 +30,23 @@ def write_model(model: ir.Model, path: Path, functions: list[onnx.FunctionProto]
         onnx.checker.ValidationError: the model is not valid ONNX, which is our mistake.
     """
     data = path.with_name(path.name + ".data")
-    beside = [path.with_name(f".{path.name}.partial"), data.with_name(f".{data.name}.partial")]
+    stage = path.with_name(f".{path.name}.partial")
     try:
         _check_space(model, path)
-        _write_data(model, beside[1], data.name)
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()
+        _write_data(model, stage / data.name, base=path.parent)
         proto = ir.to_proto(model)
         proto.functions.extend(functions)
-        beside[0].write_bytes(proto.SerializeToString())
-        beside[1].replace(data)
-        _check(proto, beside[0])
-        beside[0].replace(path)
+        (stage / path.name).write_bytes(proto.SerializeToString())
+        # By path, so that the external data is looked at too and 2 GB is no limit.
+        onnx.checker.check_model(str(stage / path.name), full_check=False)
+        (stage / data.name).replace(data)
+        (stage / path.name).replace(path)
     except OSError as error:
-        data.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    except BaseException:
-        data.unlink(missing_ok=True)
-        raise
     finally:
-        for file in beside:
-            file.unlink(missing_ok=True)
-
-
-def _check(proto: onnx.ModelProto, file: Path) -> None:
-    # By path, so that the external data is looked at too and 2 GB is no limit.
-    onnx.checker.check_model(str(file), full_check=False)
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _check_space(model: ir.Model, path: Path) -> None:
@@ -62,7 +57,8 @@ def _check_space(model: ir.Model, path: Path) -> None:
         raise InputError(f"cannot write {path}: it takes {need} bytes and the disk has {free} left")
 
 
-def _write_data(model: ir.Model, file: Path, location: str) -> None:
+def _write_data(model: ir.Model, file: Path, *, base: Path) -> None:
+    """Write the large tensors and point the model at them, as if ``file`` lay in ``base`` already."""
     with file.open("wb") as out:
         for value in model.graph.initializers.values():
             tensor = value.const_value
@@ -75,7 +71,7 @@ def _write_data(model: ir.Model, file: Path, location: str) -> None:
             for start in range(0, len(raw), 1 << 20):
                 out.write(raw[start : start + (1 << 20)])
             value.const_value = ir.ExternalTensor(
-                location, offset, len(raw), tensor.dtype, shape=tensor.shape, name=value.name or "", base_dir=file.parent
+                file.name, offset, len(raw), tensor.dtype, shape=tensor.shape, name=value.name or "", base_dir=base
             )
         out.flush()
         os.fsync(out.fileno())
