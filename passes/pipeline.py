@@ -316,7 +316,9 @@ class _Block:
                         raise VerificationError(f"{self.part.path}: folding {space.name} changed its output: {close}")
             self.params.update(folded)
             apply_fold(space, found.order, score, only_present=True)
-            folds.append(FoldReport(space.name.removeprefix(PREFIX), space.size, found.retained_before, found.retained_after))
+            folds.append(
+                FoldReport(space.name.removeprefix(PREFIX), space.size, found.retained_before, found.retained_after)
+            )
             self.timings.add("fold", began)
         return folds
 

@@ -20,6 +20,7 @@ from sparsify_export.passes.pipeline import BlockReport, Recipe, prune
 from transformers.pytorch_utils import Conv1D
 
 VOCABULARY = 96
+TWO_OF_FOUR = NM(2, 4)
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
 GROUPED = {**WIDE, **TEXT, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
@@ -54,7 +55,9 @@ def opt() -> Any:
 
 def gpt2() -> Any:
     ids = {"bos_token_id": 1, "eos_token_id": 2}
-    return t.GPT2LMHeadModel(t.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=128, **ids))
+    return t.GPT2LMHeadModel(
+        t.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=128, **ids)
+    )
 
 
 def vit() -> Any:
@@ -103,7 +106,7 @@ def compile_family(
     name: str,
     folder: Path,
     *,
-    pattern: Pattern | None = NM(2, 4),
+    pattern: Pattern | None = TWO_OF_FOUR,
     dtype: torch.dtype = torch.float32,
     **recipe: Any,
 ) -> Compiled:

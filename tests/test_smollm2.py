@@ -74,7 +74,9 @@ def test_kernels_run_with_the_library_and_functions_without(sparse, tmp_path):
 def test_dense_export_writes_the_same_64_tokens_as_torch(dense, pretrained):
     ids = pretrained.tokenizer(PROMPT)["input_ids"]
     session = CausalSession(open_session(dense))
-    assert generate(session, [ids], max_new_tokens=64).tokens == greedy_torch(pretrained.model, [ids], max_new_tokens=64)
+    assert generate(session, [ids], max_new_tokens=64).tokens == greedy_torch(
+        pretrained.model, [ids], max_new_tokens=64
+    )
 
 
 def test_dense_export_has_the_perplexity_of_torch(dense, pretrained):

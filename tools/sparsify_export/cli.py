@@ -14,7 +14,11 @@ from .passes.errors import InputError, VerificationError
 
 DONE, BAD_INPUT, NOT_BUILT, NOT_EQUAL, INTERRUPTED = 0, 2, 3, 4, 130
 
-app = App(name="sparsify-export", suppress_keyboard_interrupt=False, help="Compile a pretrained transformer into a sparse one that really is faster.")
+app = App(
+    name="sparsify-export",
+    suppress_keyboard_interrupt=False,
+    help="Compile a pretrained transformer into a sparse one that really is faster.",
+)
 terminal = Terminal(stderr=False)
 errors = Terminal(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
@@ -102,8 +106,16 @@ def compile_command(
     _positive("--windows", windows)
     pattern = compiler.parse_pattern(nm, sparsity)
     if pattern is None:
-        _refuse_ignored({"--score": score, "--permute": permute, "--skip": skip or None, "--samples": samples,
-                         "--seq-len": seq_len, "--calibration-inputs": calibration_inputs})
+        _refuse_ignored(
+            {
+                "--score": score,
+                "--permute": permute,
+                "--skip": skip or None,
+                "--samples": samples,
+                "--seq-len": seq_len,
+                "--calibration-inputs": calibration_inputs,
+            }
+        )
     if ria_power < 0:
         raise InputError(f"--ria-power {ria_power:g} is negative; want 0 or more")
     recipe = None
@@ -129,9 +141,17 @@ def compile_command(
 
 
 @app.command(name="eval")
-def eval_command(model: str, /, *, text: Path, window: int = 2048, windows: int | None = None,
-                 tokenizer: str | None = None, json: Annotated[bool, Parameter(negative="")] = False,
-                 trust_remote_code: Annotated[bool, Parameter(negative="")] = False) -> int:
+def eval_command(
+    model: str,
+    /,
+    *,
+    text: Path,
+    window: int = 2048,
+    windows: int | None = None,
+    tokenizer: str | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
     """Perplexity of a model or an exported file over non-overlapping windows of a text.
 
     Args:
@@ -152,21 +172,32 @@ def eval_command(model: str, /, *, text: Path, window: int = 2048, windows: int 
     _positive("--windows", windows)
     with _progress(quiet=json) as console:
         result = frontdoor.evaluate(
-            model, text, window=window, windows=windows, tokenizer=tokenizer,
-            trust_remote_code=trust_remote_code, progress=console.progress,
+            model,
+            text,
+            window=window,
+            windows=windows,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+            progress=console.progress,
         )
     if json:
         terminal.print_json(dumps(asdict(result)))
     else:
-        terminal.print(
-            f"perplexity {result.perplexity:.2f} over {result.windows} windows of {result.window} tokens", highlight=False
-        )
+        where = f"{result.windows} windows of {result.window} tokens"
+        terminal.print(f"perplexity {result.perplexity:.2f} over {where}", highlight=False)
     return DONE
 
 
 @app.command(name="bench")
-def bench_command(model: Path, /, *, against: Path | None = None, repeats: int = 20, threads: int | None = None,
-                  json: Annotated[bool, Parameter(negative="")] = False) -> int:
+def bench_command(
+    model: Path,
+    /,
+    *,
+    against: Path | None = None,
+    repeats: int = 20,
+    threads: int | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
     """Time prefill and decode of an exported file, in turns with another one.
 
     Args:
@@ -205,8 +236,16 @@ def inspect_command(model: Path, /) -> int:
 
 
 @app.command(name="generate")
-def generate_command(model: Path, /, *, prompt: str, max_new_tokens: int = 64, tokenizer: str | None = None,
-                     threads: int | None = None, kernels: bool = True) -> int:
+def generate_command(
+    model: Path,
+    /,
+    *,
+    prompt: str,
+    max_new_tokens: int = 64,
+    tokenizer: str | None = None,
+    threads: int | None = None,
+    kernels: bool = True,
+) -> int:
     """Continue a prompt greedily, with the KV cache.
 
     Args:

@@ -90,7 +90,7 @@ def compile_model(
     *,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    console: Console = Console(),  # noqa: B008  frozen
+    console: Console = Console(),
 ) -> Report:
     """Compile ``source`` to ``out``.
 
@@ -325,9 +325,7 @@ def _example(settings: Settings) -> Mapping[str, Tensor] | None:
     return load_npz(files[0]) if files else None
 
 
-def _batches(
-    traced: Traced, pretrained: Pretrained, settings: Settings, windows: Tensor | None
-) -> list[Batch]:
+def _batches(traced: Traced, pretrained: Pretrained, settings: Settings, windows: Tensor | None) -> list[Batch]:
     if settings.calibration.inputs is not None:
         return read_npz(settings.calibration.inputs, traced, samples=settings.calibration.samples)
     return token_batches(traced, windows, names=pretrained.inputs) if windows is not None else []
@@ -386,9 +384,7 @@ def _evaluate_torch(pretrained: Pretrained, settings: Settings, stages: Stages, 
         return perplexity(torch_logits(pretrained.model), _evaluation_windows(pretrained, settings))
 
 
-def _evaluate_onnx(
-    pretrained: Pretrained, model: Path, settings: Settings, stages: Stages, console: Console
-) -> Any:
+def _evaluate_onnx(pretrained: Pretrained, model: Path, settings: Settings, stages: Stages, console: Console) -> Any:
     if settings.evaluate is None:
         return None
     with stages.run("evaluate result"):

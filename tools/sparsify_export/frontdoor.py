@@ -80,5 +80,5 @@ def tokenizer_of(model: Path, given: str | None) -> Any:
     properties = {p.key: p.value for p in onnx.load(str(file), load_external_data=False).metadata_props}
     source = json.loads(properties.get("sparsify.source", "null"))
     if source is None:
-        raise InputError(f"{model} has no tokenizer beside it and does not say where it came from; give --tokenizer MODEL")
+        raise InputError(f"{model} has no tokenizer and does not name the model it was made from; give --tokenizer")
     return load_tokenizer(source)
