@@ -51,6 +51,7 @@ def _cache(tmp_path_factory, monkeypatch):
 def refused(capsys, out: Path, *arguments: object) -> str:
     """Run, expect exit code 2 with one sentence and nothing left behind; returns the sentence."""
     before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
+    capsys.readouterr()  # what making the model said
     assert main([*map(str, arguments), "-o", str(out)]) == 2
     *notes, said = capsys.readouterr().err.strip().splitlines()  # what was shortened may be said before
     assert said.startswith("sparsify-export: "), said
@@ -105,6 +106,34 @@ def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, cap
         assert main(["eval", str(model), "--text", str(text), "--window", "64", "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out)["perplexity"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_images_are_calibrated_from_npz_files(tmp_path, capsys):
+    random_model("vit").save_pretrained(tmp_path / "vit")
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.savez(inputs / f"{name}.npz", pixel_values=rng.standard_normal((2, 3, 32, 32), np.float32))
+    arguments = [str(tmp_path / "vit"), "--nm", "2:4", "--quiet", "-o", str(tmp_path / "out")]
+    assert "does not take text; give --calibration-inputs" in refused(capsys, tmp_path / "out", *arguments[:4])
+    assert main([*arguments, "--calibration-inputs", str(inputs)]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert sum(entry["op"] == "linear_nm" for entry in report["linears"]) == 12
+    assert [row["name"] for row in report["latency"]] == ["batch 1"]
+
+
+def test_text_encoders_are_calibrated_from_padded_npz_batches(tmp_path, capsys):
+    random_model("bert").save_pretrained(tmp_path / "bert")
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, (4, 20))
+    mask = (np.arange(20) < np.array([[20], [7], [12], [1]])).astype(np.int64)
+    np.savez(inputs / "a.npz", input_ids=ids, attention_mask=mask, token_type_ids=np.zeros_like(ids))
+    arguments = [tmp_path / "bert", "--nm", "2:4"]
+    assert "give --calibration FILE" in refused(capsys, tmp_path / "m.onnx", *arguments)
+    files = [*map(str, arguments), "--calibration-inputs", str(inputs), "--quiet", "-o", str(tmp_path / "m.onnx")]
+    assert main(files) == 0
 
 
 def test_plan_says_that_engines_are_not_built_here(folder, tmp_path, capsys):
