@@ -1,9 +1,11 @@
 """Calibration batches: windows of a text, ``.npz`` files, or text that the model writes itself."""
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +37,20 @@ class Batch:
     cached: int = 0
 
     def head(self) -> "Batch":
-        """The first ``CHECK_TOKENS`` tokens (or the first sample) of the first row: enough to check a rewrite on."""
+        """The first ``CHECK_TOKENS`` tokens, padding in front left out, or the first sample: enough to check a fold."""
         own = self.inputs[: len(self.inputs) - self.cached]
-        text = own[0].dim() == 2
-        short = [x[:1, :CHECK_TOKENS] if text else x[:1] for x in own]
         past = [x[:1] for x in self.inputs[len(own) :]]
-        mask = self.token_mask[:1, :CHECK_TOKENS] if self.token_mask is not None and text else None
-        return Batch((*short, *past), mask, self.cached)
+        if own[0].dim() != 2 or own[0].is_floating_point():
+            return Batch((*(x[:1] for x in own), *past), None, self.cached)
+        begin = 0 if self.token_mask is None else int(self.token_mask[0].int().argmax())
+        window = slice(begin, begin + CHECK_TOKENS)
+        mask = None if self.token_mask is None else self.token_mask[:1, window]
+        return Batch((*(x[:1, window] for x in own), *past), mask, self.cached)
 
 
-def token_batches(traced: Traced, windows: Tensor, *, names: Sequence[str], tokens_per_batch: int = 4096) -> list[Batch]:
+def token_batches(
+    traced: Traced, windows: Tensor, *, names: Sequence[str], tokens_per_batch: int = 4096
+) -> list[Batch]:
     """Cut token windows into batches of a traced text model.
 
     Args:
@@ -78,10 +84,11 @@ def read_windows(path: Path, tokenizer: Any, *, samples: int | None, length: int
         InputError: the file cannot be read, is empty, or is shorter than one window of 2 tokens.
     """
     text = read_text(path)
-    # A prefix is enough for a few windows; 16 characters a token is more than any tokenizer makes of real text.
-    if samples is not None:
-        text = text[: samples * length * 16]
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    # A prefix is enough for a few windows: few texts have 16 characters a token, and those are read whole.
+    prefix = text if samples is None else text[: samples * length * 16]
+    ids = tokenizer(prefix, add_special_tokens=False, verbose=False)["input_ids"]
+    if samples is not None and len(ids) < samples * length and len(prefix) < len(text):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise InputError(f"{path} holds {len(ids)} tokens; calibration and evaluation need at least 2")
     length = min(length, len(ids))
@@ -90,11 +97,15 @@ def read_windows(path: Path, tokenizer: Any, *, samples: int | None, length: int
 
 
 def read_text(path: Path) -> str:
-    """A file's text; of a JSONL file, its ``text`` fields joined by blank lines."""
+    """A file's text; of a JSONL file, its ``text`` fields joined by blank lines.
+
+    Raises:
+        InputError: the file cannot be read, holds no text, or is not JSONL with a ``text`` field on every line.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+            text = "\n\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -108,7 +119,7 @@ def read_npz(folder: Path, traced: Traced, *, samples: int | None) -> list[Batch
     """Read calibration inputs from ``.npz`` files, one batch a file, arrays named like the model's inputs.
 
     Raises:
-        InputError: the folder has no such file, or an array is missing or of the wrong kind.
+        InputError: the folder has no such file, or an array is missing, holds no numbers, or has another batch size.
     """
     files = sorted(folder.glob("*.npz"))
     if not files:
@@ -120,6 +131,9 @@ def read_npz(folder: Path, traced: Traced, *, samples: int | None) -> list[Batch
         if missing := [n for n in names if n not in arrays]:
             raise InputError(f"{file} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}")
         own = [arrays[n] for n in names]
+        if any(x.dim() == 0 or len(x) != len(own[0]) or len(x) == 0 for x in own):
+            sizes = ", ".join(f"{n} {list(x.shape)}" for n, x in zip(names, own, strict=True))
+            raise InputError(f"{file}: want the same number of samples in every array, at least 1; got {sizes}")
         past = [x for pair in empty_past(traced.cache, len(own[0])) for x in pair]
         mask = arrays["attention_mask"].bool() if "attention_mask" in names else None
         batches.append(Batch((*own, *past), mask, len(past)))
@@ -127,13 +141,21 @@ def read_npz(folder: Path, traced: Traced, *, samples: int | None) -> list[Batch
 
 
 def load_npz(file: Path) -> dict[str, Tensor]:
-    """The arrays of one ``.npz`` file as tensors; floats become float32, integers int64. Never unpickles."""
+    """The arrays of one ``.npz`` file as tensors; floats become float32, integers and bools int64. Never unpickles.
+
+    Raises:
+        InputError: the file cannot be read, or an array holds something else than numbers.
+    """
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            loaded = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
-    except (OSError, ValueError) as error:
+        with file.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
+            loaded = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"cannot read {file}: {error}") from error
-    return {name: x.float() if x.is_floating_point() else x.long() for name, x in loaded.items()}
+    for name, array in loaded.items():
+        if array.dtype.kind not in "fiub":
+            raise InputError(f"{file}: {name} holds {array.dtype}; want floats, integers or booleans")
+    kinds = {name: np.float32 if array.dtype.kind == "f" else np.int64 for name, array in loaded.items()}
+    return {name: torch.from_numpy(np.array(array, kinds[name], order="C")) for name, array in loaded.items()}
 
 
 def written_by_itself(
@@ -170,8 +192,11 @@ def written_by_itself(
         for begin in range(0, samples, chunk):
             count = min(chunk, samples - begin)
             ids = torch.full((count, 1), start if isinstance(start, int) else start[0])
-            rows.append(_sample(model, ids, length, lambda n, b=begin, c=count: progress(
-                "writing calibration text", b * length + n * c, samples * length)))
+
+            def step(tokens: int, begin: int = begin, count: int = count) -> None:
+                progress("writing calibration text", begin * length + tokens * count, samples * length)
+
+            rows.append(_sample(model, ids, length, step))
     windows = torch.cat(rows)
     _write_cache(cache, windows)
     return windows
@@ -205,7 +230,12 @@ def _cache_file(pretrained: Pretrained, **settings: int) -> Path:
 
 
 def _write_cache(file: Path, windows: Tensor) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as beside:
+    """Keep the text for the next run; where that is not possible, the next run writes it again."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}.npz")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(beside, input_ids=windows.numpy())
-    Path(beside.name).replace(file)
+        beside.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink()

@@ -72,7 +72,7 @@ def load(source: str, *, trust_remote_code: bool = False) -> Pretrained:
     if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
         raise InputError(f"{source} is damaged: it lacks {len(missing)} weights of the model, e.g. {missing[0]}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, config=config, **options)
+        tokenizer = _tokenizer(where, config=config, **options)
     except Exception:  # a model without a tokenizer is a model all the same; text commands say so when they need one
         tokenizer = None
     return describe(model, tokenizer, source)
@@ -87,9 +87,17 @@ def load_tokenizer(source: str) -> Any:
     where, options = _locate(source)
     try:
         # Said outright: where nothing is said, transformers asks on the terminal whether to run a checkpoint's code.
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        return _tokenizer(where, trust_remote_code=False, **options)
     except Exception as error:
         raise InputError(f"{source} has no tokenizer that can be read: {_first_line(error)}") from error
+
+
+def _tokenizer(where: str, **options: Any) -> Any:
+    """What ``AutoTokenizer`` finds; an empty one, which it makes up where there is no vocabulary, is none."""
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError("its vocabulary is empty")
+    return tokenizer
 
 
 def describe(model: PreTrainedModel, tokenizer: Any = None, source: str = "model") -> Pretrained:
