@@ -136,7 +136,8 @@ def prune(
         timings: seconds per stage are added here.
 
     Raises:
-        InputError: nothing can be pruned, ``skip`` matches nothing, or weights or activations hold NaN.
+        InputError: nothing can be pruned, ``skip`` matches nothing, weights or activations hold NaN, or the batches
+            hold nothing but padding.
         VerificationError: a fold changed what its block computes.
     """
     timings = timings or Timings()
@@ -256,7 +257,13 @@ class _Block:
             look = {node: lambda x, node=node: see(node, x) for node in statistics}
             results = observe_part(self.part, values, self.params, self.names, look)
             dense.append({name: value for name, value in results.items() if name in self.judged})
-        return {node: statistic.norm() for node, statistic in statistics.items()}, dense
+        norms = {}
+        for node, statistic in statistics.items():
+            try:
+                norms[node] = statistic.norm()
+            except ValueError as error:
+                raise InputError(f"{first[node].path}: {error}") from error
+        return norms, dense
 
     def _score(self, linear: Linear, norm: Tensor) -> Tensor:
         weight = self.params[linear.weight]
