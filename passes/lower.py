@@ -4,8 +4,9 @@ import ast
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -21,7 +22,7 @@ from .onnx.grouped_attention import ShareAttentionHeads
 from .onnx.write import write_model
 
 OPSET = 23
-TRANSLATION = {
+TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.sparsify.linear_nm.default: linear_nm.to_onnx,
     torch.ops.sparsify.linear_bitmask.default: linear_bitmask.to_onnx,
 }
@@ -80,7 +81,8 @@ def _export(program: ExportedProgram) -> ir.Model:
             )
     finally:
         log.setLevel(level)
-    model = exported.model
+    assert exported is not None  # only with an ``f`` to write to would there be nothing to return
+    model: ir.Model = exported.model
     common.InlinePass()(model)
     fold_constants_ir(model)
     onnx_fusions.fuse(model)

@@ -61,7 +61,7 @@ def token_batches(
     """
     rows = max(1, tokens_per_batch // windows.shape[1])
     batches = []
-    for ids in windows.split(rows):
+    for ids in torch.split(windows, rows):
         known = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
         past = [x for pair in empty_past(traced.cache, len(ids)) for x in pair]
         batches.append(Batch((*(known[name] for name in names), *past), None, len(past)))

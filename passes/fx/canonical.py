@@ -64,10 +64,13 @@ def _transpose_parameter(program: ExportedProgram, placeholder: torch.fx.Node, k
 def _is_identity(node: torch.fx.Node) -> bool:
     """Whether the node returns its first argument as it is."""
     if node.target is aten.slice.Tensor:
-        start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
+        given: list[object] = list(node.args[2:])
+        defaults: list[object] = [None, None, 1]
+        start, end, step = given + defaults[len(given) :]
         return start in (None, 0) and end in (None, sys.maxsize) and step == 1
     if node.target is aten.mul.Tensor:  # rotary scaling; the fusion of rotary embeddings looks for cos and sin alone
-        return type(node.args[1]) is float and node.args[1] == 1.0 and _same_type(node)
+        factor = node.args[1]
+        return isinstance(factor, float) and factor == 1.0 and _same_type(node)
     if node.target is aten.dropout.default:
         return node.args[2] is False
     if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default):

@@ -4,6 +4,7 @@ import operator
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -91,9 +92,9 @@ def partition(program: ExportedProgram) -> Partition:
     paths = {f"submod_{i}": path for path, i in number.items()}
     stored = {name: key for name, key in params.items() if key in program.state_dict}
     parts = tuple(_part(outer, node, paths, stored) for node in outer.graph.nodes if node.op == "call_module")
-    user = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
-    results = outer.graph.output_node().args[0]
-    return Partition(parts, params, tuple(user), tuple(n.name for n in results))
+    user = tuple(str(spec.arg.name) for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT")
+    results: Any = outer.graph.output_node().args[0]
+    return Partition(parts, params, user, tuple(str(result.name) for result in results))
 
 
 def _repeated_layers(module: GraphModule) -> list[str]:
@@ -133,14 +134,15 @@ def _refuse_expert_weights(module: GraphModule, place: dict[Node, int], params: 
 
 def _part(outer: GraphModule, node: Node, paths: dict[str, str], stored: dict[str, str]) -> Part:
     """One part; ``stored`` names the parameters that can be replaced, which constants cannot."""
-    module = getattr(outer, str(node.target))
+    module: GraphModule = getattr(outer, str(node.target))
+    arguments: Any = node.args
     path = paths.get(str(node.target), "")
     inner = [n for n in module.graph.nodes if n.op == "placeholder"]
-    inputs = tuple(argument.name for argument in node.args)
+    inputs = tuple(str(argument.name) for argument in arguments)
     results = module.graph.output_node().args[0]
     if isinstance(results, tuple | list):
-        picks = {int(user.args[1]): user.name for user in node.users if user.target is operator.getitem}
-        outputs = tuple(picks.get(i, "") for i in range(len(results)))
+        picks = {user.args[1]: user.name for user in node.users if user.target is operator.getitem}
+        outputs: tuple[str, ...] = tuple(picks.get(i, "") for i in range(len(results)))
     else:
         outputs = (node.name,)
     own = {n.name: stored[name] for n, name in zip(inner, inputs, strict=True) if name in stored}

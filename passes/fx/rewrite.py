@@ -138,14 +138,14 @@ def _holder(program: ExportedProgram, weight: Node, key: str, tensor: Tensor) ->
     """The placeholder of one packed tensor; linears that share a weight share it."""
     graph = program.graph_module.graph
     specs = program.graph_signature.input_specs
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    placeholders: list[Node] = [node for node in graph.nodes if node.op == "placeholder"]
     for spec, node in zip(specs, placeholders, strict=True):
         if spec.target == key:
             return node
     # Placeholders and specs correspond by position; right behind the dense weight is as good a place as any.
     index = placeholders.index(weight) + 1
     with graph.inserting_after(weight):
-        holder = graph.placeholder(f"{weight.name}_{key.rpartition('.')[2]}")
+        holder: Node = graph.placeholder(f"{weight.name}_{key.rpartition('.')[2]}")
     holder.meta["val"] = weight.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
     specs.insert(index, InputSpec(InputKind.BUFFER, TensorArgument(holder.name), key, persistent=True))
     program.state_dict[key] = tensor

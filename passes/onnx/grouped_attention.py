@@ -36,11 +36,12 @@ def _repeated(value: ir.Value | None) -> ir.Value | None:
             return None
         chain.append(producer)
         value = producer.inputs[0]
-    axes = ir.convenience.get_const_tensor(chain[2].inputs[1])
-    if axes is None or axes.numpy().reshape(-1).tolist() != [2] or value is None or value.shape is None:
+    axis = chain[2].inputs[1]
+    axes = None if axis is None else ir.convenience.get_const_tensor(axis)
+    if value is None or axes is None or axes.numpy().reshape(-1).tolist() != [2]:
         return None
-    shapes = [value.shape, chain[1].outputs[0].shape, chain[0].outputs[0].shape]
-    if any(shape is None for shape in shapes) or [len(shape) for shape in shapes] != [4, 5, 4]:
+    shapes = [tuple(v.shape or ()) for v in (value, chain[1].outputs[0], chain[0].outputs[0])]
+    if [len(shape) for shape in shapes] != [4, 5, 4]:  # or not known
         return None
     (_, heads, _, width), (_, kept, times, _, across), (_, repeated, _, last) = shapes
     # Only the new axis may grow, and only into the heads: the length stays, named or not.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from ..errors import InputError
 
@@ -71,7 +71,13 @@ def _write_data(model: ir.Model, file: Path, *, base: Path) -> None:
             for start in range(0, len(raw), 1 << 20):
                 out.write(raw[start : start + (1 << 20)])
             value.const_value = ir.ExternalTensor(
-                file.name, offset, len(raw), tensor.dtype, shape=tensor.shape, name=value.name or "", base_dir=base
+                file.name,
+                offset,
+                len(raw),
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
+                base_dir=base,
             )
         out.flush()
         os.fsync(out.fileno())
