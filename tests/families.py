@@ -68,7 +68,7 @@ FAMILIES = {
     "llama": Family(lambda: t.LlamaForCausalLM(t.LlamaConfig(**GROUPED)), 14, 6, 1),
     "qwen3": Family(lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**GROUPED)), 14, 6, 1),
     "gemma3": Family(gemma3, 14, 6, 1),
-    "phi3": Family(lambda: t.Phi3ForCausalLM(t.Phi3Config(**{**GROUPED, "head_dim": None})), 8, 6, 1),
+    "phi3": Family(lambda: t.Phi3ForCausalLM(t.Phi3Config(**GROUPED)), 8, 6, 1),
     "opt": Family(opt, 12, 10, 1),
     "gpt2": Family(gpt2, 8, 10, 1),
     "bert": Family(lambda: t.BertForMaskedLM(t.BertConfig(**WIDE, **TEXT)), 12, 10, 2),
