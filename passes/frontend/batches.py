@@ -219,12 +219,14 @@ def _sample(model: Any, ids: Tensor, length: int, step: Callable[[int], None]) -
 
 
 def _cache_file(pretrained: Pretrained, **settings: int) -> Path:
+    """Named by everything that decides the text: settings, configuration, and every weight, bit by bit."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(pretrained.model.config.to_json_string().encode())
     for name, weight in sorted(pretrained.model.state_dict().items()):
-        # A stride through every tensor tells checkpoints apart without reading them whole.
-        flat = weight.detach().flatten()
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(flat[:: max(1, flat.numel() // 64)].float().numpy().tobytes())
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+        digest.update(
+            weight.detach().contiguous().view(torch.uint8).numpy() if weight.dim() else str(weight.item()).encode()
+        )
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "sparsify-export" / f"self-{digest.hexdigest()[:24]}.npz"
 
