@@ -30,7 +30,7 @@ $(VENV)/smollm2: $(VENV)/dependencies
 demo: setup $(VENV)/smollm2
 	mkdir -p $(OUT)
 	model=$$($(PY) tools/smollm2.py) && \
-	$(BIN)/sparsify-export $$model --nm 2:4 --overwrite -o $(OUT)/sparse && \
+	$(BIN)/sparsify-export $$model --nm 2:4 --samples 16 --overwrite -o $(OUT)/sparse && \
 	$(BIN)/sparsify-export $$model --overwrite --quiet -o $(OUT)/dense && \
 	$(BIN)/sparsify-export generate $(OUT)/sparse --prompt "The capital of France is" --max-new-tokens 48 && \
 	$(BIN)/sparsify-export bench $(OUT)/sparse --against $(OUT)/dense
