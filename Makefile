@@ -33,7 +33,7 @@ demo: setup $(VENV)/smollm2
 	$(BIN)/sparsify-export $$model --nm 2:4 --samples 16 --overwrite -o $(OUT)/sparse && \
 	$(BIN)/sparsify-export $$model --overwrite --quiet -o $(OUT)/dense && \
 	$(BIN)/sparsify-export generate $(OUT)/sparse --prompt "The capital of France is" --max-new-tokens 48 && \
-	$(BIN)/sparsify-export bench $(OUT)/sparse --against $(OUT)/dense
+	$(BIN)/sparsify-export bench $(OUT)/sparse --against $(OUT)/dense --repeats 10
 
 lint: setup
 	$(BIN)/ruff check .

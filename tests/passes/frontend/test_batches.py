@@ -274,10 +274,10 @@ def test_own_text_needs_a_model_that_writes(cache):
 
 
 def test_tokens_are_drawn_by_their_probability():
-    assert batches._draw(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])).tolist() == [[1], [2]]
+    assert module._draw(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])).tolist() == [[1], [2]]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        drawn = batches._draw(torch.tensor([[0.2, 0.0, 0.5, 0.3]]).expand(20_000, 4)).flatten()
+        drawn = module._draw(torch.tensor([[0.2, 0.0, 0.5, 0.3]]).expand(20_000, 4)).flatten()
     share = drawn.bincount(minlength=4) / len(drawn)
     # Five standard deviations of a share of 20,000 draws.
     assert torch.allclose(share, torch.tensor([0.2, 0.0, 0.5, 0.3]), rtol=0, atol=5 * 0.5 / 20_000**0.5)
