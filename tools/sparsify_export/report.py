@@ -18,7 +18,6 @@ from .runtime.evaluate import Perplexity
 from .runtime.verify import Verified
 from .stages import Stage
 
-
 NO_GAIN = 1.05
 """A speed-up below this is within what repeated runs differ by, and is called none."""
 
