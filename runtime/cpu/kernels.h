@@ -12,12 +12,28 @@
 
 namespace sparsify {
 
-enum class DType : uint8_t { f32, f16, bf16 };
+enum class DType : uint8_t { f32, f16, bf16, i8, i4 };
 
-constexpr size_t byte_size(DType type) { return type == DType::f32 ? 4 : 2; }
+constexpr bool is_quantised(DType type) { return type == DType::i8 || type == DType::i4; }
+
+constexpr size_t byte_size(DType type) { return type == DType::f32 ? 4 : type == DType::i8 ? 1 : 2; }  // not i4
+
+// Bytes that `count` neighbouring values take; two 4-bit values share a byte, the first in the lower half.
+constexpr int64_t stored_bytes(DType type, int64_t count) {
+  return type == DType::f32 ? 4 * count : type == DType::i8 ? count : type == DType::i4 ? (count + 1) / 2 : 2 * count;
+}
+
+// Quantised weights (i8, i4): W[n, k] = code * scale, code a signed integer; 4-bit codes are stored with 8 added.
+//   i8   scales [rows] float32                         one for each row
+//   i4   scales [rows, ceil(cols / group)] float16     one for each `group` neighbouring columns, group 32, 64 or 128
+// Their activations are quantised as well, each token by itself, before anything is multiplied:
+//   step = max |x| / 127,   code = x / step rounded to nearest, ties to even,   x is replaced by code * step.
+// A step below the smallest normal float32 counts as 0, and so do the token's codes; a token with an infinity or a NaN
+// gives NaN in every row.
 
 // N:M, n kept of every m neighbours along cols.
 //   values  [rows, cols / m * n]                 group after group, ascending position in a group
+//                                                (i4: bytes [rows, ceil(cols / m * n / 2)])
 //   indices [rows, ceil(cols / m * n * b / 8)]   position of each value in its group, b bits, lowest bits first
 struct NmWeight {
   int64_t rows, cols;
@@ -25,22 +41,31 @@ struct NmWeight {
   DType type;
   const void* values;
   const uint8_t* indices;
+  const void* scales;  // null unless quantised
+  int64_t group;       // columns that share a scale; 0 unless i4
 
   int64_t kept_per_row() const { return cols / m * n; }
+  int64_t value_bytes_per_row() const { return stored_bytes(type, kept_per_row()); }
   int index_bits() const { return m <= 2 ? 1 : m <= 4 ? 2 : m <= 16 ? 4 : 8; }
   int64_t index_bytes_per_row() const { return (kept_per_row() * index_bits() + 7) / 8; }
 };
 
+// Columns of a bitmask row whose 4-bit values begin on a byte of their own.
+constexpr int64_t kNibbleColumns = 64;
+
 // Unstructured: one bit a weight.
 //   mask      [rows, ceil(cols / 8)]  bit k % 8 of byte k / 8 set = weight k is kept
-//   values    [nnz]                   row after row, ascending k
-//   row_start [rows + 1]              first value of each row, then nnz
+//   values    [stored]                row after row, ascending k; stored = nnz, or for i4 bytes: two values each, every
+//                                     64 columns of a row begin a new byte
+//   row_start [rows + 1]              first element of `values` of each row, then their number
 struct BitmaskWeight {
   int64_t rows, cols;
   DType type;
   const void* values;
   const uint8_t* mask;
   const int64_t* row_start;
+  const void* scales;  // null unless quantised
+  int64_t group;       // columns that share a scale; 0 unless i4
 
   int64_t mask_bytes_per_row() const { return (cols + 7) / 8; }
 };

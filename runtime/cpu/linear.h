@@ -123,6 +123,7 @@ void linear_nm(const NmWeight& w, const float* x, int64_t tokens, const float* b
     case DType::f32: return linear_nm_bits<V, DType::f32>(w, x, tokens, bias, y, parallel);
     case DType::f16: return linear_nm_bits<V, DType::f16>(w, x, tokens, bias, y, parallel);
     case DType::bf16: return linear_nm_bits<V, DType::bf16>(w, x, tokens, bias, y, parallel);
+    case DType::i8: case DType::i4: return;
   }
 }
 
@@ -134,6 +135,7 @@ void linear_bitmask(const BitmaskWeight& w, const float* x, int64_t tokens, cons
     case DType::f32: return linear_bitmask_typed<V, DType::f32>(w, x, tokens, bias, y, parallel);
     case DType::f16: return linear_bitmask_typed<V, DType::f16>(w, x, tokens, bias, y, parallel);
     case DType::bf16: return linear_bitmask_typed<V, DType::bf16>(w, x, tokens, bias, y, parallel);
+    case DType::i8: case DType::i4: return;
   }
 }
 

@@ -75,7 +75,7 @@ Shape check_2d(const Floats& x, int64_t cols) {
 
 nb::object linear_nm(Floats x, Values values, Bytes indices, int n, int m, std::optional<Floats> bias,
                      std::optional<Out> out) {
-  NmWeight w{0, 0, n, m, type_of(values), values.data(), indices.data()};
+  NmWeight w{0, 0, n, m, type_of(values), values.data(), indices.data(), nullptr, 0};
   const Shape bias_shape = bias ? shape_of(*bias) : Shape{};
   refuse_if(check_nm(w, shape_of(values), shape_of(indices), bias ? &bias_shape : nullptr));
   const int64_t tokens = check_2d(x, w.cols)[0];
@@ -91,7 +91,7 @@ nb::object linear_bitmask(Floats x, Values values, Bytes mask, Int64s row_start,
                           std::optional<Out> out) {
   if (x.ndim() != 2) refuse_if("x must be 2-d [tokens, K], got " + show(shape_of(x)));
   const int64_t tokens = int64_t(x.shape(0));
-  BitmaskWeight w{0, int64_t(x.shape(1)), type_of(values), values.data(), mask.data(), row_start.data()};
+  BitmaskWeight w{0, int64_t(x.shape(1)), type_of(values), values.data(), mask.data(), row_start.data(), nullptr, 0};
   const Shape bias_shape = bias ? shape_of(*bias) : Shape{};
   refuse_if(check_bitmask(w, shape_of(values), shape_of(mask), shape_of(row_start), bias ? &bias_shape : nullptr));
   float* y;

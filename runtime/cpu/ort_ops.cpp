@@ -144,7 +144,7 @@ struct NmKernel {
   NmKernel(const OrtKernelInfo* info, DType type) : name(node_name(info)) {
     const Tensor values = constant(info, 1, "values"), indices = constant(info, 2, "indices");
     w = {0, 0, attribute(info, "n"), attribute(info, "m"), type, values.data,
-         static_cast<const uint8_t*>(indices.data)};
+         static_cast<const uint8_t*>(indices.data), nullptr, 0};
     refuse(info, check_nm(w, values.shape, indices.shape, nullptr));
   }
 
@@ -177,7 +177,7 @@ struct BitmaskKernel {
     const Tensor values = constant(info, 1, "values"), mask = constant(info, 2, "mask"),
                  row_start = constant(info, 3, "row_start");
     w = {0, -1, type, values.data, static_cast<const uint8_t*>(mask.data),
-         static_cast<const int64_t*>(row_start.data)};
+         static_cast<const int64_t*>(row_start.data), nullptr, 0};
     refuse(info, check_bitmask(w, values.shape, mask.shape, row_start.shape, nullptr));
     mask_bytes = mask.shape[1];
     last_bits = last_byte_bits(w, mask_bytes);

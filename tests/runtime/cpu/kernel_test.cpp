@@ -74,7 +74,7 @@ void fail_if(const std::string& why) {
 }
 
 void test_nm(const Kernels& kernels, int n, int m, DType type, int64_t tokens, int64_t rows, int64_t groups) {
-  NmWeight w{rows, groups * m, n, m, type, nullptr, nullptr};
+  NmWeight w{rows, groups * m, n, m, type, nullptr, nullptr, nullptr, 0};
   const int64_t kept = groups * n;
   Bytes values(size_t(rows * kept) * byte_size(type), true);
   Bytes indices(size_t(rows * w.index_bytes_per_row()), true);
@@ -99,7 +99,7 @@ void test_nm(const Kernels& kernels, int n, int m, DType type, int64_t tokens, i
 }
 
 void test_bitmask(const Kernels& kernels, int percent, DType type, int64_t tokens, int64_t rows, int64_t cols) {
-  BitmaskWeight w{rows, cols, type, nullptr, nullptr, nullptr};
+  BitmaskWeight w{rows, cols, type, nullptr, nullptr, nullptr, nullptr, 0};
   Bytes mask(size_t(rows * w.mask_bytes_per_row()), true);
   std::vector<int> dense(size_t(rows * cols));
   std::vector<int> kept;
