@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from .dialect import linear_bitmask, linear_nm
 from .frontend.trace import PREFIX, Traced
+from .fx.merge import merge_linears
 from .fx.plain import plain_linears
 from .onnx.grouped_attention import ShareAttentionHeads
 from .onnx.write import write_model
@@ -43,6 +44,7 @@ def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object]) -> No
     Raises:
         InputError: the files cannot be written.
     """
+    merge_linears(traced.program)
     plain_linears(traced.program)
     model = _export(traced.program)
     _name(model, traced)

@@ -21,6 +21,7 @@ At a sparsity of 50 % that is 0.53 of the dense bytes in float32, 0.56 in 16 bit
 """
 
 import math
+from collections.abc import Sequence
 
 import onnx
 import torch
@@ -116,6 +117,16 @@ def unpack(values: Tensor, mask: Tensor, in_features: int) -> Tensor:
     dense = values.new_zeros(stored.shape)
     dense[stored] = values
     return dense
+
+
+def stack(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The packed tensors of several weights of one K as those of one, their rows below each other."""
+    values, mask, row_start, *others = zip(*parts, strict=True)
+    starts, before = [torch.zeros(1, dtype=torch.int64)], 0
+    for start in row_start:
+        starts.append(start[1:] + before)
+        before += int(start[-1])
+    return torch.cat(values), torch.cat(mask), torch.cat(starts), *(torch.cat(tensors) for tensors in others)
 
 
 @torch.library.custom_op("sparsify::linear_bitmask", mutates_args=())

@@ -21,6 +21,7 @@ which is 16 values and one 32-bit word for 32 columns: 0.53 of the dense bytes i
 """
 
 import math
+from collections.abc import Sequence
 
 import onnx
 import torch
@@ -145,6 +146,11 @@ def unpack(values: Tensor, indices: Tensor, nm: NM) -> Tensor:
     index = fields.reshape(rows, -1)[:, :kept].reshape(rows, kept // nm.n, nm.n)
     dense = values.new_zeros(rows, kept // nm.n, nm.m)
     return dense.scatter_(2, index.long(), values.reshape(index.shape)).reshape(rows, -1)
+
+
+def stack(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The packed tensors of several weights of one pattern and K as those of one, their rows below each other."""
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
 def _pack_bits(index: Tensor, bits: int) -> Tensor:

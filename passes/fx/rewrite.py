@@ -15,7 +15,7 @@ from ..dialect import linear_bitmask, linear_nm
 from ..errors import InputError
 from .canonical import parameter_names
 from .linears import Linear, find_linears
-from .replace import replace_node
+from .replace import drop_unused, replace_node
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def lower_linears(
         _replace(program, node, op, tensors, attributes)
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         results.append(Lowered(linear, str(pattern), op._opname, "", dense, size))
-    _drop_unused(program)
+    drop_unused(program)
     program.graph_module.recompile()
     return results
 
@@ -150,20 +150,3 @@ def _holder(program: ExportedProgram, weight: Node, key: str, tensor: Tensor) ->
     specs.insert(index, InputSpec(InputKind.BUFFER, TensorArgument(holder.name), key, persistent=True))
     program.state_dict[key] = tensor
     return holder
-
-
-def _drop_unused(program: ExportedProgram) -> None:
-    """Remove parameters that nothing reads any more, and their memory with them."""
-    graph = program.graph_module.graph
-    holders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    kept = []
-    for spec in program.graph_signature.input_specs:
-        holder = holders[spec.arg.name]
-        if spec.kind is InputKind.USER_INPUT or holder.users:
-            kept.append(spec)
-        else:
-            graph.erase_node(holder)
-    program.graph_signature.input_specs[:] = kept
-    used = {spec.target for spec in kept}
-    for key in [key for key in program.state_dict if key not in used]:
-        del program.state_dict[key]

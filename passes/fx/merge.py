@@ -1,0 +1,170 @@
+"""Give linears that read the same input one weight, so that they run as one op."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from ..dialect import linear_bitmask, linear_nm
+from .canonical import parameter_names
+from .linears import module_path
+from .replace import drop_unused, replace_node
+
+aten = torch.ops.aten
+
+Packed = tuple[Tensor, ...]
+
+
+def _stack_dense(parts: Sequence[Packed]) -> Packed:
+    return (torch.cat([weight for (weight,) in parts]),)
+
+
+STACK: dict[object, Callable[[Sequence[Packed]], Packed]] = {
+    aten.linear.default: _stack_dense,
+    torch.ops.sparsify.linear_nm.default: linear_nm.stack,
+    torch.ops.sparsify.linear_bitmask.default: linear_bitmask.stack,
+}
+"""How the tensors of several weights become those of one, whose rows are theirs one below the other."""
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear that owns its weight and bias: nothing else reads them.
+
+    Attributes:
+        node: the FX node.
+        holders: the placeholders of its weight, in the order of the op's arguments.
+        bias: the placeholder of its bias, or None.
+        rows: out_features.
+    """
+
+    node: Node
+    holders: tuple[Node, ...]
+    bias: Node | None
+    rows: int
+
+
+def merge_linears(program: ExportedProgram) -> None:
+    """Merge every set of linears with the same input, op, pattern and dtypes, in place.
+
+    Before:  q = linear(x, Wq, bq)      k = linear(x, Wk, bk)      v = linear(x, Wv)
+    After:   y = linear(x, [Wq; Wk; Wv], [bq; bk; 0])
+             q, k, v = split(y)
+             and the same for the sparse ops, whose packed tensors are joined as they are
+    Left alone: weights and biases that something else reads too (tied), or that are not in the state dict, and a
+        linear whose pattern (N:M), op or dtypes no other linear of that input has. Bitmask weights of different
+        sparsity do merge: their rows carry their own lengths.
+    Numerics: every row is its own sum, so the same bits by our kernels.
+
+    Args:
+        program: a canonical program in which sparse linears are already sparse ops: what each weight is stored as
+            was decided for the weight alone.
+    """
+    names = parameter_names(program)
+    groups: dict[Hashable, list[_Linear]] = {}
+    for node in program.graph_module.graph.nodes:
+        if node.op == "call_function" and node.target in STACK:
+            key, linear = _read(program, node, names)
+            if linear is not None:
+                groups.setdefault(key, []).append(linear)
+    for same in groups.values():
+        if len(same) > 1:
+            _merge(program, same, names)
+    drop_unused(program)
+    program.graph_module.recompile()
+
+
+def _read(program: ExportedProgram, node: Node, names: dict[str, str]) -> tuple[Hashable, _Linear | None]:
+    """What a linear has to have in common with another to be merged, and the linear; None if it must stay."""
+    given = _arguments(node)
+    bias = given.pop("bias", None)
+    x, *rest = given.values()
+    holders = tuple(value for value in rest if isinstance(value, Node))
+    attributes = tuple(value for value in rest if not isinstance(value, Node))
+    owned = (*holders, bias) if bias is not None else holders
+    if any(set(h.users) != {node} or names.get(h.name) not in program.state_dict for h in owned):
+        return None, None
+    dtypes = tuple(program.state_dict[names[h.name]].dtype for h in holders)
+    return (x, node.target, attributes, dtypes), _Linear(node, holders, bias, int(node.meta["val"].shape[-1]))
+
+
+def _arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a call by the names in the op's schema; those left to their default are absent."""
+    assert isinstance(node.target, OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+def _merge(program: ExportedProgram, linears: list[_Linear], names: dict[str, str]) -> None:
+    graph, state = program.graph_module.graph, program.state_dict
+    first = linears[0]
+    assert isinstance(first.node.target, OpOverload)
+    keys = [[names[holder.name] for holder in linear.holders] for linear in linears]
+    tensors = STACK[first.node.target]([tuple(state[key].detach() for key in part) for part in keys])
+    for holder, tensor, parts in zip(first.holders, tensors, zip(*keys, strict=True), strict=True):
+        _refill(program, holder, tensor, parts)
+    bias = next((linear.bias for linear in linears if linear.bias is not None), None)
+    if bias is not None:
+        parts = [names[linear.bias.name] for linear in linears if linear.bias is not None]
+        like = state[parts[0]]
+        filled = [
+            like.new_zeros(linear.rows) if linear.bias is None else state[names[linear.bias.name]].detach()
+            for linear in linears
+        ]
+        _refill(program, bias, torch.cat(filled), parts)
+
+    sizes = [linear.rows for linear in linears]
+    val = first.node.meta["val"]
+    with graph.inserting_before(first.node):
+        merged = graph.call_function(first.node.target, _arguments_with(first.node, bias))
+        merged.meta = dict(first.node.meta) | {"val": val.new_empty((*val.shape[:-1], sum(sizes)))}
+        _name(merged, [linear.node for linear in linears])
+        split = graph.call_function(aten.split_with_sizes.default, (merged, sizes, -1))
+        split.meta = dict(merged.meta) | {"val": [linear.node.meta["val"] for linear in linears]}
+        outputs = [graph.call_function(getitem, (split, index)) for index in range(len(linears))]
+    for linear, output in zip(linears, outputs, strict=True):
+        output.meta = dict(linear.node.meta)
+        replace_node(program, linear.node, output)
+
+
+def _arguments_with(node: Node, bias: Node | None) -> tuple[Any, ...]:
+    """The arguments of a call with another bias, by position."""
+    assert isinstance(node.target, OpOverload)
+    given = _arguments(node) | ({} if bias is None else {"bias": bias})
+    return tuple(given[argument.name] for argument in node.target._schema.arguments if argument.name in given)
+
+
+def _refill(program: ExportedProgram, holder: Node, tensor: Tensor, parts: Sequence[str]) -> None:
+    """Let a placeholder hold the joined ``tensor`` under a joined name; the tensors it came from are freed."""
+    is_parameter = isinstance(program.state_dict[parts[0]], torch.nn.Parameter)
+    for key in parts:
+        del program.state_dict[key]
+    key = _joined(parts)
+    (spec,) = [spec for spec in program.graph_signature.input_specs if spec.arg.name == holder.name]
+    spec.target = key
+    holder.meta["val"] = holder.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
+    program.state_dict[key] = torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+
+def _name(merged: Node, nodes: Sequence[Node]) -> None:
+    """Tell the file, where every weight is named by its module, which modules this one is."""
+    stack = dict(merged.meta.get("nn_module_stack", {}))
+    if all(module_path(node) for node in nodes):
+        last = next(reversed(stack))
+        paths = [next(reversed(node.meta["nn_module_stack"].values()))[0] for node in nodes]
+        stack[last] = (_joined(paths), stack[last][1])
+        merged.meta["nn_module_stack"] = stack
+
+
+def _joined(names: Sequence[str]) -> str:
+    """One name for several: ``a.q.weight`` and ``a.k.weight`` are ``a.q+k.weight``."""
+    words = [name.split(".") for name in names]
+    if len({len(word) for word in words}) > 1:
+        return "+".join(names)
+    return ".".join("+".join(dict.fromkeys(column)) for column in zip(*words, strict=True))
