@@ -19,6 +19,8 @@ from .dialect import linear_bitmask, linear_nm
 from .frontend.trace import PREFIX, Traced
 from .fx.merge import merge_linears
 from .fx.plain import plain_linears
+from .onnx.attention_cache import JoinCacheInAttention
+from .onnx.attention_heads import SplitHeadsInAttention
 from .onnx.grouped_attention import ShareAttentionHeads
 from .onnx.write import write_model
 
@@ -53,6 +55,9 @@ def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object]) -> No
     for pass_ in (
         common.ClearMetadataAndDocStringPass(),
         ShareAttentionHeads(),
+        common.RemoveUnusedNodesPass(),  # or the repetition would still read the keys
+        JoinCacheInAttention(),
+        SplitHeadsInAttention(),
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(),
