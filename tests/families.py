@@ -35,12 +35,14 @@ class Family:
         pruned: linears pruned in both blocks together.
         folded: channel orders folded in both blocks together: one MLP and one per KV head each.
         dense: linears left dense, all outside the blocks.
+        ops: sparse ops in the file, where linears that read the same input are one.
     """
 
     make: Callable[[], Any]
     pruned: int
     folded: int
     dense: int
+    ops: int = 8  # two blocks: attention in, attention out, MLP in, MLP out
 
 
 def gemma3() -> Any:

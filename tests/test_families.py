@@ -1,6 +1,7 @@
 """Every family through the whole compiler: exact counts, exact patterns, and decoding equal to torch."""
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -43,9 +44,14 @@ def test_exactly_these_linears_are_pruned_and_folded(family):
 def test_file_holds_exactly_2_of_4_and_kept_weights_bit_for_bit(family):
     name, compiled = family
     count = check_pattern(compiled.path, NM(2, 4))
-    assert count.weights == FAMILIES[name].pruned
-    stored = {info.path: weight for info, weight in sparse_weights(compiled.path)}
+    assert count.weights == FAMILIES[name].ops
     linears = {linear.path: linear for part in compiled.parts.blocks for linear in part.linears}
+    stored = {}
+    for info, weight in sparse_weights(compiled.path):
+        module, _, names = info.path.rpartition(".")
+        paths = [f"{module}.{name}" for name in names.split("+")]  # linears that read the same input are one
+        rows = [linears[path].out_features for path in paths]
+        stored.update(zip(paths, weight.split(rows), strict=True))
     assert stored.keys() == linears.keys()
     for path, weight in stored.items():
         source = compiled.source[linears[path].weight]
@@ -63,10 +69,20 @@ def test_file_equals_the_model_with_and_without_our_library(compiled):
 def test_kernels_run_with_the_library_and_functions_without(family, tmp_path):
     name, compiled = family
     feed = {n: x.numpy() for n, x in zip(compiled.traced.inputs, compiled.probe.inputs, strict=True)}
-    for kernels, runs in ((True, {"linear_nm": FAMILIES[name].pruned}), (False, {})):
+    for kernels, runs in ((True, {"linear_nm": FAMILIES[name].ops}), (False, {})):
         session = open_session(compiled.path, kernels=kernels, profile=tmp_path / "profile")
         session.run(None, feed)
         assert sparse_runs(session) == runs
+
+
+def test_attention_reads_the_linears_and_the_cache_directly(family):
+    name, compiled = family
+    graph = onnx.load(compiled.path, load_external_data=False).graph
+    attention = [node for node in graph.node if node.op_type == "Attention"]
+    assert len(attention) == 2
+    for node in attention:
+        assert {"q_num_heads", "kv_num_heads"} <= {a.name for a in node.attribute}
+        assert len(node.output) == (3 if name in CAUSAL else 1)
 
 
 def test_a_bare_onnx_runtime_opens_the_file(compiled):

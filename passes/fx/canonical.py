@@ -5,6 +5,7 @@ import sys
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .replace import replace_node
 
@@ -16,7 +17,7 @@ def canonicalise(program: ExportedProgram) -> None:
 
     Before:  y = addmm(b, x, W)                 W [in, out]   (GPT-2's Conv1D)
              _assert_tensor_metadata(x, ...)    says what the dtype was while tracing
-             x[:], x.to(x.dtype), dropout(x) in evaluation, x * 1.0
+             x[:], x.to(x.dtype), dropout(x) in evaluation, x * 1.0, x.reshape(x.shape)
     After:   y = linear(x, W, b)                W [out, in], in the program's state_dict
              (no assertion)
              x
@@ -73,6 +74,10 @@ def _is_identity(node: torch.fx.Node) -> bool:
         return isinstance(factor, float) and factor == 1.0 and _same_type(node)
     if node.target is aten.dropout.default:
         return node.args[2] is False
+    if node.target in (aten.reshape.default, aten.view.default):
+        before, after = node.all_input_nodes[0].meta["val"].shape, node.meta["val"].shape
+        same = [statically_known_true(old == new) for old, new in zip(before, after, strict=False)]
+        return len(before) == len(after) and all(same)
     if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default):
         return _same_type(node)
     return False

@@ -60,7 +60,8 @@ def merge_linears(program: ExportedProgram) -> None:
     Left alone: weights and biases that something else reads too (tied), or that are not in the state dict, and a
         linear whose pattern (N:M), op or dtypes no other linear of that input has. Bitmask weights of different
         sparsity do merge: their rows carry their own lengths.
-    Numerics: every row is its own sum, so the same bits by our kernels.
+    Numerics: every row is its own sum, of the same products. Kernels work on several rows at once and may sum those
+        at the end of a matrix in another order, so a row that moves away from there can differ by float error.
 
     Args:
         program: a canonical program in which sparse linears are already sparse ops: what each weight is stored as
@@ -111,13 +112,13 @@ def _merge(program: ExportedProgram, linears: list[_Linear], names: dict[str, st
         _refill(program, holder, tensor, parts)
     bias = next((linear.bias for linear in linears if linear.bias is not None), None)
     if bias is not None:
-        parts = [names[linear.bias.name] for linear in linears if linear.bias is not None]
-        like = state[parts[0]]
+        given = [names[linear.bias.name] for linear in linears if linear.bias is not None]
+        like = state[given[0]]
         filled = [
             like.new_zeros(linear.rows) if linear.bias is None else state[names[linear.bias.name]].detach()
             for linear in linears
         ]
-        _refill(program, bias, torch.cat(filled), parts)
+        _refill(program, bias, torch.cat(filled), given)
 
     sizes = [linear.rows for linear in linears]
     val = first.node.meta["val"]

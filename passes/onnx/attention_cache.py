@@ -31,13 +31,12 @@ def _join(node: ir.Node) -> bool:
         return False
     (past_k, k), (past_v, v) = parts[0], parts[1]
     mask = node.inputs[3] if len(node.inputs) > 3 else None
-    outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in (node.outputs[0], keys, values)]
-    new = ir.Node(
-        "", "Attention", [node.inputs[0], k, v, mask, past_k, past_v], node.attributes, outputs=outputs, name=node.name
-    )
+    old = [node.outputs[0], keys, values]
+    outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in old]
+    inputs = [node.inputs[0], k, v, mask, past_k, past_v]
+    new = ir.Node("", "Attention", inputs, node.attributes, outputs=outputs, name=node.name)
     assert node.graph is not None
     node.graph.insert_before(node, new)
-    old = [node.outputs[0], keys, values]
     ir.convenience.replace_all_uses_with(old, outputs, replace_graph_outputs=True)
     node.graph.remove([node, *(producer for joined in (keys, values) if (producer := joined.producer()))], safe=True)
     return True

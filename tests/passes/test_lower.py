@@ -12,7 +12,7 @@ from onnx.external_data_helper import ExternalDataInfo
 from sparsify_export.calibrate.patterns import Unstructured
 from sparsify_export.passes.onnx.write import INLINE
 
-LAYER = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+LAYER = "self_attn.q_proj+k_proj+v_proj self_attn.o_proj mlp.gate_proj+up_proj mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +140,12 @@ def test_heads_are_shared_by_the_attention_op(llama, gemma):
         made_by = {name: node for node in nodes for name in node.output}
         attention = [node for node in nodes if node.op_type == "Attention"]
         assert len(attention) == 2
-        present = {value.name for value in load(compiled).graph.output}
-        for node in attention:
-            assert set(node.input[1:3]) <= present  # the cache itself, with 2 heads
-            assert {made_by[name].op_type for name in node.input[1:3]} == {"Concat"}
+        for index, node in enumerate(attention):
+            heads = {a.name: a.i for a in node.attribute if a.name.endswith("num_heads")}
+            assert heads == {"q_num_heads": 4, "kv_num_heads": 2}
+            assert [made_by[name].op_type for name in node.input[:3]] == ["RotaryEmbedding", "RotaryEmbedding", "Split"]
+            assert list(node.input[4:]) == [f"past_key_values.{index}.{x}" for x in ("key", "value")]
+            assert list(node.output[1:]) == [f"present.{index}.{x}" for x in ("key", "value")]
 
 
 def test_norms_and_rotary_embeddings_are_single_ops(llama):
@@ -158,7 +160,7 @@ def test_packed_values_are_stored_in_16_bits_and_the_rest_in_32(tmp_path):
     proto = load(compiled)
     tensors = {t.name: t.data_type for t in proto.graph.initializer}
     sparse = [n for n in proto.graph.node if n.op_type == "linear_nm"]
-    assert len(sparse) == FAMILIES["opt"].pruned
+    assert len(sparse) == FAMILIES["opt"].ops
     assert {tensors[n.input[1]] for n in sparse} == {wanted}
     assert wanted not in {kind for name, kind in tensors.items() if name not in {n.input[1] for n in sparse}}
     onnx.checker.check_model(str(compiled.path), full_check=True)

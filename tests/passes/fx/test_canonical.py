@@ -65,6 +65,14 @@ def test_slices_and_casts_that_do_something_stay():
     assert len(canonical(lambda model, x: x.double().float())[0]) == 2
 
 
+def test_a_reshape_to_its_own_shape_goes_and_any_other_stays():
+    assert canonical(lambda model, x: x.relu().reshape(x.shape[0], -1, 8))[0] == [aten.relu.default]
+    assert canonical(lambda model, x: x.relu().view(x.shape))[0] == [aten.relu.default]
+    assert len(canonical(lambda model, x: x.relu().reshape(-1, 8))[0]) == 2
+    assert len(canonical(lambda model, x: x.relu().reshape(x.shape[0], 8, 5))[0]) > 1
+    assert len(canonical(lambda model, x: x.relu().reshape(x.shape[0], 5, 8, 1))[0]) > 1
+
+
 def test_a_product_with_one_goes_only_where_the_type_stays():
     assert canonical(lambda model, x: (x * 1.0).relu())[0] == [aten.relu.default]
     assert canonical(lambda model, x: (x * 2.0).relu())[0] == [aten.mul.Tensor, aten.relu.default]
