@@ -300,10 +300,9 @@ def test_file_that_fails_its_verification_is_kept_as_failed(folder, tmp_path, ca
 
     stored = compiler.as_stored
 
-    def wrong(params, lowered, dtype):
+    def wrong(params, packed):
         return {
-            key: value * 1.5 if value.is_floating_point() else value
-            for key, value in stored(params, lowered, dtype).items()
+            key: value * 1.5 if value.is_floating_point() else value for key, value in stored(params, packed).items()
         }
 
     monkeypatch.setattr(compiler, "as_stored", wrong)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from sparsify_export.calibrate.masks import nm_keep_mask
 from sparsify_export.calibrate.patterns import NM
+from sparsify_export.passes.dialect.storage import Storage
 from sparsify_export.passes.equivalence import compare
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.fx.rewrite import lower_linears
@@ -173,11 +174,11 @@ def test_a_narrow_matrix_pays_for_its_row_starts():
     assert entry.reason == f"packed it would take {12 * 4 + 4 + 5 * 8} bytes, dense {20 * 4}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_values_are_rounded_once_to_the_storage_dtype(dtype):
+@pytest.mark.parametrize(("kind", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_values_are_rounded_once_to_the_storage_dtype(kind, dtype):
     weight = torch.randn(4, 8)
     half(weight)
-    entry, program = lower_one(weight, dtype=dtype)
+    entry, program = lower_one(weight, storage=Storage(kind))
     assert program.state_dict["model.only.weight.values"].dtype == dtype
     assert entry.stored_bytes == 16 * 2 + 4
     x = torch.randn(3, 8)
@@ -192,7 +193,7 @@ def test_a_weight_too_large_for_fp16_is_refused_by_name():
     half(weight)
     weight[2, weight[2].nonzero()[0]] = 1e6
     with pytest.raises(InputError, match=r"only: 1e\+06 does not fit float16, .*; store the weights as fp32 or bf16"):
-        lower_one(weight, dtype=torch.float16)
+        lower_one(weight, storage=Storage("fp16"))
 
 
 class Fixed(nn.Module):
