@@ -1,7 +1,7 @@
 """How the kept weights of an op are stored, and what that means for the activations they meet."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from numpy.typing import NDArray
@@ -92,6 +92,6 @@ def plain(weight: Tensor) -> Tensor:
     return weight.detach().float().contiguous()
 
 
-def tensor(array: NDArray[object]) -> Tensor:
+def tensor(array: NDArray[Any]) -> Tensor:
     """An array of the compiled module as a tensor, not copied."""
     return torch.from_numpy(array)

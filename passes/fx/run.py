@@ -110,7 +110,7 @@ class _Rounded(Interpreter):
         self._change: dict[Node, Callable[[Tensor], Tensor]] = {}
         for node in part.module.graph.nodes:
             key = keys.get(node.args[1]) if node.target is torch.ops.aten.linear.default else None
-            if key in rounded:
+            if key is not None and key in rounded:
                 self._change[node] = rounded[key]
 
     def run_node(self, n: Node) -> Any:

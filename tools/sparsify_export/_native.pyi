@@ -74,7 +74,7 @@ def linear_bitmask(
 
 def pack_nm(
     weight: _Floats, n: int, m: int, dtype: str, *, group: int = 0, scales: _Array | None = None
-) -> tuple[NDArray[Any], NDArray[np.uint8], NDArray[Any] | None]:
+) -> tuple[NDArray[Any], NDArray[np.uint8], Any]:
     """Return values, indices and scales (None for float types) of an n:m weight.
 
     Args:
@@ -91,7 +91,7 @@ def pack_nm(
 
 def pack_bitmask(
     weight: _Floats, dtype: str, *, group: int = 0, scales: _Array | None = None
-) -> tuple[NDArray[Any], NDArray[np.uint8], NDArray[np.int64], NDArray[Any] | None]:
+) -> tuple[NDArray[Any], NDArray[np.uint8], NDArray[np.int64], Any]:
     """Return values, mask, row_start and scales (None for float types) of a weight; arguments as for ``pack_nm``.
 
     Raises:

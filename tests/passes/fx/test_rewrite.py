@@ -4,10 +4,10 @@ import pytest
 import torch
 from sparsify_export.calibrate.masks import nm_keep_mask
 from sparsify_export.calibrate.patterns import NM
-from sparsify_export.passes.dialect.storage import Storage
+from sparsify_export.passes.dialect.storage import Storage, quantise_tokens
 from sparsify_export.passes.equivalence import compare
 from sparsify_export.passes.errors import InputError
-from sparsify_export.passes.fx.rewrite import lower_linears
+from sparsify_export.passes.fx.rewrite import lower_linears, stored_weights
 from torch import nn
 from toys import export, stack
 
@@ -186,6 +186,44 @@ def test_values_are_rounded_once_to_the_storage_dtype(kind, dtype):
     stored = weight.to(dtype)
     close = compare(got, x @ stored.float().T, x.double() @ stored.double().T)
     assert close.ok, close
+
+
+@pytest.mark.parametrize("storage", [Storage("int8"), Storage("int4", 64)], ids=str)
+@pytest.mark.parametrize("pattern", ["nm", "bitmask"])
+def test_integers_are_stored_with_scales_and_unpack_to_what_the_op_computes(storage, pattern):
+    weight = torch.randn(16, 72, generator=torch.Generator().manual_seed(5))
+    if pattern == "nm":
+        half(weight)
+    else:
+        scattered(weight, 0.6)
+    entry, program = lower_one(weight, storage=storage)
+    assert entry.op == f"linear_{pattern}_{storage.kind}"
+    (stored,) = stored_weights(program, [entry]).values()
+    assert entry.stored_bytes == stored.nbytes < entry.dense_bytes / 2
+    x = torch.randn(3, 72, generator=torch.Generator().manual_seed(6))
+    got = program.module(check_guards=False)(x)
+    plain, exact = (nn.functional.linear(quantise_tokens(a), stored.unpack().to(a.dtype)) for a in (x, x.double()))
+    close = compare(got, plain, exact, factor=4.0)
+    assert close.ok, close
+
+
+@pytest.mark.parametrize(
+    ("storage", "why"),
+    [
+        (
+            Storage("int8"),
+            "only: a weight in row 2 is infinite or NaN and cannot be quantised; store",
+        ),
+        (Storage("int4", 32), "only: a weight in row 2 is infinite or NaN"),
+    ],
+    ids=str,
+)
+def test_a_weight_that_cannot_be_quantised_is_refused_by_name(storage, why):
+    weight = torch.randn(4, 32)
+    half(weight)
+    weight[2, weight[2].nonzero()[0]] = torch.inf
+    with pytest.raises(InputError, match=why):
+        lower_one(weight, storage=storage)
 
 
 def test_a_weight_too_large_for_fp16_is_refused_by_name():
