@@ -93,7 +93,7 @@ def sparse_bitmask(rng: np.random.Generator, rows: int, cols: int, kind: str, de
     values = halves(rng.standard_normal(int(keep.sum()), np.float32), kind)
     mask, starts = np.packbits(keep, axis=1, bitorder="little"), np.r_[0, keep.sum(axis=1).cumsum()].astype(np.int64)
     inits = [tensor("v", TYPES[kind][0], values), tensor("k", TensorProto.UINT8, mask)]
-    node = helper.make_node("linear_bitmask", ["x", "v", "k", "r"], ["y"], domain="sparsify")
+    node = helper.make_node("linear_bitmask", ["x", "v", "k", "r"], ["y"], domain="sparsify", in_features=cols)
     return (node, [*inits, tensor("r", TensorProto.INT64, starts)]), values.nbytes + mask.nbytes
 
 
