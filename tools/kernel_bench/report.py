@@ -114,6 +114,8 @@ def plot(path: Path, over_tokens: list[Result], over_sparsity: list[Result], tit
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
     _lines(left, over_tokens, lambda row: row.kernel, lambda row: row.tokens)
     left.set_xscale("log", base=2)
+    tokens = sorted({result.row.tokens for result in over_tokens})
+    left.set_xticks(tokens, labels=[str(count) for count in tokens])
     left.set_xlabel("tokens (M)")
     left.set_ylabel("speed-up of our kernel")
     _lines(right, over_sparsity, lambda row: f"bitmask f32, M = {row.tokens}", lambda row: row.sparsity)
