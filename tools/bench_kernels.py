@@ -14,9 +14,10 @@ each column), int4-32 and int4-128 (its MatMulNBits, accuracy level 4, with bloc
     python -P tools/bench_kernels.py --deepsparse /tmp/ds-venv/bin/python
 
 Ours runs before every run of an opponent, so that both see the same disturbances; a speed-up is the median of the
-ratios of such neighbours. Up to 16 tokens every contestant runs as many layers as make 200 MB of its own weights, so
-that they come from memory as they do in a model; times are those of one layer. With --threads 1 processor time is
-taken, which other processes on the machine do not stretch (they still share memory and caches).
+ratios of such neighbours. Our result is compared with numpy's before it is timed. Up to 16 tokens every contestant runs
+as many layers as make 200 MB of its own weights, so that they come from memory as they do in a model; times are those
+of one layer. With --threads 1 processor time is taken, which other processes on the machine do not stretch (they still
+share memory and caches).
 
 The floor is the larger of (bytes of the packed weight / read bandwidth) and (2 M N K density / peak), both measured
 just before each row. Measured is the peak of float32 FMA. float16 values are widened and reach no more; for bfloat16 it

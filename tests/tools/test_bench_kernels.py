@@ -18,7 +18,7 @@ sys.path.append(str(TOOLS))  # behind the installed package, as the tool does it
 from bench_kernels import parse  # noqa: E402
 from kernel_bench import layers, report  # noqa: E402
 from kernel_bench.contestants import Work  # noqa: E402
-from kernel_bench.measure import Against, Result, alternate  # noqa: E402
+from kernel_bench.measure import Against, Result, alternate, check  # noqa: E402
 from kernel_bench.rows import Row, required  # noqa: E402
 
 
@@ -45,7 +45,7 @@ def decoded(row: Row) -> np.ndarray:
             line = packed["values"][n]
             codes = unpacked(line, row.type)[: row.cols // m * count]
             for i, code in enumerate(codes):
-                position = packed["indices"][n, i * bits // 8] >> (i * bits % 8) & ((1 << bits) - 1)
+                position = int(packed["indices"][n, i * bits // 8]) >> (i * bits % 8) & ((1 << bits) - 1)
                 weight[n, i // count * m + position] = code
         else:
             line = packed["values"][packed["row_start"][n] : packed["row_start"][n + 1]]
@@ -85,7 +85,7 @@ def rounded(row: Row) -> np.ndarray:
 
 @pytest.mark.parametrize("format", ["nm", "bitmask"])
 @pytest.mark.parametrize("type", ["i8", "i4"])
-@pytest.mark.parametrize("cols", [64, 100, 256])
+@pytest.mark.parametrize("cols", [64, 100, 288])
 @pytest.mark.parametrize("nm", [(2, 4), (1, 4), (3, 4), (1, 2)])
 def test_quantised_weights_mean_what_the_kernels_read(format, type, cols, nm):
     row = Row(format, type, 5, cols, 1, nm, sparsity=nm[0] / nm[1])
@@ -153,6 +153,18 @@ def test_ours_runs_before_every_opponent():
     assert order[6:] == ["ours", "a", "ours", "b"] * 5
     assert times == [1.0] * 10
     assert pairs == {"a": [(1.0, 2.0)] * 5, "b": [(1.0, 3.0)] * 5}
+
+
+@pytest.mark.parametrize("type", ["f32", "bf16", "f16", "i8", "i4"])
+def test_a_kernel_that_computes_something_else_is_not_timed(type):
+    row = Row("nm", type, 64, 256, 20, group=128)
+    x = np.random.default_rng(1).standard_normal((20, 256), np.float32)
+    weight = decoded(row) if type in ("i8", "i4") else layers.random_weight(row)[0]
+    y = x @ weight.T
+    check(row, x, y)
+    for wrong in (np.zeros_like(y), -y, np.roll(y, 1, axis=1), y * np.nan):
+        with pytest.raises(RuntimeError, match=f"2:4 {type}.*, M = 20: the kernel's result is off by"):
+            check(row, x, wrong)
 
 
 def test_requirements_say_pass_fail_stretch_and_not_measured():

@@ -79,36 +79,45 @@ def write_model(folder: str, layer: Layer, count: int, work: Work, *, shift: boo
     return path
 
 
-def in_onnxruntime(layer: Layer, work: Work) -> Contestant:
-    """Run a layer in ONNX Runtime.
+class OnnxRuntime:
+    """A layer in ONNX Runtime.
 
     Every copy has its own input name, or ONNX Runtime would quantise a shared x once for all. Inputs and outputs are
     bound to memory that stays, as a model's inner tensors do. Threads stop spinning when a run ends: the next run is
     another contestant's.
+
+    Attributes:
+        x: what all copies read, float32 [M, K].
     """
-    count = work.layers(layer.nbytes)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = work.threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.register_custom_ops_library(LIBRARY)
-    with tempfile.TemporaryDirectory() as folder:  # a mapped file lives on until it is unmapped
-        path = write_model(folder, layer, count, work, shift=False)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    x = np.random.default_rng(1).standard_normal((work.tokens, work.cols), np.float32)
-    x_value = onnxruntime.OrtValue.ortvalue_from_numpy(x)
-    y_value = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((work.tokens, work.rows), np.float32))
-    binding = session.io_binding()
-    for number in range(count):
-        binding.bind_ortvalue_input(f"x_{number}", x_value)
-        binding.bind_ortvalue_output(f"y_{number}", y_value)
-    clock = clock_for(work.threads)
 
-    def run() -> float:
-        start = clock()
-        session.run_with_iobinding(binding)
-        return (clock() - start) / count
+    def __init__(self, layer: Layer, work: Work):
+        self._count = work.layers(layer.nbytes)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = work.threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.register_custom_ops_library(LIBRARY)
+        with tempfile.TemporaryDirectory() as folder:  # a mapped file lives on until it is unmapped
+            path = write_model(folder, layer, self._count, work, shift=False)
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.x = np.random.default_rng(1).standard_normal((work.tokens, work.cols), np.float32)
+        x_value = onnxruntime.OrtValue.ortvalue_from_numpy(self.x)
+        self._y = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((work.tokens, work.rows), np.float32))
+        self._binding = self._session.io_binding()
+        for number in range(self._count):
+            self._binding.bind_ortvalue_input(f"x_{number}", x_value)
+            self._binding.bind_ortvalue_output(f"y_{number}", self._y)
+        self._clock = clock_for(work.threads)
 
-    return run
+    def __call__(self) -> float:
+        """Run all layers once; the seconds of one."""
+        start = self._clock()
+        self._session.run_with_iobinding(self._binding)
+        return (self._clock() - start) / self._count
+
+    @property
+    def y(self) -> np.ndarray:
+        """What the last run wrote, float32 [M, N]."""
+        return self._y.numpy()
 
 
 def clock_for(threads: int) -> Callable[[], float]:

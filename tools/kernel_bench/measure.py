@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from kernel_bench import layers
-from kernel_bench.contestants import Contestant, DeepSparse, Work, clock_for, in_onnxruntime
+from kernel_bench.contestants import Contestant, DeepSparse, OnnxRuntime, Work, clock_for
 from kernel_bench.rows import Row
 from sparsify_export import _native
 
@@ -35,6 +35,24 @@ class Result:
     floor_us: float
     fraction_of_floor: float
     against: dict[str, Against]
+
+
+# How far a result may be from the float32 weight's, as a fraction of its size: what the stored type costs, twice over.
+# This tells a kernel from one that computes something else; how exact kernels are, their tests say.
+ALLOWED = {"f32": 1e-4, "bf16": 0.02, "f16": 0.002, "i8": 0.03, "i4": 0.3}
+
+
+def check(row: Row, x: np.ndarray, y: np.ndarray) -> None:
+    """Compare y [M, N] of x [M, K] with plain numpy on up to 16 tokens.
+
+    Raises:
+        RuntimeError: it is another matrix product.
+    """
+    x, y = x[:16], y[:16]
+    wanted = x @ layers.random_weight(row)[0].T
+    off = float(np.linalg.norm(y - wanted) / np.linalg.norm(wanted))
+    if not off <= ALLOWED[row.type]:
+        raise RuntimeError(f"{row.shape} {row.kernel}, M = {row.tokens}: the kernel's result is off by {off:.2g}")
 
 
 def read_bandwidth(threads: int) -> float:
@@ -91,7 +109,9 @@ class Bench:
         bandwidth = read_bandwidth(self.threads)
         peak = fma_peak(self.threads) * peak_factor(row.type)
         layer = layers.sparse(row)
-        ours = in_onnxruntime(layer, work)
+        ours = OnnxRuntime(layer, work)
+        ours()
+        check(row, ours.x, ours.y)
         ours_times, theirs = alternate(ours, {name: self._opponent(name, row, work) for name in against}, self.seconds)
         floor = max(layer.nbytes / bandwidth, 2 * row.density * row.rows * row.cols * row.tokens / peak)
         us = statistics.median(ours_times) * 1e6
@@ -117,7 +137,7 @@ class Bench:
     def _opponent(self, name: str, row: Row, work: Work) -> Contestant:
         if name != "deepsparse":
             if name not in self._opponents:
-                self._opponents[name] = in_onnxruntime(layers.opponent(name, row.rows, row.cols), work)
+                self._opponents[name] = OnnxRuntime(layers.opponent(name, row.rows, row.cols), work)
             return self._opponents[name]
         key = (row.format, row.nm if row.format == "nm" else row.sparsity)
         if key not in self._opponents:
