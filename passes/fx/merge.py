@@ -1,6 +1,6 @@
 """Give linears that read the same input one weight, so that they run as one op."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -11,26 +11,14 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from ..dialect import linear_bitmask, linear_nm
+from ..dialect.packed import OPS, stack
 from .canonical import parameter_names
 from .linears import module_path
 from .replace import drop_unused, replace_node
 
 aten = torch.ops.aten
 
-Packed = tuple[Tensor, ...]
-
-
-def _stack_dense(parts: Sequence[Packed]) -> Packed:
-    return (torch.cat([weight for (weight,) in parts]),)
-
-
-STACK: dict[object, Callable[[Sequence[Packed]], Packed]] = {
-    aten.linear.default: _stack_dense,
-    torch.ops.sparsify.linear_nm.default: linear_nm.stack,
-    torch.ops.sparsify.linear_bitmask.default: linear_bitmask.stack,
-}
-"""How the tensors of several weights become those of one, whose rows are theirs one below the other."""
+LINEAR = {aten.linear.default, *(getattr(torch.ops.sparsify, name).default for name in OPS)}
 
 
 @dataclass(frozen=True)
@@ -39,13 +27,13 @@ class _Linear:
 
     Attributes:
         node: the FX node.
-        holders: the placeholders of its weight, in the order of the op's arguments.
+        holders: the placeholders of its weight, by the names of the op's arguments.
         bias: the placeholder of its bias, or None.
         rows: out_features.
     """
 
     node: Node
-    holders: tuple[Node, ...]
+    holders: Mapping[str, Node]
     bias: Node | None
     rows: int
 
@@ -70,7 +58,7 @@ def merge_linears(program: ExportedProgram) -> None:
     names = parameter_names(program)
     groups: dict[Hashable, list[_Linear]] = {}
     for node in program.graph_module.graph.nodes:
-        if node.op == "call_function" and node.target in STACK:
+        if node.op == "call_function" and node.target in LINEAR:
             key, linear = _read(program, node, names)
             if linear is not None:
                 groups.setdefault(key, []).append(linear)
@@ -85,13 +73,13 @@ def _read(program: ExportedProgram, node: Node, names: dict[str, str]) -> tuple[
     """What a linear has to have in common with another to be merged, and the linear; None if it must stay."""
     given = _arguments(node)
     bias = given.pop("bias", None)
-    x, *rest = given.values()
-    holders = tuple(value for value in rest if isinstance(value, Node))
-    attributes = tuple(value for value in rest if not isinstance(value, Node))
-    owned = (*holders, bias) if bias is not None else holders
+    x = given.pop("input", None) or given.pop("x")
+    holders = {name: value for name, value in given.items() if isinstance(value, Node)}
+    attributes = tuple(value for value in given.values() if not isinstance(value, Node))
+    owned = [*holders.values(), *([] if bias is None else [bias])]
     if any(set(h.users) != {node} or names.get(h.name) not in program.state_dict for h in owned):
         return None, None
-    dtypes = tuple(program.state_dict[names[h.name]].dtype for h in holders)
+    dtypes = tuple(program.state_dict[names[h.name]].dtype for h in holders.values())
     return (x, node.target, attributes, dtypes), _Linear(node, holders, bias, int(node.meta["val"].shape[-1]))
 
 
@@ -106,10 +94,10 @@ def _merge(program: ExportedProgram, linears: list[_Linear], names: dict[str, st
     graph, state = program.graph_module.graph, program.state_dict
     first = linears[0]
     assert isinstance(first.node.target, OpOverload)
-    keys = [[names[holder.name] for holder in linear.holders] for linear in linears]
-    tensors = STACK[first.node.target]([tuple(state[key].detach() for key in part) for part in keys])
-    for holder, tensor, parts in zip(first.holders, tensors, zip(*keys, strict=True), strict=True):
-        _refill(program, holder, tensor, parts)
+    keys = [{name: names[holder.name] for name, holder in linear.holders.items()} for linear in linears]
+    joined = stack([{name: state[key].detach() for name, key in part.items()} for part in keys])
+    for name, tensor in joined.items():
+        _refill(program, first.holders[name], tensor, [part[name] for part in keys])
     bias = next((linear.bias for linear in linears if linear.bias is not None), None)
     if bias is not None:
         given = [names[linear.bias.name] for linear in linears if linear.bias is not None]

@@ -38,7 +38,7 @@ class LinearEntry:
         path: module path.
         shape: ``[out_features, in_features]``.
         pattern: the pattern of its zeros, or None.
-        op: what the file holds: ``linear_nm``, ``linear_bitmask`` or ``MatMul``.
+        op: what the file holds: one of the dialect's ops, or ``MatMul``.
         reason: why it is a ``MatMul``, or was not pruned; "" otherwise.
         sparsity: fraction of zeros, counted; None where it was not pruned here.
         retained_before: score kept by the mask with the channels in their original order.
@@ -200,6 +200,8 @@ def _totals(report: Report) -> Table:
         sizes = f"{_mb(report.stored_linear_bytes)} of {_mb(report.dense_linear_bytes)} dense fp32"
         gain = "" if ratio < 1 else ": no gain"
         table.add_row("their weights", f"{sizes} ({ratio:.3f}x{gain})")
+    if lowered and report.settings["dtype"] in ("int8", "int4"):
+        table.add_row("their activations", "quantised to 8 bits, each token by itself")
     table.add_row("file", _mb(report.file_bytes))
     for row in report.latency:
         if row.against is not None and row.ratio is not None:

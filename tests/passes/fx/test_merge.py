@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sparsify_export.calibrate.masks import nm_keep_mask
 from sparsify_export.calibrate.patterns import NM
-from sparsify_export.passes.dialect import linear_bitmask, linear_nm
+from sparsify_export.passes.dialect.storage import FP32, Storage
 from sparsify_export.passes.equivalence import compare
 from sparsify_export.passes.fx.merge import merge_linears
 from sparsify_export.passes.fx.rewrite import lower_linears
@@ -41,11 +39,11 @@ def scattered(weight: torch.Tensor, every: int) -> None:
     weight.data.mul_(keep)
 
 
-def merged(model: nn.Module, *, dtype: torch.dtype = torch.float32):
+def merged(model: nn.Module, *, storage: Storage = FP32):
     """The program before and after, and how many ops each kind has afterwards."""
     model = model.eval().requires_grad_(False)
     program = export(model, X)
-    lower_linears(program, dtype=dtype)
+    lower_linears(program, storage=storage)
     before = program.module(check_guards=False)(X)
     merge_linears(program)
     program.validate()
@@ -69,21 +67,21 @@ def assert_same_bits(before, after):
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_three_2_of_4_linears_become_one_with_the_same_bits(dtype):
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
+def test_three_2_of_4_linears_become_one_with_the_same_bits(kind):
     model = Attentive()
     for linear in (model.q, model.k, model.v):
         half(linear.weight)
-    program, before, after, counts = merged(model, dtype=dtype)
-    assert counts == {"linear_nm": 1, "linear": 1}
+    program, before, after, counts = merged(model, storage=Storage(kind))
+    op = "linear_nm_int8" if kind == "int8" else "linear_nm"
+    assert counts == {op: 1, "linear": 1}
     assert_same_bits(before, after)
     assert program.state_dict["model.q+k+v.weight.values"].shape == (14, 4)
-    assert program.state_dict["model.q+k+v.weight.values"].dtype == dtype
     assert program.state_dict["model.q+k+v.bias"].shape == (14,)
     assert not {"model.q.weight.values", "model.k.bias"} & program.state_dict.keys()
     specs = {spec.target for spec in program.graph_signature.input_specs if spec.target}
     assert specs == program.state_dict.keys()
-    (node,) = [n for n in program.graph.nodes if "linear_nm" in str(n.target)]
+    (node,) = [n for n in program.graph.nodes if op in str(n.target)]
     assert next(reversed(node.meta["nn_module_stack"].values()))[0] == "model.q+k+v"
 
 
@@ -171,21 +169,3 @@ def test_left_alone(model, linears):
     _, before, after, counts = merged(model())
     assert counts == {"linear": linears}
     assert torch.equal(before, after)
-
-
-ROWS = st.lists(st.integers(1, 5), min_size=1, max_size=4)
-
-
-@given(rows=ROWS, groups=st.integers(1, 5), seed=st.integers(0, 99))
-def test_stacked_packed_tensors_are_the_packed_stack(rows, groups, seed):
-    torch.manual_seed(seed)
-    weights = [torch.randn(n, 4 * groups) for n in rows]
-    for weight in weights:
-        half(weight)
-    joined = torch.cat(weights)
-    nm = [linear_nm.pack(weight, NM(2, 4), torch.float16) for weight in weights]
-    for got, want in zip(linear_nm.stack(nm), linear_nm.pack(joined, NM(2, 4), torch.float16), strict=True):
-        assert torch.equal(got, want)
-    bitmask = [linear_bitmask.pack(weight, torch.float32) for weight in weights]
-    for got, want in zip(linear_bitmask.stack(bitmask), linear_bitmask.pack(joined, torch.float32), strict=True):
-        assert torch.equal(got, want)

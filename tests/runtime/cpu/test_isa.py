@@ -9,7 +9,7 @@ import pytest
 from sparsify_export import _native
 
 ALL = ["avx512", "avx2", "portable"]  # fastest first: a machine that has one has those behind it
-FILES = ["test_linear.py", "test_pairwise_max_sum.py"]
+FILES = ["test_linear.py", "test_quantised.py", "test_pairwise_max_sum.py"]
 
 
 def _run(isa, *command):
