@@ -10,6 +10,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
 from ...calibrate.patterns import Pattern, find_pattern
+from ..cost import Worth
 from ..dialect import packed
 from ..dialect.packed import Packed
 from ..dialect.storage import FP32, Storage
@@ -42,7 +43,9 @@ class Lowered:
     attributes: Mapping[str, int] = field(default_factory=dict)
 
 
-def lower_linears(program: ExportedProgram, *, storage: Storage = FP32, sparse: bool = True) -> list[Lowered]:
+def lower_linears(
+    program: ExportedProgram, *, storage: Storage = FP32, sparse: bool = True, worth: Worth | None = None
+) -> list[Lowered]:
     """Rewrite every linear whose weight is sparse to a sparse op, in place.
 
     Before:  y = linear(x, W, b)                             W has N:M structure or enough zeros
@@ -51,7 +54,7 @@ def lower_linears(program: ExportedProgram, *, storage: Storage = FP32, sparse: 
              or the int8 or int4 form of either, which has scales in front of b
     Left alone: dense weights, weights that something besides linears reads (tied embeddings), weights that are not in
         the state dict, and everything when ``sparse`` is False. A packed form that would not be smaller than the
-        dense one is not made.
+        dense one is not made, nor one that ``worth`` has a reason against.
     Numerics: the same products; values are rounded once to the storage. With int8 and int4 weights the activations are
         quantised too, each token by itself.
 
@@ -59,6 +62,7 @@ def lower_linears(program: ExportedProgram, *, storage: Storage = FP32, sparse: 
         program: a canonical program; its packed weights replace the dense ones in ``state_dict``.
         storage: how packed values are stored.
         sparse: False only reports.
+        worth: asked for every weight that could be lowered; None lowers all of them.
 
     Raises:
         InputError: a weight does not fit the storage.
@@ -73,7 +77,7 @@ def lower_linears(program: ExportedProgram, *, storage: Storage = FP32, sparse: 
         if weight is None:
             results.append(Lowered(linear, None, "MatMul", "the weight is a constant, not a parameter", dense, dense))
             continue
-        pattern, reason = _why_dense(node, weight, storage, sparse)
+        pattern, reason = _why_dense(node, weight, storage, sparse, worth)
         if reason or pattern is None:
             found = None if pattern is None else str(pattern)
             results.append(Lowered(linear, found, "MatMul", reason, dense, dense))
@@ -103,7 +107,9 @@ def stored_weights(program: ExportedProgram, lowered: Sequence[Lowered]) -> dict
     }
 
 
-def _why_dense(node: Node, weight: Tensor, storage: Storage, sparse: bool) -> tuple[Pattern | None, str]:
+def _why_dense(
+    node: Node, weight: Tensor, storage: Storage, sparse: bool, worth: Worth | None
+) -> tuple[Pattern | None, str]:
     """The pattern found in the weight, and the reason why its linear must stay a MatMul ("" if it need not)."""
     pattern = find_pattern(weight.detach())
     if pattern is None:
@@ -115,10 +121,11 @@ def _why_dense(node: Node, weight: Tensor, storage: Storage, sparse: bool) -> tu
     if any(user.target is not torch.ops.aten.linear.default for user in holder.users):
         return pattern, "the weight is tied to something that is not a linear"
     rows, columns = weight.shape
-    size = packed.packed_bytes(rows, columns, int(weight.count_nonzero()), pattern, storage)
+    nonzeros = int(weight.count_nonzero())
+    size = packed.packed_bytes(rows, columns, nonzeros, pattern, storage)
     if size >= weight.numel() * weight.element_size():
         return pattern, f"packed it would take {size} bytes, dense {weight.numel() * weight.element_size()}"
-    return pattern, ""
+    return pattern, worth(pattern, rows, columns, nonzeros) if worth is not None else ""
 
 
 def _replace(program: ExportedProgram, node: Node, stored: Packed) -> None:

@@ -15,6 +15,8 @@ import pytest
 from families import VOCABULARY, random_model
 from safetensors.torch import load_file, save_file
 from sparsify_export.cli import main
+from sparsify_export.passes.cost import Speed
+from sparsify_export.runtime import machine
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -86,6 +88,24 @@ def test_onnx_name_writes_the_file_and_its_data(folder, tmp_path):
     out = tmp_path / "model.onnx"
     assert main([str(folder), "--sparsity", "0.5", "--score", "wanda", "--quiet", *SHORT[:4], "-o", str(out)]) == 0
     assert {f.name for f in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data", "model.onnx.report.json"}
+
+
+def test_auto_leaves_dense_what_this_machine_runs_slower(folder, text, tmp_path, monkeypatch, capsys):
+    quick, slow = (Speed(0.0, (figure,) * 3, (figure,) * 3) for figure in (1e-9, 2e-9))
+    monkeypatch.setattr(machine, "measure_dense", lambda: quick)
+    monkeypatch.setattr(machine, "measure_sparse", lambda pattern, storage: slow)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "model.onnx"
+    arguments = [str(folder), "--nm", "2:4", "--calibration", str(text), *SHORT[:4], "-o", str(out)]
+    assert main([*arguments, "--lower", "auto", "--lower-for", "16"]) == 0
+    report = json.loads((tmp_path / "model.onnx.report.json").read_text())
+    assert report["settings"]["lower"] == "auto, for 16 tokens a call"
+    assert report["machine"]["threads"] >= 1
+    pruned = [entry for entry in report["linears"] if entry["pattern"] == "2:4"]
+    assert len(pruned) == 14
+    assert {entry["op"] for entry in pruned} == {"MatMul"}
+    assert all("for 16 tokens here" in entry["reason"] for entry in pruned)
+    assert "lowered where it is faster on" in capsys.readouterr().out
 
 
 def test_eval_bench_inspect_and_generate_take_what_was_written(exported, text, capsys):
@@ -203,6 +223,9 @@ def test_standard_ops_write_plain_matmul_with_zeros(folder, tmp_path, capsys):
         (["--nm", "2:4", "--dtype", "int4", "--group", "16"], "16"),
         (["--nm", "2:4", "--dtype", "int2"], "int2"),
         (["--nm", "2:4", "--no-such-flag"], "no-such-flag"),
+        (["--nm", "2:4", "--lower", "auto", "--ops", "standard"], "--lower auto has no effect with --ops standard"),
+        (["--nm", "2:4", "--lower-for", "16"], "--lower-for 16 has no effect without --lower auto"),
+        (["--nm", "2:4", "--lower", "auto", "--lower-for", "0"], "--lower-for 0 is too small"),
     ],
 )
 def test_bad_flags(folder, tmp_path, capsys, flags, why):

@@ -61,6 +61,8 @@ def compile_command(
     dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32",
     group: Literal[32, 64, 128] | None = None,
     ops: Literal["sparse", "standard"] = "sparse",
+    lower: Literal["always", "auto"] = "always",
+    lower_for: int | None = None,
     eval_: Annotated[Path | None, Parameter(name="--eval")] = None,
     window: int = 2048,
     windows: int | None = None,
@@ -88,6 +90,8 @@ def compile_command(
         dtype: storage of packed weights; with int8 and int4 activations are quantised too, token by token.
         group: neighbouring weights that share an int4 scale; default 128.
         ops: sparse ops, or standard MatMul with zeros.
+        lower: sparse ops for every weight that gets smaller, or (auto) not for those that this machine runs slower.
+        lower_for: tokens in a call that --lower auto decides for; default 1, decoding.
         eval_: text file to measure perplexity on, before and after.
         window: tokens in an evaluation window.
         windows: evaluation windows at most.
@@ -126,9 +130,15 @@ def compile_command(
         recipe = Recipe(pattern, score or "ria", ria_power, permute or "fold", skip)
     if group is not None and dtype != "int4":
         raise InputError(f"--group {group} has no effect without --dtype int4")
+    if lower == "auto" and ops == "standard":
+        raise InputError("--lower auto has no effect with --ops standard, which lowers nothing")
+    if lower_for is not None and lower != "auto":
+        raise InputError(f"--lower-for {lower_for} has no effect without --lower auto")
+    _positive("--lower-for", lower_for)
+    tokens = (lower_for or 1) if lower == "auto" else None
     storage = Storage(dtype, (group or 128) if dtype == "int4" else 0)
     source = compiler.Calibration(calibration, calibration_inputs, samples, seq_len, seed)
-    settings = compiler.Settings(recipe, source, storage, ops, eval_, window, windows)
+    settings = compiler.Settings(recipe, source, storage, ops, tokens, eval_, window, windows)
     with _progress(quiet) as console:
         if not quiet:
             terminal.print(_settings_table(model, out, effort, settings))

@@ -23,6 +23,7 @@ from .passes.pipeline import BlockReport, Recipe, Timings, prune
 from .report import Evaluation, Report, build_report
 from .runtime.benchmark import compare_kernels
 from .runtime.evaluate import onnx_logits, perplexity, torch_logits
+from .runtime.machine import this_machine
 from .runtime.session import CausalSession, open_session
 from .runtime.verify import expect, verify
 from .stages import Stages
@@ -60,6 +61,8 @@ class Settings:
         calibration: what to observe.
         storage: of packed weights.
         ops: ``sparse`` lowers sparse weights to our ops; ``standard`` writes plain MatMul with zeros.
+        lower_for: leave a weight dense where this machine would run it slower sparse, in calls of so many tokens;
+            None lowers every weight that gets smaller.
         evaluate: text file to measure perplexity on before and after, or None.
         window: tokens in an evaluation window.
         windows: how many evaluation windows at most; None for all.
@@ -69,6 +72,7 @@ class Settings:
     calibration: Calibration = Calibration()
     storage: Storage = FP32
     ops: Literal["sparse", "standard"] = "sparse"
+    lower_for: int | None = None
     evaluate: Path | None = None
     window: int = 2048
     windows: int | None = None
@@ -136,7 +140,10 @@ def compile_model(
     with stages.run("lower"):
         console.progress("lowering", 0, 0)
         probe = _probe(traced, pretrained, batches, held_out, settings)
-        lowered = lower_linears(traced.program, storage=settings.storage, sparse=settings.ops == "sparse")
+        machine = this_machine() if settings.lower_for is not None else None
+        worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
+        sparse = settings.ops == "sparse"
+        lowered = lower_linears(traced.program, storage=settings.storage, sparse=sparse, worth=worth)
         packed = stored_weights(traced.program, lowered)
         rounded = dict.fromkeys(packed, settings.storage.activations)
         expected = expect(parts, as_stored(params, packed), probe, rounded)
@@ -164,6 +171,7 @@ def compile_model(
             evaluation=Evaluation(before, after) if before and after else None,
             latency=latency,
             stages=stages.done,
+            machine=machine.key if machine else None,
             pruning_seconds=timings.seconds,
             model=target.model,
         )
@@ -330,4 +338,5 @@ def plain(settings: Settings) -> dict[str, Any]:
         "dtype": settings.storage.kind,
         "group": settings.storage.group or None,
         "ops": settings.ops,
+        "lower": "always" if settings.lower_for is None else f"auto, for {settings.lower_for} tokens a call",
     }

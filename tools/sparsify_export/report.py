@@ -72,6 +72,7 @@ class Report:
         evaluation: perplexity before and after, or None without ``--eval``.
         latency: milliseconds with our kernels against the same file run by ONNX Runtime alone.
         stages: seconds and peak memory.
+        machine: the machine whose figures decided what was lowered; None where every weight that gets smaller was.
         pruning_seconds: what pruning was spent on.
         file_bytes: the model and its data.
         dense_linear_bytes: all linears of the repeated layers in float32.
@@ -86,6 +87,7 @@ class Report:
     evaluation: Evaluation | None
     latency: tuple[Row, ...]
     stages: tuple[Stage, ...]
+    machine: Mapping[str, Any] | None
     pruning_seconds: Mapping[str, float]
     file_bytes: int
     dense_linear_bytes: int
@@ -106,6 +108,7 @@ def build_report(
     evaluation: Evaluation | None,
     latency: Sequence[Row],
     stages: Sequence[Stage],
+    machine: Mapping[str, Any] | None,
     pruning_seconds: Mapping[str, float],
     model: Path,
 ) -> Report:
@@ -138,6 +141,7 @@ def build_report(
         evaluation=evaluation,
         latency=tuple(latency),
         stages=tuple(stages),
+        machine=machine,
         pruning_seconds=dict(pruning_seconds),
         file_bytes=sum(file.stat().st_size for file in (model, model.with_name(model.name + ".data"))),
         dense_linear_bytes=sum(entry.dense_bytes for entry in inside),
@@ -202,6 +206,10 @@ def _totals(report: Report) -> Table:
         table.add_row("their weights", f"{sizes} ({ratio:.3f}x{gain})")
     if lowered and report.settings["dtype"] in ("int8", "int4"):
         table.add_row("their activations", "quantised to 8 bits, each token by itself")
+    if report.machine is not None:
+        table.add_row(
+            "lowered where it is faster on", f"{report.machine['processor']}, {report.machine['threads']} threads"
+        )
     table.add_row("file", _mb(report.file_bytes))
     for row in report.latency:
         if row.against is not None and row.ratio is not None:

@@ -234,6 +234,28 @@ def test_a_weight_too_large_for_fp16_is_refused_by_name():
         lower_one(weight, storage=Storage("fp16"))
 
 
+def test_a_weight_that_is_not_worth_it_stays_dense_and_says_why():
+    weight = torch.randn(4, 8)
+    half(weight)
+    asked = []
+    entry, program = lower_one(weight, worth=lambda *what: asked.append(what) or "too slow")
+    assert (entry.op, entry.pattern, entry.reason) == ("MatMul", "2:4", "too slow")
+    assert entry.stored_bytes == entry.dense_bytes
+    assert torch.equal(program.state_dict["model.only.weight"], weight)
+    assert asked == [(NM(2, 4), 4, 8, 16)]
+    assert lower_one(weight, worth=lambda *what: "")[0].op == "linear_nm"
+
+
+def test_only_weights_that_could_be_lowered_are_asked_about():
+    def never(*what):
+        raise AssertionError(what)
+
+    assert lower_one(torch.randn(4, 8), worth=never)[0].reason == "the weight is dense"
+    weight = torch.randn(4, 16)
+    weight[:, 5] = 0
+    assert lower_one(weight, worth=never)[0].pattern == "15:16"
+
+
 class Fixed(nn.Module):
     """A linear whose weight is no parameter and not in the state dict."""
 
