@@ -1,4 +1,5 @@
 // Quantised weights on processors with AVX-512 VBMI, VBMI2 and VNNI; everything else as on any AVX-512.
+#include "decode_bits_i4.h"
 #include "decode_i8.h"
 #include "panel_i8.h"
 #include "row_tasks.h"
@@ -9,15 +10,47 @@ namespace {
 constexpr int64_t kDecodeTokens = 8;     // bitmask, 4 bits
 constexpr int64_t kDecodeTokens24 = 2;   // 2:4 in 8 bits: with more, panels are faster
 
-template <DType type, class Weight>
-void decode(const Weight& w, int64_t group_columns, const float* x, int64_t tokens, const float* bias, float* y,
-            const Parallel& parallel) {
-  const TokenCodes codes = token_codes(x, tokens, w.cols);
-  for_row_tasks(w.rows, weight_bytes(w), parallel, [&](int64_t row, int64_t row_last) {
-    const int64_t scales = type == DType::i4 ? group_columns / w.group : 1;  // to a step
-    if (scales <= 1) return decode_i8_rows<type, 1>(w, codes, tokens, bias, y, row, row_last);
-    if (scales == 2) return decode_i8_rows<type, 2>(w, codes, tokens, bias, y, row, row_last);
-    decode_i8_rows<type, 4>(w, codes, tokens, bias, y, row, row_last);
+// Calls run(scales to 128 columns, as a constant).
+template <class Run>
+void with_scales(int64_t group, const Run& run) {
+  if (group == 128) return run(std::integral_constant<int, 1>());
+  if (group == 64) return run(std::integral_constant<int, 2>());
+  run(std::integral_constant<int, 4>());
+}
+
+template <DType type>
+void decode_24(const NmWeight& w, const float* x, int64_t tokens, const float* bias, float* y, const Parallel& parallel) {
+  const TokenCodes c = token_codes(x, tokens, w.cols, 128);
+  with_scales(type == DType::i4 ? w.group : 128, [&](auto scales) {
+    for_row_tasks(w.rows, weight_bytes(w), parallel, [&](int64_t first, int64_t last) {
+      decode_i8_rows(tokens, w.rows, bias, y, first, last, [&](int64_t row, int64_t t, float add, float* to, auto count) {
+        decode_24_row<type, scales, count>(w, row, c.codes.get() + t * c.stride, c.stride, c.steps.get() + t, add, to);
+      });
+    });
+  });
+}
+
+void decode_bits(const BitmaskWeight& w, const float* x, int64_t tokens, const float* bias, float* y,
+                 const Parallel& parallel) {
+  const TokenCodes c = token_codes(x, tokens, w.cols, 128);
+  for_row_tasks(w.rows, weight_bytes(w), parallel, [&](int64_t first, int64_t last) {
+    decode_i8_rows(tokens, w.rows, bias, y, first, last, [&](int64_t row, int64_t t, float add, float* to, auto count) {
+      decode_bits_row<count>(w, row, c.codes.get() + t * c.stride, c.stride, c.steps.get() + t, add, to);
+    });
+  });
+}
+
+void decode_bits_i4(const BitmaskWeight& w, const float* x, int64_t tokens, const float* bias, float* y,
+                    const Parallel& parallel) {
+  const TokenCodes c = token_codes(x, tokens, w.cols, 0);
+  const Scratch<int32_t> offsets = offset_sums(c, tokens);
+  with_scales(w.group, [&](auto scales) {
+    for_row_tasks(w.rows, weight_bytes(w), parallel, [&](int64_t first, int64_t last) {
+      decode_i8_rows(tokens, w.rows, bias, y, first, last, [&](int64_t row, int64_t t, float add, float* to, auto count) {
+        decode_bits_i4_row<scales, count>(w, row, c.codes.get() + t * c.stride, offsets.get() + t * c.stride / 4, c.stride,
+                                          c.steps.get() + t, add, to);
+      });
+    });
   });
 }
 
@@ -34,18 +67,18 @@ void panels(const NmWeight& w, const float* x, int64_t tokens, const float* bias
 void linear_nm(const NmWeight& w, const float* x, int64_t tokens, const float* bias, float* y, const Parallel& parallel) {
   if (w.rows == 0 || tokens == 0) return;
   if (w.n == 2 && w.m == 4 && w.type == DType::i8)
-    return tokens <= kDecodeTokens24 ? decode<DType::i8>(w, 128, x, tokens, bias, y, parallel)
+    return tokens <= kDecodeTokens24 ? decode_24<DType::i8>(w, x, tokens, bias, y, parallel)
                                      : panels(w, x, tokens, bias, y, parallel);
   if (w.n == 2 && w.m == 4 && w.type == DType::i4 && tokens <= kDecodeTokens)
-    return decode<DType::i4>(w, 128, x, tokens, bias, y, parallel);
+    return decode_24<DType::i4>(w, x, tokens, bias, y, parallel);
   kAvx512.linear_nm(w, x, tokens, bias, y, parallel);
 }
 
 void linear_bitmask(const BitmaskWeight& w, const float* x, int64_t tokens, const float* bias, float* y,
                     const Parallel& parallel) {
   if (w.rows == 0 || tokens == 0) return;
-  if (w.type == DType::i8 && tokens <= kDecodeTokens) return decode<DType::i8>(w, 64, x, tokens, bias, y, parallel);
-  if (w.type == DType::i4 && tokens <= kDecodeTokens) return decode<DType::i4>(w, 64, x, tokens, bias, y, parallel);
+  if (w.type == DType::i8 && tokens <= kDecodeTokens) return decode_bits(w, x, tokens, bias, y, parallel);
+  if (w.type == DType::i4 && tokens <= kDecodeTokens) return decode_bits_i4(w, x, tokens, bias, y, parallel);
   kAvx512.linear_bitmask(w, x, tokens, bias, y, parallel);
 }
 

@@ -1,5 +1,6 @@
-// Activations as 8-bit codes for vpdpbusd, which multiplies unsigned by signed bytes: the codes -127 .. 127 are stored
-// with 128 added, and 128 times the sum of the weights is taken off again.
+// Activations as 8-bit codes for vpdpbusd, which multiplies unsigned by signed bytes. Where the weights are signed, 128
+// is added to the codes, and 128 times the sum of the weights taken off again; where the weights are made unsigned, the
+// codes stay signed.
 #pragma once
 #include <immintrin.h>
 
@@ -9,10 +10,9 @@
 
 namespace sparsify { namespace {
 
-// 16 codes of a token with step `by`.
+// 16 signed codes of a token with step `by`.
 SPARSIFY_INLINE inline __m128i codes_16(__m512 x, __m512 by) {
-  const __m512i code = _mm512_cvtps_epi32(_mm512_div_ps(x, by));  // to nearest, ties to even
-  return _mm_xor_si128(_mm512_cvtepi32_epi8(code), _mm_set1_epi8(int8_t(-128)));
+  return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_div_ps(x, by)));  // to nearest, ties to even
 }
 
 // What a token is divided by: its codes are all 0 where the step is 0 (or NaN: its results will be NaN anyway).
@@ -25,7 +25,9 @@ struct TokenCodes {
   Scratch<float> steps;
 };
 
-[[maybe_unused]] TokenCodes token_codes(const float* x, int64_t tokens, int64_t cols) {
+// `shift`: what is added to the codes, 128 or 0.
+[[maybe_unused]] TokenCodes token_codes(const float* x, int64_t tokens, int64_t cols, int shift) {
+  const __m128i flip = _mm_set1_epi8(int8_t(shift));
   const int64_t stride = (cols + 127) / 128 * 128;
   TokenCodes result{stride, scratch<uint8_t>(tokens * stride), scratch<float>(tokens)};
   for (int64_t token = 0; token < tokens; ++token) {
@@ -35,7 +37,7 @@ struct TokenCodes {
     for (int64_t k = 0; k < stride; k += 16) {
       const int64_t left = cols - k;
       const __mmask16 valid = left >= 16 ? 0xffff : left > 0 ? __mmask16((1 << left) - 1) : 0;
-      const __m128i code = codes_16(_mm512_maskz_loadu_ps(valid, from + k), by);
+      const __m128i code = _mm_xor_si128(codes_16(_mm512_maskz_loadu_ps(valid, from + k), by), flip);
       _mm_store_si128(reinterpret_cast<__m128i*>(to + k), _mm_maskz_mov_epi8(valid, code));
     }
   }

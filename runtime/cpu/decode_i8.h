@@ -2,7 +2,7 @@
 //
 //   2:4       64 kept codes belong to 128 columns: the 2-bit indices become byte places (one multishift), x is permuted
 //             to the weights (one two-register permute), and four products are added to each of 16 sums
-//   bitmask   64 columns: the kept codes are expanded to where their columns are, x stays
+//   bitmask   64 columns: the kept codes are expanded to where their columns are, x stays (decode_bits_i4.h: in 4 bits)
 //   4 bits    become 8 first; the sums of each step are scaled and added up in float32
 //
 // x holds codes + 128 (codes_i8.h); what that adds is summed beside and taken off.
@@ -119,80 +119,57 @@ void decode_24_row(const NmWeight& w, int64_t row, const uint8_t* x, int64_t str
   for (int t = 0; t < T; ++t) y[t * w.rows + row] = sums.end(t, row_scale) * steps[t] + bias;
 }
 
-// One row of a bitmask, T tokens. G scales to a step of 64 columns (i4).
-template <DType type, int G, int T>
+// 64 columns of a bitmask row: the kept bytes where their columns are, `pruned` elsewhere. Expanded from a register and merging: from memory, and zeroing, it is microcoded on Zen.
+SPARSIFY_INLINE inline __m512i expand_bytes(__m512i kept, uint64_t mask, __m512i pruned) {
+  asm("" : "+v"(kept), "+v"(pruned));
+  return _mm512_mask_expand_epi8(pruned, mask, kept);
+}
+
+// One row of a bitmask in 8 bits, T tokens.
+template <int T>
 void decode_bits_row(const BitmaskWeight& w, int64_t row, const uint8_t* x, int64_t stride, const float* steps, float bias,
                      float* y) {
   const int64_t mask_bytes = w.mask_bytes_per_row();
   const uint8_t* mask = w.mask + row * mask_bytes;
   const uint8_t* values = static_cast<const uint8_t*>(w.values) + w.row_start[row];
   const uint8_t* const end = static_cast<const uint8_t*>(w.values) + w.row_start[w.rows];
-  const uint16_t* scales = type == DType::i4 ? static_cast<const uint16_t*>(w.scales) + row * ((w.cols + w.group - 1) / w.group) : nullptr;
-  CodeSums<type, T> sums;
+  CodeSums<DType::i8, T> sums;
   sums.begin();
-  const auto step = [&](int64_t k, uint64_t word, __m512 scale) SPARSIFY_INLINE {
-    const int64_t kept = __builtin_popcountll(word), bytes = type == DType::i8 ? kept : (kept + 1) / 2;
-    constexpr int64_t kMost = type == DType::i8 ? 64 : 32;
-    const __mmask64 here = end - values >= kMost ? ~uint64_t(0) : (uint64_t(1) << bytes) - 1;  // bytes < 64 at the end
-    __m512i codes;
-    if constexpr (type == DType::i8) {
-      codes = end - values >= kMost ? _mm512_loadu_si512(values) : _mm512_maskz_loadu_epi8(here, values);
-    } else {
-      codes = from_nibbles(end - values >= kMost ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values))
-                                                 : _mm256_maskz_loadu_epi8(__mmask32(here), values));
-    }
-    asm("" : "+v"(codes));  // expand from a register: from memory it is microcoded on Zen
-    const __m512i weights = _mm512_maskz_expand_epi8(word, codes);
+  const auto step = [&](int64_t k, uint64_t word, auto whole) SPARSIFY_INLINE {
+    const int64_t kept = __builtin_popcountll(word);
+    const __mmask64 here = kept == 64 ? ~uint64_t(0) : (uint64_t(1) << kept) - 1;
+    const __m512i codes = whole ? _mm512_loadu_si512(values) : _mm512_maskz_loadu_epi8(here, values);
+    const __m512i weights = expand_bytes(codes, word, _mm512_setzero_si512());
     prefetch(values + kAheadI8);
-    values += bytes;
-    sums.add(weights, scale, [&](auto t) SPARSIFY_INLINE { return _mm512_loadu_si512(x + t * stride + k); });
+    values += kept;
+    sums.add(weights, __m512(), [&](auto t) SPARSIFY_INLINE { return _mm512_loadu_si512(x + t * stride + k); });
   };
   int64_t k = 0;
-  for (; k + 64 <= w.cols; k += 64) {
-    uint64_t word;
-    std::memcpy(&word, mask + k / 8, 8);
+  for (; k + 64 <= w.cols && end - values >= 64; k += 64) {
     if (k % 512 == 0) prefetch(mask + k / 8 + kAheadI8 / 4);
-    if constexpr (type == DType::i8) step(k, word, __m512());
-    else step(k, word, lane_scales<G>(scales + k / w.group));
+    step(k, load_bits(mask + k / 8, 8), std::true_type());
   }
-  if (k < w.cols) {
-    const uint64_t word = load_bits(mask + k / 8, mask_bytes - k / 8);
-    if constexpr (type == DType::i8) {
-      step(k, word, __m512());
-    } else {
-      uint16_t last[G] = {};
-      std::memcpy(last, scales + k / w.group, size_t((w.cols - k + w.group - 1) / w.group) * 2);
-      step(k, word, lane_scales<G>(last));
-    }
-  }
-  const float row_scale = type == DType::i8 ? static_cast<const float*>(w.scales)[row] : 1.0f;
-  for (int t = 0; t < T; ++t) y[t * w.rows + row] = sums.end(t, row_scale) * steps[t] + bias;
+  for (; k < w.cols; k += 64)
+    step(k, load_bits(mask + k / 8, mask_bytes - k / 8 < 8 ? mask_bytes - k / 8 : 8), std::false_type());
+  for (int t = 0; t < T; ++t)
+    y[t * w.rows + row] = sums.end(t, static_cast<const float*>(w.scales)[row]) * steps[t] + bias;
 }
 
-template <DType type, int G, int T>
-void decode_row(const NmWeight& w, int64_t row, const uint8_t* x, int64_t stride, const float* steps, float bias, float* y) {
-  decode_24_row<type, G, T>(w, row, x, stride, steps, bias, y);
-}
-template <DType type, int G, int T>
-void decode_row(const BitmaskWeight& w, int64_t row, const uint8_t* x, int64_t stride, const float* steps, float bias, float* y) {
-  decode_bits_row<type, G, T>(w, row, x, stride, steps, bias, y);
-}
-
-// Rows row .. row_last for all tokens; a row stays in cache from one group of tokens to the next.
-template <DType type, int G, class Weight>
-void decode_i8_rows(const Weight& w, const TokenCodes& x, int64_t tokens, const float* bias, float* y, int64_t row,
-                    int64_t row_last) {
+// Rows row .. row_last for all tokens: decode_row(row, first token, bias, y, count) is called for up to 4 at a time; a row stays in cache from one group of tokens to the next.
+template <class DecodeRow>
+void decode_i8_rows(int64_t tokens, int64_t rows, const float* bias, float* y, int64_t row,
+                    int64_t row_last, const DecodeRow& decode_row) {
   for (; row < row_last; ++row)
     for (int64_t t = 0; t < tokens;) {
-      const uint8_t* codes = x.codes.get() + t * x.stride;
-      const float* steps = x.steps.get() + t;
-      const float add = bias ? bias[row] : 0.0f;
-      float* to = y + t * w.rows;
+      const auto run = [&](auto count) {
+        decode_row(row, t, bias ? bias[row] : 0.0f, y + t * rows, count);
+        t += count;
+      };
       switch (tokens - t) {
-        case 1: decode_row<type, G, 1>(w, row, codes, x.stride, steps, add, to); t += 1; break;
-        case 2: decode_row<type, G, 2>(w, row, codes, x.stride, steps, add, to); t += 2; break;
-        case 3: decode_row<type, G, 3>(w, row, codes, x.stride, steps, add, to); t += 3; break;
-        default: decode_row<type, G, 4>(w, row, codes, x.stride, steps, add, to); t += 4; break;
+        case 1: run(std::integral_constant<int, 1>()); break;
+        case 2: run(std::integral_constant<int, 2>()); break;
+        case 3: run(std::integral_constant<int, 3>()); break;
+        default: run(std::integral_constant<int, 4>()); break;
       }
     }
 }

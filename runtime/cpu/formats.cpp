@@ -75,17 +75,34 @@ std::string check_kept(DType type, int64_t row, int64_t kept) {
   return "";
 }
 
-std::string check_index_range(const NmWeight& w) {
+// Two 2:4 groups to a byte: both ascending?
+bool ascending_24(uint8_t byte) {
+  const auto group = [](int code) { return (code & 3) < (code >> 2); };
+  return group(byte & 15) && group(byte >> 4);
+}
+
+// Positions must lie inside their group and ascend: what finds columns bit by bit would pair a weight with the wrong
+// column otherwise.
+std::string check_positions(const NmWeight& w) {
   const int bits = w.index_bits();
-  if (1 << bits == w.m) return "";  // every code is a legal position
   const uint8_t* packed = w.indices;
-  for (int64_t row = 0; row < w.rows; ++row, packed += w.index_bytes_per_row())
-    for (int64_t i = 0; i < w.kept_per_row(); ++i) {
-      const int position = packed[i * bits / 8] >> (i * bits % 8) & ((1 << bits) - 1);
-      if (position >= w.m)
-        return "indices must be below m = " + number(w.m) + ", got " + number(position) + " in row " + number(row) +
-               " at value " + number(i);
+  for (int64_t row = 0; row < w.rows; ++row, packed += w.index_bytes_per_row()) {
+    int64_t i = 0;
+    if (w.n == 2 && w.m == 4) {
+      bool good = true;
+      for (; i + 4 <= w.kept_per_row(); i += 4) good &= ascending_24(packed[i / 4]);
+      if (!good) i = 0;  // find it
     }
+    for (int before = -1; i < w.kept_per_row(); ++i) {
+      if (i % w.n == 0) before = -1;
+      const int position = packed[i * bits / 8] >> (i * bits % 8) & ((1 << bits) - 1);
+      const auto where = [&] { return "in row " + number(row) + " at value " + number(i); };
+      if (position >= w.m) return "indices must be below m = " + number(w.m) + ", got " + number(position) + " " + where();
+      if (position <= before)
+        return "indices must ascend inside a group, got " + number(position) + " after " + number(before) + " " + where();
+      before = position;
+    }
+  }
   return "";
 }
 
@@ -125,7 +142,7 @@ std::string check_nm(NmWeight& w, const Shape& values, const Shape& indices, con
     return wanted_shape("indices", indices, show(wanted)) + " (values " + show(values) + ", " +
            number(w.index_bits()) + " bits an index)";
   if (!(why = check_bias(bias, w.rows)).empty()) return why;
-  return check_index_range(w);
+  return check_positions(w);
 }
 
 std::string check_bitmask_sizes(const BitmaskWeight& w, const Shape* scales) {

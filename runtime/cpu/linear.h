@@ -33,6 +33,7 @@ void decode_nm_typed(const NmWeight& w, const float* x, int64_t tokens, const fl
     case 1: return decode_nm<V, type, 1>(w, x, tokens, bias, y, row, row_last);
     case 2: return decode_nm<V, type, 2>(w, x, tokens, bias, y, row, row_last);
     case 4: return decode_nm<V, type, 4>(w, x, tokens, bias, y, row, row_last);
+    default: return decode_nm<V, type, 8>(w, x, tokens, bias, y, row, row_last);
   }
 }
 

@@ -29,7 +29,7 @@ struct PanelI8 {
     all = _mm512_inserti32x4(all, codes_16(_mm512_maskz_loadu_ps(__mmask16(valid >> 16), at + 16), by), 1);
     all = _mm512_inserti32x4(all, codes_16(_mm512_maskz_loadu_ps(__mmask16(valid >> 32), at + 32), by), 2);
     all = _mm512_inserti32x4(all, codes_16(_mm512_maskz_loadu_ps(__mmask16(valid >> 48), at + 48), by), 3);
-    return _mm512_maskz_mov_epi8(valid, all);
+    return _mm512_maskz_mov_epi8(valid, _mm512_xor_si512(all, _mm512_set1_epi8(int8_t(-128))));  // + 128
   }
 
   // 128 times the sum of each row's weights, what the shift of x adds.

@@ -62,8 +62,8 @@ def test_bitmask(pack, dtype, tokens):
         keep[1::7] = True  # dense rows
         values, mask, row_start, dense = pack.bitmask(rng, keep, dtype)
         x, bias = rng.standard_normal((tokens, cols), np.float32), rng.standard_normal(rows, np.float32)
-        assert_close(_native.linear_bitmask(x, values, mask, row_start), x, dense, dtype=dtype)
-        assert_close(_native.linear_bitmask(x, values, mask, row_start, bias), x, dense, bias, dtype=dtype)
+        assert_close(_native.linear_bitmask(x, values, mask, row_start), x, dense)
+        assert_close(_native.linear_bitmask(x, values, mask, row_start, bias), x, dense, bias)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
@@ -150,7 +150,8 @@ def test_torch_tensors_of_every_type(pack):
     half = torch.from_numpy(values).bfloat16()
     direct = _native.linear_nm(x, half, indices, 2, 4)
     assert np.array_equal(direct, _native.linear_nm(x, half.view(torch.uint16), indices, 2, 4))
-    assert np.array_equal(direct, _native.linear_nm(x, half.float(), indices, 2, 4))
+    one = np.ascontiguousarray(x[:1])  # with more tokens, AVX-512 BF16 rounds them too
+    assert np.array_equal(_native.linear_nm(one, half, indices, 2, 4), _native.linear_nm(one, half.float(), indices, 2, 4))
 
 
 def test_writes_out_and_nothing_around_it(pack):
@@ -249,4 +250,4 @@ def test_any_bitmask_weight_equals_its_dense_form(pack, rows, cols, tokens, dens
     rng = np.random.default_rng(seed)
     values, mask, row_start, dense = pack.bitmask(rng, rng.random((rows, cols)) < density, dtype)
     x = rng.integers(-4, 5, (tokens, cols)).astype(np.float32)
-    assert_close(_native.linear_bitmask(x, values, mask, row_start), x, dense, dtype=dtype)
+    assert_close(_native.linear_bitmask(x, values, mask, row_start), x, dense)

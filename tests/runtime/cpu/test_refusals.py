@@ -59,6 +59,19 @@ def test_linear_nm_refuses(nm, change, why):
         _native.linear_nm(**{**nm, **change})
 
 
+@pytest.mark.parametrize(("groups", "at"), [(1, 1), (2, 3), (9, 17)])  # the last of a byte, and of an odd row
+def test_linear_nm_refuses_indices_that_do_not_ascend(groups, at):
+    x, values = np.ones((1, 4 * groups), np.float32), np.ones((1, 2 * groups), np.float32)
+    indices = np.full((1, (groups + 1) // 2), 0b1001_1001, np.uint8)  # 1 and 2 in every group
+    if groups % 2:
+        indices[0, -1] &= 15
+    indices[0, -1] ^= 0b0100 << (4 if groups % 2 == 0 else 0)  # 2 becomes 3
+    _native.linear_nm(x, values, indices, 2, 4)
+    indices[0, -1] ^= 0b1000 << (4 if groups % 2 == 0 else 0)  # and then 1
+    with pytest.raises(ValueError, match=f"indices must ascend inside a group, got 1 after 1 in row 0 at value {at}"):
+        _native.linear_nm(x, values, indices, 2, 4)
+
+
 @pytest.mark.parametrize("m", [3, 5, 15, 17, 31])
 def test_linear_nm_refuses_an_index_outside_its_group(m):
     x, values = np.ones((1, 2 * m), np.float32), np.ones((1, 2), np.float32)
