@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from families import VOCABULARY, random_model
 from safetensors.torch import load_file, save_file
+from sparsify_export import cli
 from sparsify_export.cli import main
 from sparsify_export.passes.cost import Speed
 from sparsify_export.runtime import machine
@@ -91,6 +92,7 @@ def test_onnx_name_writes_the_file_and_its_data(folder, tmp_path):
 
 
 def test_auto_leaves_dense_what_this_machine_runs_slower(folder, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.terminal, "width", 200)
     quick, slow = (Speed(0.0, (figure,) * 3, (figure,) * 3) for figure in (1e-9, 2e-9))
     monkeypatch.setattr(machine, "measure_dense", lambda: quick)
     monkeypatch.setattr(machine, "measure_sparse", lambda pattern, storage: slow)
@@ -137,7 +139,8 @@ def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, cap
         (["--sparsity", "0.5", "--dtype", "int4", "--group", "32"], "linear_bitmask_int4", 32),
     ],
 )
-def test_integers_are_stored_verified_and_shown(folder, text, tmp_path, capsys, flags, op, group):
+def test_integers_are_stored_verified_and_shown(folder, text, tmp_path, capsys, monkeypatch, flags, op, group):
+    monkeypatch.setattr(cli.terminal, "width", 200)  # a slow run makes another cell wide, and this one wrap
     out = tmp_path / "model.onnx"
     assert main([str(folder), *flags, "--calibration", str(text), *SHORT[:4], "-o", str(out)]) == 0
     assert "quantised to 8 bits, each token by itself" in capsys.readouterr().out
