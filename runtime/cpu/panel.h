@@ -23,7 +23,23 @@ constexpr int kPairs = 4, kPairTokens = 4;      // register block: rows r and r 
 constexpr int64_t kPanelRows = 2 * kPairs;
 constexpr int64_t kPanelSteps = 32;             // steps of 64 bytes in a block: 16 KiB of weights and places
 constexpr int64_t kPanelTokenBlock = 128;       // tokens that share an unpacking
-constexpr int64_t kPanelChunk = 64;              // rows in a task
+constexpr int64_t kPanelChunk = 32;              // rows in a task
+
+// What rows that do not exist read: a block of zeros.
+alignas(64) constexpr char kZeros[kPanelSteps * 32] = {};
+constexpr uint8_t kNoCodes[kPanelSteps * 8] = {};
+
+// A row of W from step `step` on, for the elements that are stored as they are multiplied: 32 bytes of values to a step.
+struct HalfRow {
+  const char* values;
+  const uint8_t* codes;
+
+  HalfRow(const NmWeight& w, int64_t row, int64_t row_last, int64_t step) : values(kZeros), codes(kNoCodes) {
+    if (row >= row_last) return;
+    values = static_cast<const char*>(w.values) + row * w.value_bytes_per_row() + step * 32;
+    codes = w.indices + row * w.index_bytes_per_row() + step * 8 / int64_t(byte_size(w.type));
+  }
+};
 
 struct alignas(64) PanelBlock {
   __m512i weights[kPanelSteps][kPairs];
@@ -115,15 +131,16 @@ void linear_panels(const E& element, const NmWeight& w, const char* packed, int6
         }
         step += count;
       } while (step < layout.steps);
-      for (int64_t r = row; r < row_last; r += kPanelRows) {
-        const __mmask8 valid = row_last - r >= kPanelRows ? 0xff : __mmask8((1 << (row_last - r)) - 1);
-        const __m256 add = bias ? _mm256_maskz_loadu_ps(valid, bias + r) : _mm256_setzero_ps();
-        const __m512i* const own = sums + (r - row) / kPanelRows * groups * kTile;
-        for (int64_t token = start; token < last; ++token) {
-          const __m512i* const at = own + (token - start) / kPairTokens * kTile + (token - start) % kPairTokens;
-          _mm256_mask_storeu_ps(y + token * w.rows + r, valid, element.finish(w, rows, row, over_lanes<E>(at), token, r, valid, add));
+      for (int64_t token = start; token < last; token += kPairTokens)  // their rows together: neighbours in y
+        for (int64_t r = row; r < row_last; r += kPanelRows) {
+          const __mmask8 valid = row_last - r >= kPanelRows ? 0xff : __mmask8((1 << (row_last - r)) - 1);
+          const __m256 add = bias ? _mm256_maskz_loadu_ps(valid, bias + r) : _mm256_setzero_ps();
+          const __m512i* const own = sums + ((r - row) / kPanelRows * groups + (token - start) / kPairTokens) * kTile;
+          for (int64_t t = 0; t < kPairTokens && token + t < last; ++t) {
+            const __m256 result = element.finish(w, rows, row, over_lanes<E>(own + t), token + t, r, valid, add);
+            _mm256_mask_storeu_ps(y + (token + t) * w.rows + r, valid, result);
+          }
         }
-      }
     }
   };
   parallel_for(parallel, (w.rows + chunk - 1) / chunk, task);

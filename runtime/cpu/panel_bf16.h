@@ -43,25 +43,28 @@ struct PanelBf16 {
 
   void unpack(const NmWeight& w, const Rows&, int64_t, int64_t r, int64_t row_last, int64_t step, int64_t count,
               PanelBlock& block) const {
-    const int64_t kept = w.kept_per_row(), index_bytes = w.index_bytes_per_row();
-    for (int64_t p = 0; p < kPairs; ++p)
-      for (int64_t s = 0; s < count; ++s) {
-        const int64_t first = (step + s) * 16, left = kept - first < 16 ? kept - first : 16;
-        __m256i half[2];
-        uint64_t codes = 0;
-        for (int h = 0; h < 2; ++h) {
-          const int64_t row = r + p + h * kPairs;
-          const int64_t here = row < row_last ? left : 0;
-          const uint16_t* from = static_cast<const uint16_t*>(w.values) + row * kept + first;
-          half[h] = _mm256_maskz_loadu_epi16(__mmask16((1 << here) - 1), from);
-          if (here == 16) prefetch(from + kPanelRows * kept);
-          const __mmask16 bytes = __mmask16((1 << (here + 3) / 4) - 1);
-          const __m128i code = _mm_maskz_loadu_epi8(bytes, w.indices + row * index_bytes + first / 4);
-          codes |= uint64_t(_mm_cvtsi128_si64(code)) << (32 * h);
-        }
-        block.places[s][p] = places(codes);
-        block.weights[s][p] = _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+    const int64_t kept = w.kept_per_row(), index_bytes = w.index_bytes_per_row(), ahead = kPanelRows * kept * 2;
+    const int64_t whole = w.cols / kColumns - step < count ? w.cols / kColumns - step : count;
+    for (int64_t p = 0; p < kPairs; ++p) {
+      const HalfRow low(w, r + p, row_last, step), high(w, r + p + kPairs, row_last, step);
+      for (int64_t s = 0; s < whole; ++s) {
+        if (s % 2 == 0) prefetch(low.values + ahead + s * 32);
+        if (s % 2 == 0) prefetch(high.values + ahead + s * 32);
+        block.places[s][p] = places(load_bits(low.codes + s * 4, 4) | load_bits(high.codes + s * 4, 4) << 32);
+        block.weights[s][p] = _mm512_inserti64x4(
+            _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low.values + s * 32))),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high.values + s * 32)), 1);
       }
+      for (int64_t s = whole; s < count; ++s) {  // at most one
+        const int64_t left = kept - (step + s) * 16;
+        const __mmask16 valid = __mmask16((1 << left) - 1);
+        const int64_t bytes = index_bytes - (step + s) * 4;
+        block.places[s][p] = places(load_bits(low.codes + s * 4, bytes) | load_bits(high.codes + s * 4, bytes) << 32);
+        block.weights[s][p] =
+            _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi16(valid, low.values + s * 32)),
+                               _mm256_maskz_loadu_epi16(valid, high.values + s * 32), 1);
+      }
+    }
   }
 
   __m256 finish(const NmWeight&, const Rows&, int64_t, __m256i sums, int64_t, int64_t, __mmask8, __m256 bias) const {

@@ -5,10 +5,6 @@
 
 namespace sparsify { namespace {
 
-// What rows that do not exist read: a block of zeros.
-alignas(64) constexpr float kZeros[kPanelSteps * 8] = {};
-constexpr uint8_t kNoCodes[kPanelSteps * 8] = {};
-
 struct PanelF32 {
   static constexpr int64_t kColumns = 16;
   using Sum = __m512;
@@ -54,8 +50,8 @@ struct PanelF32 {
     const int64_t ahead = kPanelRows * w.kept_per_row();  // the next rows, fetched while these are multiplied
     for (int64_t p = 0; p < kPairs; ++p) {
       const bool has_low = r + p < row_last, has_high = r + p + kPairs < row_last;
-      const float* low = has_low ? rows.values[r + p - row] + step * 8 : kZeros;
-      const float* high = has_high ? rows.values[r + p + kPairs - row] + step * 8 : kZeros;
+      const float* low = has_low ? rows.values[r + p - row] + step * 8 : reinterpret_cast<const float*>(kZeros);
+      const float* high = has_high ? rows.values[r + p + kPairs - row] + step * 8 : reinterpret_cast<const float*>(kZeros);
       const uint8_t* low_codes = has_low ? w.indices + (r + p) * w.index_bytes_per_row() + step * 2 : kNoCodes;
       const uint8_t* high_codes = has_high ? w.indices + (r + p + kPairs) * w.index_bytes_per_row() + step * 2 : kNoCodes;
       const int64_t whole = w.cols / kColumns - step < count ? w.cols / kColumns - step : count;

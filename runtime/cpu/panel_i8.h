@@ -62,24 +62,28 @@ struct PanelI8 {
 
   void unpack(const NmWeight& w, const Rows&, int64_t, int64_t r, int64_t row_last, int64_t step, int64_t count,
               PanelBlock& block) const {
-    const int64_t kept = w.kept_per_row(), index_bytes = w.index_bytes_per_row();
-    for (int64_t p = 0; p < kPairs; ++p)
-      for (int64_t s = 0; s < count; ++s) {
-        const int64_t first = (step + s) * 32, left = kept - first < 32 ? kept - first : 32;
-        __m256i half[2];
-        uint64_t codes[2];
-        for (int h = 0; h < 2; ++h) {
-          const int64_t row = r + p + h * kPairs;
-          const int64_t here = row < row_last ? left : 0;
-          const char* from = static_cast<const char*>(w.values) + row * kept + first;
-          half[h] = _mm256_maskz_loadu_epi8(__mmask32((uint64_t(1) << here) - 1), from);
-          if (s % 2 == 0) prefetch(from + kPanelRows * kept);
-          const __mmask16 bytes = __mmask16((1 << (here + 3) / 4) - 1);
-          codes[h] = uint64_t(_mm_cvtsi128_si64(_mm_maskz_loadu_epi8(bytes, w.indices + row * index_bytes + first / 4)));
-        }
-        block.places[s][p] = places(codes[0], codes[1]);
-        block.weights[s][p] = _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+    const int64_t kept = w.kept_per_row(), index_bytes = w.index_bytes_per_row(), ahead = kPanelRows * kept;
+    const int64_t whole = w.cols / kColumns - step < count ? w.cols / kColumns - step : count;
+    for (int64_t p = 0; p < kPairs; ++p) {
+      const HalfRow low(w, r + p, row_last, step), high(w, r + p + kPairs, row_last, step);
+      for (int64_t s = 0; s < whole; ++s) {
+        if (s % 2 == 0) prefetch(low.values + ahead + s * 32);
+        if (s % 2 == 0) prefetch(high.values + ahead + s * 32);
+        block.places[s][p] = places(load_bits(low.codes + s * 8, 8), load_bits(high.codes + s * 8, 8));
+        block.weights[s][p] = _mm512_inserti64x4(
+            _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low.values + s * 32))),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high.values + s * 32)), 1);
       }
+      for (int64_t s = whole; s < count; ++s) {  // at most one
+        const int64_t left = kept - (step + s) * 32;
+        const __mmask32 valid = (1u << left) - 1;
+        const int64_t bytes = index_bytes - (step + s) * 8;
+        block.places[s][p] = places(load_bits(low.codes + s * 8, bytes), load_bits(high.codes + s * 8, bytes));
+        block.weights[s][p] =
+            _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi8(valid, low.values + s * 32)),
+                               _mm256_maskz_loadu_epi8(valid, high.values + s * 32), 1);
+      }
+    }
   }
 
   __m256 finish(const NmWeight& w, const Rows& rows, int64_t row, __m256i sums, int64_t token, int64_t r, __mmask8 valid,
