@@ -47,7 +47,7 @@ void decode_bits_i4_row(const BitmaskWeight& w, int64_t row, const uint8_t* x, c
                                  : _mm512_set1_epi32(S == 2 ? half : 0);
     const __m512 scale = _mm512_permutexvar_ps(which, own);
     unrolled<T>([&](auto t) SPARSIFY_INLINE {
-      const __m512i start = _mm512_load_si512(offsets + (t * stride + k) / 4);
+      const __m512i start = _mm512_load_si512(offsets + ((t * stride + k) >> 2));
       const __m512i sum = _mm512_dpbusd_epi32(start, weights, _mm512_load_si512(x + t * stride + k));
       result[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, result[t]);
     });

@@ -75,11 +75,16 @@ std::string check_kept(DType type, int64_t row, int64_t kept) {
   return "";
 }
 
-// Two 2:4 groups to a byte: both ascending?
-bool ascending_24(uint8_t byte) {
-  const auto group = [](int code) { return (code & 3) < (code >> 2); };
-  return group(byte & 15) && group(byte >> 4);
-}
+// Bytes that hold two 2:4 groups, both ascending.
+struct Ascending24 {
+  bool byte[256] = {};
+  constexpr Ascending24() {
+    for (int first = 0; first < 16; ++first)
+      for (int second = 0; second < 16; ++second)
+        byte[first | second << 4] = (first & 3) < (first >> 2) && (second & 3) < (second >> 2);
+  }
+};
+constexpr Ascending24 kAscending24;
 
 // Positions must lie inside their group and ascend: what finds columns bit by bit would pair a weight with the wrong
 // column otherwise.
@@ -90,7 +95,7 @@ std::string check_positions(const NmWeight& w) {
     int64_t i = 0;
     if (w.n == 2 && w.m == 4) {
       bool good = true;
-      for (; i + 4 <= w.kept_per_row(); i += 4) good &= ascending_24(packed[i / 4]);
+      for (; i + 4 <= w.kept_per_row(); i += 4) good &= kAscending24.byte[packed[i / 4]];
       if (!good) i = 0;  // find it
     }
     for (int before = -1; i < w.kept_per_row(); ++i) {

@@ -97,7 +97,9 @@ class OnnxRuntime:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.register_custom_ops_library(LIBRARY)
         with tempfile.TemporaryDirectory() as folder:  # a mapped file lives on until it is unmapped
-            path = write_model(folder, layer, self._count, work, shift=False)
+            # ONNX Runtime packs its own weights, and equal ones once for all copies: they would stay in cache.
+            own = any(node.domain != "sparsify" for node in layer.nodes)
+            path = write_model(folder, layer, self._count, work, shift=own)
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.x = np.random.default_rng(1).standard_normal((work.tokens, work.cols), np.float32)
         x_value = onnxruntime.OrtValue.ortvalue_from_numpy(self.x)
