@@ -255,11 +255,13 @@ void linear_tiled(const Weight& w, const float* x, int64_t tokens, const float* 
     };
     parallel_for(parallel, tiles.count() * column_parts, pack);
 
-    // Small layers get small chunks so that every thread has work.
+    // A task is a chunk of rows for one tile; small layers get small chunks so that every thread has work.
     int64_t chunk = kChunkRows;
-    while (chunk > V::kLanes && (w.rows + chunk - 1) / chunk < 16) chunk /= 2;
+    while (chunk > V::kLanes && (w.rows + chunk - 1) / chunk * tiles.count() < 16) chunk /= 2;
+    const int64_t chunks = (w.rows + chunk - 1) / chunk;
     auto compute = [&](int64_t task) {
-      const int64_t row = task * chunk, count = row + chunk < w.rows ? chunk : w.rows - row;
+      const int64_t tile = task / chunks, row = task % chunks * chunk;
+      const int64_t count = row + chunk < w.rows ? chunk : w.rows - row;
       thread_local KeptScratch<float> values_room, c_room;
       thread_local KeptScratch<uint64_t> words_room;
       WalkedRow walked[kChunkRows];
@@ -274,12 +276,10 @@ void linear_tiled(const Weight& w, const float* x, int64_t tokens, const float* 
           row_mask(w, row + i, masks + i * words);
         }
       float* c = c_room.get(chunk * tiles.kWidth);
-      for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-        Chunks::kFor[tiles.vectors(tile) - 1](walked, count, w.cols, packed.get() + tile * tiles.cols * tiles.kWidth, c);
-        write_tile(tiles, tile, c, row, row + count, w.rows, bias, panel_y);
-      }
+      Chunks::kFor[tiles.vectors(tile) - 1](walked, count, w.cols, packed.get() + tile * tiles.cols * tiles.kWidth, c);
+      write_tile(tiles, tile, c, row, row + count, w.rows, bias, panel_y);
     };
-    parallel_for(parallel, (w.rows + chunk - 1) / chunk, compute);
+    parallel_for(parallel, chunks * tiles.count(), compute);
   }
 }
 
