@@ -23,7 +23,7 @@ constexpr int kPairs = 4, kPairTokens = 4;      // register block: rows r and r 
 constexpr int64_t kPanelRows = 2 * kPairs;
 constexpr int64_t kPanelSteps = 32;             // steps of 64 bytes in a block: 16 KiB of weights and places
 constexpr int64_t kPanelTokenBlock = 128;       // tokens that share an unpacking
-constexpr int64_t kPanelChunk = 32;              // rows in a task
+constexpr int64_t kPanelChunk = 64;              // rows in a task
 
 // What rows that do not exist read: a block of zeros.
 alignas(64) constexpr char kZeros[kPanelSteps * 32] = {};
