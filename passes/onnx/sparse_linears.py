@@ -1,0 +1,252 @@
+"""Prune the linears of an ONNX model where that was asked for, and replace those with sparse weights by our ops."""
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+import torch
+from torch import Tensor
+
+from ...calibrate import masks, scores
+from ...calibrate.patterns import NM, Pattern, Unstructured, find_pattern
+from ..dialect import linear_bitmask, linear_nm
+from ..dialect.storage import to_storage
+from ..errors import InputError
+from ..pipeline import Recipe
+from .linears import LeftOut, Linear, gives_output
+from .spool import Spool
+from .view import Model
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight in one of our formats.
+
+    Attributes:
+        op: name of the op that takes it.
+        tensors: its parts by the name of the op's input, in order.
+        attributes: of the node.
+    """
+
+    op: str
+    tensors: Mapping[str, Tensor]
+    attributes: Mapping[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """All parts together."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A linear whose weight is sparse now, and what the file will hold.
+
+    Attributes:
+        linear: the linear as found.
+        pattern: the pattern of its zeros.
+        sparsity: fraction of zeros, counted.
+        retained: score that was kept; None where nothing was pruned.
+        op: ``linear_nm``, ``linear_bitmask``, or ``MatMul`` where only standard ops are wanted.
+        attributes: of the sparse op.
+        packed: its packed tensors, in the spool; those of a weight that several linears share are the same objects.
+        dense: the weight as the file will hold it, in the spool, float, the way round that the model had it.
+        stored_bytes: its weight in the file.
+    """
+
+    linear: Linear
+    pattern: str
+    sparsity: float
+    retained: float | None
+    op: str
+    attributes: Mapping[str, int]
+    packed: tuple[onnx.TensorProto, ...]
+    dense: onnx.TensorProto
+    stored_bytes: int
+
+
+def pack(weight: Tensor, pattern: Pattern, dtype: torch.dtype) -> Packed:
+    """Pack ``[N, K]``, which has the pattern, as ``dtype``: the one place that knows which op takes what."""
+    if isinstance(pattern, NM):
+        values, indices = linear_nm.pack(weight, pattern, dtype)
+        return Packed(linear_nm.NAME, {"values": values, "indices": indices}, {"n": pattern.n, "m": pattern.m})
+    values, mask, row_start = linear_bitmask.pack(weight, dtype)
+    return Packed(linear_bitmask.NAME, {"values": values, "mask": mask, "row_start": row_start}, {})
+
+
+def packed_bytes(weight: Tensor, pattern: Pattern, dtype: torch.dtype) -> int:
+    """What ``pack`` would take."""
+    rows, columns = weight.shape
+    if isinstance(pattern, NM):
+        return linear_nm.packed_bytes(rows, columns, pattern, dtype)
+    return linear_bitmask.packed_bytes(rows, columns, int(weight.count_nonzero()), dtype)
+
+
+def choose(model: Model, linears: Sequence[Linear], recipe: Recipe) -> dict[str, str]:
+    """Why each linear is not pruned, by path; "" for those that will be.
+
+    What gives the model's output (the head) is left alone, as in every model that this tool prunes, unless there is
+    nothing else.
+
+    Raises:
+        InputError: nothing is left, or ``--skip`` matches nothing.
+    """
+    for glob in recipe.skip:
+        if not any(fnmatch.fnmatchcase(linear.path, glob) for linear in linears):
+            known = f", e.g. {linears[0].path}" if linears else ""
+            raise InputError(f"--skip {glob} matches none of the {len(linears)} linears{known}")
+    reasons = {linear.path: _why_not(linear, recipe) for linear in linears}
+    outputs = model.outputs()
+    heads = [linear.path for linear in linears if not reasons[linear.path] and gives_output(linear, outputs)]
+    if len(heads) < sum(not reason for reason in reasons.values()):
+        reasons |= {path: "it gives the model's output, which is not pruned" for path in heads}
+    return reasons
+
+
+def _why_not(linear: Linear, recipe: Recipe) -> str:
+    if any(fnmatch.fnmatchcase(linear.path, glob) for glob in recipe.skip):
+        return "skipped by --skip"
+    if isinstance(recipe.pattern, NM) and linear.weight.shape[1] % recipe.pattern.m:
+        return f"in_features {linear.weight.shape[1]} is not a multiple of {recipe.pattern.m}"
+    return ""
+
+
+def make_sparse(
+    model: Model,
+    linears: Sequence[Linear],
+    recipe: Recipe | None,
+    norms: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    sparse_ops: bool,
+    packed: Spool,
+    dense: Spool,
+    progress: Progress = lambda stage, done, total: None,
+) -> tuple[list[Sparse], list[LeftOut]]:
+    """Prune the weights that ``recipe`` asks for and pack all that are sparse; one weight in memory at a time.
+
+    Before:  y = alpha x W^T + b                    W constant, in any form that ``weights`` reads
+    After:   the parts of y = sparsify.linear_nm(x, values, indices, b) or linear_bitmask, for ``replace_linears``
+    Left alone: dense weights; linears that ``choose`` names; weights of which the packed form would not be smaller
+        than what the file holds now, and those are not pruned either.
+    Numerics: the same products; values are rounded once to ``dtype``. Quantised weights are dequantised.
+
+    Args:
+        model: where the linears are from.
+        linears: those that can be lowered.
+        recipe: how to prune; None prunes nothing.
+        norms: activation norms by the weight's name; empty scores the weights alone.
+        dtype: how packed values are stored; values that the model holds in 16 bits stay as they are.
+        sparse_ops: False keeps the ops and only sets weights to zero.
+        packed: where packed tensors go.
+        dense: where the same weights go unpacked.
+        progress: told about every weight.
+
+    Raises:
+        InputError: a weight or a norm holds NaN, or a value does not fit ``dtype``.
+    """
+    reasons = choose(model, linears, recipe) if recipe is not None else {linear.path: "" for linear in linears}
+    groups: dict[str, list[Linear]] = {}
+    for linear in linears:
+        groups.setdefault(linear.weight.name, []).append(linear)
+    done: list[Sparse] = []
+    left: list[LeftOut] = []
+    for index, (name, group) in enumerate(groups.items()):
+        progress("pruning" if recipe else "lowering", index, len(groups))
+        reason = next((reasons[linear.path] for linear in group if reasons[linear.path]), "")
+        if not reason:
+            try:
+                made = _make(group, recipe, norms.get(name), dtype, sparse_ops, packed, dense)
+            except ValueError as error:
+                raise InputError(f"{group[0].path}: {error}") from error
+            if isinstance(made, str):
+                reason = made
+            else:
+                done += made
+        left += [LeftOut(x.path, x.op, x.weight.shape, x.weight.stored_bytes, reason) for x in group if reason]
+    if recipe is not None and not done:
+        example = f"; {left[0].path}: {left[0].reason}" if left else ""
+        raise InputError(f"no linear of {model.path} can be pruned{example}")
+    return done, left
+
+
+def _make(
+    group: Sequence[Linear],
+    recipe: Recipe | None,
+    norm: Tensor | None,
+    dtype: torch.dtype,
+    sparse_ops: bool,
+    packed: Spool,
+    dense: Spool,
+) -> list[Sparse] | str:
+    """One weight and the linears that share it; a reason if it stays as it is."""
+    source = group[0].weight
+    weight = source.read()
+    if not bool(weight.isfinite().all()):
+        raise ValueError("its weight holds NaN or infinity")
+    retained = None
+    pattern: Pattern | None
+    if recipe is None:
+        pattern = find_pattern(weight)
+        if pattern is None:
+            return "the weight is dense" if bool(weight.any()) else "the weight is zero everywhere"
+    else:
+        score = _score(weight, norm, recipe)
+        keep = _keep(score, recipe)
+        retained = masks.retained(score, keep)
+        weight = torch.where(keep, weight, 0.0)  # literal +0.0, never -0.0
+        pattern = recipe.pattern
+        del score, keep
+    sparsity = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+    name = _text(pattern)
+    if not sparse_ops:
+        if recipe is None:
+            return "--ops standard"
+        if source.quantised:
+            return "--ops standard would write its quantised weight in float"
+        proto = dense.add(source.value, weight if source.rows_first else weight.T)
+        size = source.stored_bytes
+        return [Sparse(x, name, sparsity, retained, "MatMul", {}, (), proto, size) for x in group]
+    exact = all(math.frexp(linear.alpha)[0] == 0.5 for linear in group)  # a power of two: scaling rounds nothing
+    stored = dtype if weight.dtype is torch.float32 else weight.dtype
+    stored = stored if exact else torch.float32
+    if (size := packed_bytes(weight, pattern, stored)) >= source.stored_bytes:
+        return f"packed it would take {size} bytes, now {source.stored_bytes}"
+    rounded = to_storage(weight, stored).to(weight.dtype)
+    proto = dense.add(source.value, rounded if source.rows_first else rounded.T)
+    by_alpha: dict[float, tuple[Packed, tuple[onnx.TensorProto, ...]]] = {}
+    result = []
+    for linear in group:
+        if linear.alpha not in by_alpha:
+            parts = pack(weight * linear.alpha, pattern, stored)
+            stem = source.name if not by_alpha else f"{source.name}.{len(by_alpha)}"
+            by_alpha[linear.alpha] = parts, tuple(packed.add(f"{stem}.{n}", t) for n, t in parts.tensors.items())
+        parts, protos = by_alpha[linear.alpha]
+        kept = onnx.TensorProto()
+        kept.CopyFrom(proto)
+        kept.name = linear.weight.value or f"{linear.path}.dense"
+        result.append(Sparse(linear, name, sparsity, retained, parts.op, parts.attributes, protos, kept, parts.nbytes))
+    return result
+
+
+def _score(weight: Tensor, norm: Tensor | None, recipe: Recipe) -> Tensor:
+    if recipe.score == "magnitude":
+        return scores.magnitude(weight)
+    if norm is None:  # only RIA means something without activations: a weight's share of its row and of its column
+        return scores.ria(weight, torch.ones(weight.shape[1]), power=0.0)
+    return scores.wanda(weight, norm) if recipe.score == "wanda" else scores.ria(weight, norm, recipe.ria_power)
+
+
+def _keep(score: Tensor, recipe: Recipe) -> Tensor:
+    if isinstance(recipe.pattern, NM):
+        return masks.nm_keep_mask(score, recipe.pattern)
+    group = {"ria": scores.RIA_GROUP, "wanda": scores.WANDA_GROUP, "magnitude": scores.MAGNITUDE_GROUP}
+    return masks.fraction_keep_mask(score, recipe.pattern.sparsity, group[recipe.score])
+
+
+def _text(pattern: Pattern) -> str:
+    return f"{pattern.sparsity:.1%} zeros" if isinstance(pattern, Unstructured) else str(pattern)
