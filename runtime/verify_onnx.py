@@ -7,7 +7,7 @@ changed. The budget is the error of the same linears as plain float32 ops in ONN
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
@@ -18,6 +18,10 @@ from ..passes.errors import VerificationError
 from .feeds import Feed
 from .session import open_session
 from .verify import FACTOR, Verified
+
+
+Outputs: TypeAlias = dict[str, Any]
+WRONG = Closeness(float("inf"), 0.0)
 
 
 def verify_onnx(
@@ -33,21 +37,17 @@ def verify_onnx(
         ways: name, and whether our kernels run.
 
     Returns:
-        For every way the output that came closest to its budget.
+        The error and the budget of every way, relative to the largest number of each output.
 
     Raises:
-        VerificationError: an output is further from ``exact`` than ``FACTOR`` times ``baseline`` is.
+        VerificationError: the outputs are further from ``exact`` than ``FACTOR`` times ``baseline`` is.
     """
     truth = _run(_exact_session(exact), feed)
     dense = _run(open_session(baseline), feed)
     results = []
     for how, kernels in ways:
         got = _run(open_session(path, kernels=kernels), feed)
-        # A class or a place chosen between two almost equal numbers may differ, and rightly so: where there are
-        # floats, they decide.
-        names = [name for name in truth if np.issubdtype(truth[name].dtype, np.floating)] or list(truth)
-        closest = [_compare(got[name], dense[name], truth[name]) for name in names]
-        results.append(Verified(how, max(closest, key=_share)))
+        results.append(Verified(how, max(_by_type(got, dense, truth), key=_share)))
     for result in results:
         if not result.closeness.ok:
             raise VerificationError(f"{path.name} differs from the dense model ({result.how}): {result.closeness}")
@@ -63,23 +63,40 @@ def _exact_session(path: Path) -> ort.InferenceSession:
     )
 
 
-def _run(session: Any, feed: Feed) -> dict[str, Any]:
+def _run(session: Any, feed: Feed) -> Outputs:
     names = [output.name for output in session.get_outputs() if output.type.startswith("tensor(")]
     return dict(zip(names, session.run(names, feed), strict=True))
 
 
-def _compare(got: Any, dense: Any, truth: Any) -> Closeness:
-    """Floats by their error; the same where the dense model gives no finite number, and for all other types."""
-    if got.shape != truth.shape or got.dtype != truth.dtype:
-        return Closeness(float("inf"), 0.0)
-    if not np.issubdtype(truth.dtype, np.floating):
-        return Closeness(0.0 if np.array_equal(got, dense) else float("inf"), 0.0)
-    finite = np.isfinite(truth) & np.isfinite(dense)
-    if not np.array_equal(got[~finite], dense[~finite], equal_nan=True):
-        return Closeness(float("inf"), 0.0)
-    sides = [torch.from_numpy(np.ascontiguousarray(x[finite])) for x in (got, dense, truth)]
-    return compare(*sides, factor=FACTOR)
+def _by_type(got: Outputs, dense: Outputs, truth: Outputs) -> list[Closeness]:
+    """Compare the outputs of each float type together, every one divided by its largest number.
+
+    Together, because the largest error of a single small output is a matter of luck on both sides; the largest over
+    all of them is not. Where a model has no float outputs, the others must be the same. Where it has, they may differ:
+    a class chosen between two almost equal numbers, and rightly so.
+    """
+    if any(got[name].shape != truth[name].shape or got[name].dtype != truth[name].dtype for name in truth):
+        return [WRONG]
+    floats = [name for name in truth if np.issubdtype(truth[name].dtype, np.floating)]
+    if not floats:
+        same = all(np.array_equal(got[name], dense[name]) for name in truth)
+        return [Closeness(0.0, 0.0) if same else WRONG]
+    results = []
+    for dtype in {truth[name].dtype for name in floats}:
+        sides: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        for name in (name for name in floats if truth[name].dtype == dtype):
+            finite = np.isfinite(truth[name]) & np.isfinite(dense[name])
+            if not np.array_equal(got[name][~finite], dense[name][~finite], equal_nan=True):
+                return [WRONG]
+            exact = truth[name][finite]
+            scale = float(np.abs(exact).max(initial=0)) or 1.0
+            for side, outputs in zip(sides, (got, dense, truth), strict=True):
+                side.append(outputs[name][finite] / dtype.type(scale))
+        results.append(compare(*(torch.from_numpy(np.concatenate(side)) for side in sides), factor=FACTOR))
+    return results
 
 
 def _share(closeness: Closeness) -> float:
-    return closeness.error / closeness.budget if closeness.budget else (float("inf") if closeness.error else 0.0)
+    if closeness.budget:
+        return closeness.error / closeness.budget
+    return float("inf") if closeness.error else 0.0

@@ -19,8 +19,9 @@ UNROUNDED = "; its activations are no longer rounded to 8 bits"
 
 @dataclass(frozen=True)
 class Bias:
-    """A constant ``[N]`` (or one number for all) that is added, times a factor."""
+    """A constant ``[N]`` (or one number for all) that is added, times a factor; read as ``name``."""
 
+    name: str
     proto: onnx.TensorProto
     factor: float
 
@@ -228,12 +229,8 @@ def _with_add(model: Model, linear: Linear, outputs: set[str]) -> Linear:
     add = _only_reader(linear.y, "Add")
     if add is None or linear.y.name in outputs:
         return linear
-    other = _other(add, linear.y)
-    proto = model.constants.get(other.name)
-    if proto is None or list(proto.dims) != [linear.weight.shape[0]]:
-        return linear
-    bias = _bias(model, other, linear.weight, 1.0)
-    if bias is None:
+    bias = _bias(model, _other(add, linear.y), linear.weight, 1.0)
+    if bias is None or list(bias.proto.dims) != [linear.weight.shape[0]]:
         return linear
     return replace(linear, nodes=(*linear.nodes, add), y=add.outputs[0], bias=bias)
 
@@ -241,12 +238,12 @@ def _with_add(model: Model, linear: Linear, outputs: set[str]) -> Linear:
 def _bias(model: Model, tensor: gs.Tensor, weight: Weight, factor: float) -> Bias | None:
     """A constant float bias: one number for each output, or one for all."""
     try:
-        proto = stored(model, tensor)
+        proto = stored(model, root(tensor).tensor)  # exporters let equal biases share one tensor through Identity
     except NoWeight:
         return None
     rows = weight.shape[0]
     fits = list(proto.dims) in ([rows], [1, rows], [], [1], [1, 1])
-    return Bias(proto, factor) if fits and proto.data_type in TORCH else None
+    return Bias(tensor.name, proto, factor) if fits and proto.data_type in TORCH else None
 
 
 def _own_bias(model: Model, node: gs.Node, index: int, weight: Weight) -> Bias | None:

@@ -48,7 +48,7 @@ def nbytes(tensor: onnx.TensorProto) -> int:
     if tensor.data_type == onnx.TensorProto.STRING:
         return 0
     itemsize: float = ir.DataType(tensor.data_type).itemsize  # below 1 for 4 bits
-    return math.ceil(math.prod(tensor.dims) * itemsize)
+    return int(math.ceil(math.prod(tensor.dims) * itemsize))
 
 
 def external(tensor: onnx.TensorProto, file: str, offset: int, length: int) -> onnx.TensorProto:
@@ -67,8 +67,23 @@ def external(tensor: onnx.TensorProto, file: str, offset: int, length: int) -> o
 
 
 def opened(tensor: onnx.TensorProto, base: Path) -> ir.TensorProtocol:
-    """The tensor with its values within reach: mapped from the file beside ``base``, or as they are in the model."""
-    return ir.serde.deserialize_tensor(tensor, base_path=base)
+    """The tensor with its values within reach: mapped from the file beside ``base``, or as they are in the model.
+
+    The file may be a link, as in the cache of the Hugging Face hub.
+    """
+    if not is_external(tensor):
+        return ir.serde.deserialize_tensor(tensor)
+    where = location(tensor)
+    file = (base / where["location"]).resolve()
+    return ir.ExternalTensor(
+        file.name,
+        int(where.get("offset", 0)),
+        nbytes(tensor),
+        ir.DataType(tensor.data_type),
+        shape=ir.Shape(tensor.dims),
+        name=tensor.name,
+        base_dir=file.parent,
+    )
 
 
 def read_float(tensor: onnx.TensorProto, base: Path) -> Tensor:

@@ -40,9 +40,8 @@ def twins(model: Model, sparse: Sequence[Sparse]) -> list[Twin]:
     result = []
     for entry in sparse:
         first, *others = entry.linear.nodes
-        names = [x.name for x in first.inputs]
         bias = entry.linear.bias
-        own = next((n for n in names if n and bias is not None and model.constants.get(n) is bias.proto), "")
+        own = bias.name if bias is not None and any(x.name == bias.name for x in first.inputs) else ""
         places = tuple(model.places[id(node)] for node in others)
         result.append(Twin(model.places[id(first)], places, entry, own))
     return result
