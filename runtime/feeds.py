@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]
 
 from ..passes.errors import InputError
 from ..passes.frontend.batches import load_npz
@@ -29,12 +30,13 @@ NUMPY = {
 }
 
 
-def read_feeds(folder: Path, session: Any, *, samples: int | None) -> list[Feed]:
+def read_feeds(folder: Path, session: Any, sizes: Mapping[str, int], *, samples: int | None) -> list[Feed]:
     """Read one feed from every ``.npz`` file, arrays named like the model's inputs; a KV cache may be left out.
 
     Args:
         folder: where the files are; they are taken in the order of their names.
         session: an ONNX Runtime session of the model.
+        sizes: what is known about open axes, by their names.
         samples: how many files at most; None for all.
 
     Returns:
@@ -55,14 +57,14 @@ def read_feeds(folder: Path, session: Any, *, samples: int | None) -> list[Feed]
                 feed[value.name] = arrays[value.name].astype(_dtype(value))
             elif any(_is_past(dim) for dim in value.shape):
                 batch = len(next(iter(arrays.values()))) if arrays else 1
-                feed[value.name] = np.zeros(_shape(value, batch), _dtype(value))
+                feed[value.name] = np.zeros(_shape(value, batch, sizes), _dtype(value))
             else:
                 raise InputError(f"{file} lacks {value.name}; it holds {', '.join(arrays) or 'nothing'}")
         feeds.append(feed)
     return feeds
 
 
-def make_feed(session: Any, bounds: Mapping[str, int], *, seed: int) -> Feed:
+def make_feed(session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int], *, seed: int) -> Feed:
     """Make up one batch of one sample.
 
     Floats are normal random numbers. Integers that choose rows of a table are random rows of it; others are ones,
@@ -72,6 +74,7 @@ def make_feed(session: Any, bounds: Mapping[str, int], *, seed: int) -> Feed:
     Args:
         session: an ONNX Runtime session of the model.
         bounds: for inputs that index a table, how many rows it has.
+        sizes: what is known about open axes, by their names.
         seed: of the random numbers.
 
     Raises:
@@ -80,7 +83,7 @@ def make_feed(session: Any, bounds: Mapping[str, int], *, seed: int) -> Feed:
     rng = np.random.default_rng(seed)
     feed: Feed = {}
     for value in session.get_inputs():
-        shape, dtype = _shape(value, 1), _dtype(value)
+        shape, dtype = _shape(value, 1, sizes), _dtype(value)
         if np.issubdtype(dtype, np.floating):
             feed[value.name] = rng.standard_normal(shape).astype(dtype)
         elif value.name in bounds:
@@ -97,9 +100,11 @@ def try_feed(session: Any, feed: Feed, source: str) -> None:
         InputError: ONNX Runtime cannot run the model on these inputs.
     """
     try:
-        session.run(None, feed)
+        options = ort.RunOptions()
+        options.log_severity_level = 4  # what is wrong arrives as an exception; on the terminal it stands once
+        session.run(None, feed, options)
     except Exception as error:  # its exceptions have no common base class of their own
-        said = str(error).strip().splitlines()[0]
+        said = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
         raise InputError(f"cannot run the model on {source}: {said}") from error
 
 
@@ -109,9 +114,10 @@ def _dtype(value: Any) -> Any:
     return NUMPY[value.type]
 
 
-def _shape(value: Any, batch: int) -> tuple[int, ...]:
+def _shape(value: Any, batch: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
     picture = len(value.shape) == 4 and value.type.startswith("tensor(float") and not any(map(_is_past, value.shape))
-    return tuple(_size(dim, batch, axis, SIDE if picture else LENGTH) for axis, dim in enumerate(value.shape))
+    size = SIDE if picture else LENGTH
+    return tuple(sizes.get(dim) or _size(dim, batch, axis, size) for axis, dim in enumerate(value.shape))
 
 
 def _size(dim: int | str | None, batch: int, axis: int, open_size: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .compile import DTYPES, Console, Settings, plain
 from .passes.errors import InputError, VerificationError
-from .passes.onnx.index_inputs import index_bounds
+from .passes.onnx.index_inputs import head_sizes, index_bounds
 from .passes.onnx.linears import LeftOut, Linear, find_linears
 from .passes.onnx.protos import location
 from .passes.onnx.replace import describe, exchange_weights, replace_linears
@@ -59,7 +59,7 @@ def compile_onnx(
         _check_names(model, target)
         given_bytes = _given_bytes(model)
         linears, left = find_linears(model)
-        feeds = _feeds(model, settings)
+        feeds = _feeds(model, linears, settings)
     norms = _norms(model, linears, feeds, settings, stages, console)
     target.open()
     try:
@@ -157,15 +157,15 @@ def _check_names(model: Model, target: Target) -> None:
             raise InputError(f"{target.out} would overwrite {file}, which holds weights of {model.path}")
 
 
-def _feeds(model: Model, settings: Settings) -> list[Feed]:
+def _feeds(model: Model, linears: Sequence[Linear], settings: Settings) -> list[Feed]:
     """What the model is observed, verified and timed on; it is run once to know that it can be."""
     session = open_session(model.path)
     folder = settings.calibration.inputs
     if folder is not None:
-        feeds = read_feeds(folder, session, samples=settings.calibration.samples)
+        feeds = read_feeds(folder, session, head_sizes(model, linears), samples=settings.calibration.samples)
         try_feed(session, feeds[0], f"the first batch of {folder}")
         return feeds
-    feed = make_feed(session, index_bounds(model), seed=settings.calibration.seed)
+    feed = make_feed(session, index_bounds(model), head_sizes(model, linears), seed=settings.calibration.seed)
     try_feed(session, feed, "inputs made up from its shapes; give --calibration-inputs FOLDER")
     return [feed]
 
