@@ -19,7 +19,6 @@ from .feeds import Feed
 from .session import open_session
 from .verify import FACTOR, Verified
 
-
 Outputs: TypeAlias = dict[str, Any]
 WRONG = Closeness(float("inf"), 0.0)
 

@@ -48,7 +48,8 @@ def nbytes(tensor: onnx.TensorProto) -> int:
     if tensor.data_type == onnx.TensorProto.STRING:
         return 0
     itemsize: float = ir.DataType(tensor.data_type).itemsize  # below 1 for 4 bits
-    return int(math.ceil(math.prod(tensor.dims) * itemsize))
+    elements: int = math.prod(tensor.dims)
+    return math.ceil(elements * itemsize)
 
 
 def external(tensor: onnx.TensorProto, file: str, offset: int, length: int) -> onnx.TensorProto:

@@ -69,7 +69,7 @@ def test_refusals(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.zeros((3, 4)))
     with pytest.raises(InputError, match=r"a\.npz lacks z; it holds x"):
         read_feeds(tmp_path, ready, {}, samples=None)
-    with pytest.raises(InputError, match="cannot run the model on it: .*Got: 5 Expected: 4"):
+    with pytest.raises(InputError, match=r"cannot run the model on it: .*Got: 5 Expected: 4"):
         try_feed(ready, {"x": np.zeros((3, 5), np.float32), "z": np.zeros(1, np.int64)}, "it")
     words = session(tmp_path, s=(TensorProto.STRING, [1]))
     with pytest.raises(InputError, match=r"input s is a tensor\(string\)"):
