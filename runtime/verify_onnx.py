@@ -5,7 +5,8 @@ lowered run in float64: what was not touched is the same float32 on all three si
 changed. The budget is the error of the same linears as plain float32 ops in ONNX Runtime.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,18 +40,30 @@ def verify_onnx(
         The error and the budget of every way, relative to the largest number of each output.
 
     Raises:
-        VerificationError: the outputs are further from ``exact`` than ``FACTOR`` times ``baseline`` is.
+        VerificationError: the result cannot be opened or run, or its outputs are further from ``exact`` than
+            ``FACTOR`` times those of ``baseline``.
     """
-    truth = _run(_exact_session(exact), feed)
-    dense = _run(open_session(baseline), feed)
+    truth = _tried("the dense model in float64", lambda: _run(_exact_session(exact), feed))
+    dense = _tried("the dense model", partial(_open_and_run, baseline, feed))
     results = []
     for how, kernels in ways:
-        got = _run(open_session(path, kernels=kernels), feed)
+        got = _tried(path.name, partial(_open_and_run, path, feed, kernels=kernels))
         results.append(Verified(how, max(_by_type(got, dense, truth), key=_share)))
     for result in results:
         if not result.closeness.ok:
             raise VerificationError(f"{path.name} differs from the dense model ({result.how}): {result.closeness}")
     return results
+
+
+def _open_and_run(path: Path, feed: Feed, *, kernels: bool = True) -> Outputs:
+    return _run(open_session(path, kernels=kernels), feed)
+
+
+def _tried(what: str, run: Callable[[], Outputs]) -> Outputs:
+    try:
+        return run()
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class of their own
+        raise VerificationError(f"{what} does not run: {' '.join(str(error).split())}") from error
 
 
 def _exact_session(path: Path) -> ort.InferenceSession:

@@ -14,7 +14,7 @@ from .view import STANDARD, Model, Place
 from .weights import NoWeight, Weight, blocks, integer, passes_on, plain, root, stored
 
 MICROSOFT = "com.microsoft"
-UNROUNDED = "; its activations are no longer rounded to 8 bits"
+UNROUNDED = "its activations are no longer rounded to 8 bits"
 
 
 @dataclass(frozen=True)

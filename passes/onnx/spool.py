@@ -6,6 +6,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .protos import ONNX, external
 
 
@@ -25,12 +26,19 @@ class Spool:
         file.write_bytes(b"")
 
     def add(self, name: str, tensor: Tensor) -> onnx.TensorProto:
-        """Append one tensor of a type in ``ONNX``."""
+        """Append one tensor of a type in ``ONNX``.
+
+        Raises:
+            InputError: the disk is full.
+        """
         raw = tensor.detach().contiguous()
         data = raw.reshape(-1).view(torch.uint8).numpy()
-        with self.file.open("ab") as out:
-            out.write(b"\0" * (-out.tell() % 64))
-            offset = out.tell()
-            data.tofile(out)
+        try:
+            with self.file.open("ab") as out:
+                out.write(b"\0" * (-out.tell() % 64))
+                offset = out.tell()
+                data.tofile(out)
+        except OSError as error:
+            raise InputError(f"cannot write {self.file}: {error.strerror or error}") from error
         proto = onnx.TensorProto(name=name, data_type=ONNX[tensor.dtype], dims=list(tensor.shape))
         return external(proto, self._name, offset, data.nbytes)

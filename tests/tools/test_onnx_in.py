@@ -275,3 +275,73 @@ def test_weights_behind_links_are_read(given, tmp_path):
     for name in ("m.onnx", "m.data"):
         (shown / name).symlink_to(Path("..") / "blobs" / name)
     compiled(shown / "m.onnx", tmp_path / "o.onnx", "--nm", "2:4")
+
+
+def eights(k=64, n=32):
+    """Small integers, int8 ``[K, N]``, one of four neighbours along K kept."""
+    values = rng().integers(1, 100, (k, n)).astype(np.int8)
+    values[np.arange(k) % 4 != 0] = 0
+    return values
+
+
+def entry_op(form):
+    return "Gemm" if form == "DequantizeLinear" else form
+
+
+def quantised(form):
+    """One linear of 64 to 32 whose quantised weight is 1:4."""
+    scale = np.full(32, 2.0**-9, np.float32)
+    bias = dense(1, 32)[0]
+    if form == "MatMulNBits":
+        packed = (eights().T.astype(np.int16) + 128).astype(np.uint8).reshape(32, 2, 32)
+        attributes = {"K": 64, "N": 32, "bits": 8, "block_size": 32, "domain": MICROSOFT}
+        weights = {"w": packed, "s": np.full((32, 2), 2.0**-9, np.float32), "b": bias}
+        nodes = [node("MatMulNBits", ["x", "w", "s", "", "", "b"], ["y"], name="fc", **attributes)]
+        return nodes, weights
+    if form == "DequantizeLinear":
+        nodes = [node("DequantizeLinear", ["w", "s"], ["v"]), node("Gemm", ["x", "v", "b"], ["y"], name="fc")]
+        return nodes, {"w": eights(), "s": scale, "b": bias}
+    if form == "DynamicQuantizeMatMul":
+        nodes = [node("DynamicQuantizeMatMul", ["x", "w", "s", "", "b"], ["y"], name="fc", domain=MICROSOFT)]
+        return nodes, {"w": eights(), "s": scale, "b": bias}
+    quantise = node("DynamicQuantizeLinear", ["x"], ["q", "xs", "xz"])
+    if form == "MatMulIntegerToFloat":
+        names = ["q", "w", "xs", "s", "xz", "", "b"]
+        nodes = [quantise, node("MatMulIntegerToFloat", names, ["y"], name="fc", domain=MICROSOFT)]
+    else:
+        nodes = [
+            quantise,
+            node("MatMulInteger", ["q", "w", "xz"], ["i"], name="fc"),
+            node("Cast", ["i"], ["f"], to=1),
+            node("Mul", ["xs", "s"], ["both"]),
+            node("Mul", ["f", "both"], ["m"]),
+            node("Add", ["m", "b"], ["y"]),
+        ]
+    return nodes, {"w": eights(), "s": scale, "b": bias}
+
+
+@pytest.mark.parametrize(
+    "form", ["MatMulNBits", "DequantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"]
+)
+def test_sparse_quantised_weights_are_lowered_where_that_is_smaller(tmp_path, form, capsys):
+    nodes, weights = quantised(form)
+    path = saved(build(nodes, {"x": ["t", 64]}, ["y"], weights), tmp_path)
+    report = compiled(path, tmp_path / "o.onnx", "--dtype", "bf16")
+    (entry,) = report["linears"]
+    assert (entry["op"], entry["pattern"]) == ("linear_nm", "1:4")
+    rounded = form not in ("MatMulNBits", "DequantizeLinear")
+    assert entry["reason"] == ("its activations are no longer rounded to 8 bits" if rounded else "")
+    assert [n.op_type for n in onnx.load(str(tmp_path / "o.onnx")).graph.node] == ["linear_nm"]
+    if form != "MatMulNBits":  # whose scales, one for every 32 numbers, take as much again
+        report = compiled(path, tmp_path / "p.onnx")
+        assert report["linears"][0]["op"] == entry_op(form)
+        assert report["linears"][0]["reason"] == "packed it would take 2176 bytes, now 2176"
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16])
+def test_half_precision_models_stay_in_half_precision(tmp_path, kind):
+    weight = helper.make_tensor("w", kind, [64, 32], dense(64, 32).reshape(-1))
+    proto = build([node("MatMul", ["x", "w"], ["y"], name="fc")], {"x": ["t", 64]}, ["y"], {}, kind=kind)
+    proto.graph.initializer.append(weight)
+    report = compiled(saved(proto, tmp_path), tmp_path / "o.onnx", "--nm", "2:4")
+    assert report["linears"][0]["stored_bytes"] == 64 * 32 * 2 * 9 // 16

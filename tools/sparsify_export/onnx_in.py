@@ -84,8 +84,7 @@ def compile_onnx(
             packed.file.unlink()
         with stages.run("verify"):
             console.progress("verifying", 0, 0)
-            verified = _verify(path, target, written, beside, feeds[0], lowering=lowering)
-            dense.file.unlink()
+            verified = _verify(path, target, written, beside, feeds[0], dense.file, lowering=lowering)
         with stages.run("measure"):
             console.progress("measuring", 0, 0)
             latency = compare_files(target.model, path, feeds[0]) if sparse and lowering else ()
@@ -208,16 +207,24 @@ def _write(model: Model, sparse: list[Sparse], out: Path, settings: Settings) ->
 
 
 def _verify(
-    source: Path, target: Target, written: onnx.ModelProto, beside: list[Twin], feed: Feed, *, lowering: bool
+    source: Path,
+    target: Target,
+    written: onnx.ModelProto,
+    beside: list[Twin],
+    feed: Feed,
+    dense: Path,
+    *,
+    lowering: bool,
 ) -> list[Verified]:
     files = {exact: target.stage / f"twin{int(exact)}.onnx" for exact in (False, True)}
-    for exact, file in files.items():
-        file.write_bytes(dense_twin(source, written, beside, exact=exact).SerializeToString())
     ways = (("kernels", True), ("functions", False)) if lowering else (("standard ops", False),)
-    verified = verify_onnx(target.model, files[False], files[True], feed, ways=ways)
-    for file in files.values():
-        file.unlink()
-    return verified
+    try:
+        for exact, file in files.items():
+            file.write_bytes(dense_twin(source, written, beside, exact=exact).SerializeToString())
+        return verify_onnx(target.model, files[False], files[True], feed, ways=ways)
+    finally:  # an artifact that is kept because it failed is kept without them
+        for file in (*files.values(), dense):
+            file.unlink(missing_ok=True)
 
 
 def _report(
@@ -238,7 +245,7 @@ def _report(
             shape=entry.linear.weight.shape,
             pattern=entry.pattern,
             op=entry.op,
-            reason="",
+            reason=entry.linear.note,
             sparsity=entry.sparsity if pruned else None,
             retained_before=entry.retained,
             retained_after=entry.retained,

@@ -1,6 +1,7 @@
 """What was gained and what was lost: the report of a compilation, as JSON and as tables."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class LinearEntry:
         shape: ``[out_features, in_features]``.
         pattern: the pattern of its zeros, or None.
         op: what the file holds: ``linear_nm``, ``linear_bitmask``, ``MatMul``, or another op of an ONNX model given.
-        reason: why it is no sparse op, or was not pruned; "" otherwise.
+        reason: why it is no sparse op, or was not pruned, or what changed besides its weight; "" otherwise.
         sparsity: fraction of zeros, counted; None where it was not pruned here.
         retained_before: score kept by the mask with the channels in their original order.
         retained_after: score kept as pruned.
@@ -204,6 +205,8 @@ def _totals(report: Report) -> Table:
     table = Table("what", "figure", title="Result", title_justify="left")
     lowered = [e for e in report.linears if e.lowered]
     table.add_row("linears lowered to sparse ops", f"{len(lowered)} of {len(report.linears)}")
+    for note, count in Counter(e.reason for e in lowered if e.reason and report.given_bytes is not None).items():
+        table.add_row(f"{count} of these", note)
     if report.dense_linear_bytes:
         ratio = report.stored_linear_bytes / report.dense_linear_bytes
         sizes = f"{_mb(report.stored_linear_bytes)} of {_mb(report.dense_linear_bytes)} dense fp32"
