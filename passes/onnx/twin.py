@@ -112,7 +112,8 @@ def _in_floats(twin: Twin, *, exact: bool) -> Iterator[onnx.NodeProto]:
     kind = DOUBLE if exact else onnx.TensorProto.FLOAT
     stem = f"{linear.path}.twin"
     yield helper.make_node("Cast", [linear.x.name], [f"{stem}.x"], to=kind)
-    yield helper.make_node("Cast", [weight], [f"{stem}.w"], to=kind)
+    yield from _after(linear.x.name, weight, f"{stem}.late")
+    yield helper.make_node("Cast", [f"{stem}.late"], [f"{stem}.w"], to=kind)
     yield helper.make_node("MatMul", [f"{stem}.x", f"{stem}.w"], [f"{stem}.y"])
     out = f"{stem}.rounded" if twin.own_bias else y
     yield helper.make_node("Cast", [f"{stem}.y"], [out], to=ONNX[linear.weight.dtype])
@@ -124,9 +125,11 @@ def _in_doubles(node: onnx.NodeProto, kind: int) -> Iterator[onnx.NodeProto]:
     """MatMul, Gemm or FusedMatMul on float64 copies of its inputs."""
     stem = f"{node.output[0]}.twin"
     inputs = [f"{stem}.{index}" if name else "" for index, name in enumerate(node.input)]
+    yield from _after(node.input[0], node.input[1], f"{stem}.late")
     for name, copy in zip(node.input, inputs, strict=True):
         if name:
-            yield helper.make_node("Cast", [name], [copy], to=DOUBLE)
+            late = f"{stem}.late" if name == node.input[1] else name
+            yield helper.make_node("Cast", [late], [copy], to=DOUBLE)
     y = f"{stem}.y"
     if node.op_type == "FusedMatMul":  # ONNX Runtime has it in float only
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -144,6 +147,17 @@ def _in_doubles(node: onnx.NodeProto, kind: int) -> Iterator[onnx.NodeProto]:
         copy.input[:], copy.output[:] = inputs, [y]
         yield copy
     yield helper.make_node("Cast", [y], [node.output[0]], to=kind)
+
+
+def _after(x: str, weight: str, output: str) -> Iterator[onnx.NodeProto]:
+    """``weight`` once ``x`` is there: else all float64 copies are made first, and are in memory together."""
+    for name, values in (("zero", [0]), ("same", [0, 0])):
+        tensor = helper.make_tensor("", onnx.TensorProto.INT64, [len(values)], values)
+        yield helper.make_node("Constant", [], [f"{output}.{name}"], value=tensor)
+    yield helper.make_node("Shape", [x], [f"{output}.shape"])
+    yield helper.make_node("Slice", [f"{output}.shape", f"{output}.zero", f"{output}.zero"], [f"{output}.none"])
+    yield helper.make_node("Concat", [f"{output}.none", f"{output}.same"], [f"{output}.dims"], axis=0)
+    yield helper.make_node("Reshape", [weight, f"{output}.dims"], [output])
 
 
 def _exchange(
