@@ -55,7 +55,7 @@ sanitize: $(VENV)/dependencies
 	cd build/sanitize && ../../$(BIN)/ctest --output-on-failure
 
 bench: setup
-	$(PY) -P tools/bench_kernels.py
+	$(PY) -P tools/bench_kernels.py --rows required
 
 clean:
 	rm -rf build $(OUT) $(VENV)/installed

@@ -15,7 +15,8 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import onnx_fusions
 from torch.export import ExportedProgram
 
-from .dialect import linear_bitmask, linear_nm
+from .dialect.functions import with_shared
+from .dialect.packed import OPS
 from .frontend.trace import PREFIX, Traced
 from .fx.plain import plain_linears
 from .onnx.grouped_attention import ShareAttentionHeads
@@ -23,8 +24,7 @@ from .onnx.write import write_model
 
 OPSET = 23
 TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.sparsify.linear_nm.default: linear_nm.to_onnx,
-    torch.ops.sparsify.linear_bitmask.default: linear_bitmask.to_onnx,
+    getattr(torch.ops.sparsify, name).default: op.to_onnx for name, op in OPS.items()
 }
 
 
@@ -60,7 +60,7 @@ def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object]) -> No
     model.metadata_props.update({f"sparsify.{key}": json.dumps(value) for key, value in metadata.items()})
     model.producer_name = "sparsify-export"
     used = {node.op_type for node in model.graph if node.domain == "sparsify"}
-    write_model(model, path, [op.FUNCTION for op in (linear_nm, linear_bitmask) if op.NAME in used])
+    write_model(model, path, with_shared(op.FUNCTION for name, op in OPS.items() if name in used))
 
 
 def _export(program: ExportedProgram) -> ir.Model:

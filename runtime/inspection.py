@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -15,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..calibrate.patterns import NM, Unstructured, find_pattern
-from ..passes.dialect import linear_bitmask, linear_nm
+from ..passes.dialect.packed import TENSORS, Packed
 from ..passes.errors import InputError, VerificationError
 from .session import SPARSE_OPS, model_file
 
@@ -26,7 +27,7 @@ class LinearInfo:
 
     Attributes:
         path: name of its node; in our files the module path.
-        op: ``linear_nm``, ``linear_bitmask``, ``MatMul`` or ``Gemm``.
+        op: one of the dialect's (``linear_nm``, ``linear_bitmask_int4``, ...), ``MatMul`` or ``Gemm``.
         shape: ``(out_features, in_features)``; a batch of matrices has more axes in front.
         pattern: the pattern found in the weight, ``2:4`` or ``50.0% zeros``; None for a dense weight.
         reason: why it was left dense; "" where it was lowered.
@@ -70,7 +71,7 @@ def inspect(path: Path) -> list[LinearInfo]:
 
 
 def sparse_weights(path: Path) -> Iterator[tuple[LinearInfo, Tensor]]:
-    """Every weight with a pattern, unpacked to ``[out_features, in_features]`` in the dtype it is stored in.
+    """Every weight with a pattern, as ``[out_features, in_features]``: float32 where one of our ops stores it.
 
     Raises:
         InputError: the file is missing, damaged, or not ONNX.
@@ -177,28 +178,30 @@ def _dense(node: ir.Node, value: ir.Value, transposed: bool) -> tuple[LinearInfo
 
 def _sparse(node: ir.Node, packed: bool) -> tuple[LinearInfo, Tensor | None]:
     """One of our ops, from its packed tensors."""
-    inputs = node.inputs[1 : 3 if node.op_type == linear_nm.NAME else 4]
-    tensors = [value.const_value for value in inputs if value is not None and value.const_value is not None]
-    if len(tensors) != len(inputs):
+    names = TENSORS[node.op_type]
+    inputs = dict(zip(names, node.inputs[1 : 1 + len(names)], strict=False))
+    tensors = {name: value.const_value for name, value in inputs.items() if value is not None and value.const_value}
+    if len(tensors) != len(names):
         raise InputError(f"{node.name}: the weight of a sparse op must be stored in the file")
-    values, where = tensors[0].numpy(), tensors[1].numpy()  # mapped, not read
-    rows = where.shape[0]
+    attributes = {name: value.as_int() for name, value in node.attributes.items()}
+    values = tensors["values"].numpy()  # mapped, not read
     pattern: NM | Unstructured
-    weight = None
-    if node.op_type == linear_nm.NAME:
-        pattern = NM(node.attributes.get_int("n"), node.attributes.get_int("m"))
-        columns = values.shape[1] * pattern.m // pattern.n
-        weight = linear_nm.unpack(_torch(tensors[0]), _torch(tensors[1]), pattern) if packed else None
+    if "mask" in tensors:
+        mask = tensors["mask"].numpy()
+        rows, columns = mask.shape[0], attributes["in_features"]
+        pattern = Unstructured(1 - int(np.bitwise_count(mask).sum()) / (rows * columns))
     else:
-        x = node.inputs[0]
-        last = x.shape[-1] if x is not None and x.shape is not None else None
-        columns = last if isinstance(last, int) else 8 * where.shape[1]  # the mask pads a row to whole bytes
-        pattern = Unstructured(1 - values.size / (rows * columns))
-        weight = linear_bitmask.unpack(_torch(tensors[0]), _torch(tensors[1]), columns) if packed else None
-    name = node.inputs[1].name if node.inputs[1] is not None else None
-    size = sum(tensor.nbytes for tensor in tensors)
-    if weight is not None and weight.count_nonzero() != _torch(tensors[0]).count_nonzero():
-        raise InputError(f"{node.name}: two packed values have the same place; the file is damaged")
+        pattern = NM(attributes["n"], attributes["m"])
+        rows, columns = values.shape[0], attributes.get("in_features", values.shape[1] * pattern.m // pattern.n)
+    weight = None
+    if packed:
+        stored = {name: _torch(tensor) for name, tensor in tensors.items()}
+        try:
+            weight = Packed(node.op_type, stored, attributes).unpack()
+        except ValueError as error:
+            raise InputError(f"{node.name}: {error}; the file is damaged") from error
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    name = inputs["values"].name
     info = LinearInfo(
         node.name or "?", node.op_type, (rows, columns), _text(pattern), "", 4 * rows * columns, size, name or "?"
     )

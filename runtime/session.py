@@ -11,10 +11,11 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from ..passes.dialect.packed import OPS
 from ..passes.errors import InputError
 from . import library_path
 
-SPARSE_OPS = ("linear_nm", "linear_bitmask")
+SPARSE_OPS = tuple(OPS)
 """Names of the ops of our domain, as ONNX Runtime's profile calls them."""
 
 Ints: TypeAlias = NDArray[np.int64]

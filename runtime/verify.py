@@ -1,8 +1,9 @@
 """Prove that an exported file computes what the model computes: with our kernels, without them, and while decoding."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from ..passes.errors import VerificationError
 from ..passes.frontend.batches import Batch
 from ..passes.frontend.trace import Traced
 from ..passes.fx.partition import Partition
-from ..passes.fx.run import run_part, run_part_float64, start
+from ..passes.fx.run import run_part_float64, run_part_rounded, start
 from .session import CausalSession, open_session
 
 DECODED = 8
@@ -29,8 +30,8 @@ class Expected:
 
     Attributes:
         batch: the inputs.
-        baseline: first output in float32, as torch computes it.
-        exact: the same in float64.
+        baseline: first output in float32, as torch computes it on rounded activations.
+        exact: the same in float64, activations not rounded.
     """
 
     batch: Batch
@@ -46,21 +47,29 @@ class Verified:
     closeness: Closeness
 
 
-def expect(partition: Partition, params: Mapping[str, Tensor], batch: Batch) -> Expected:
+def expect(
+    partition: Partition,
+    params: Mapping[str, Tensor],
+    batch: Batch,
+    rounded: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+) -> Expected:
     """Run the partitioned graph in float32 and in float64.
+
+    Where ops round their activations (int8 and int4 weights: to 8 bits a token; bfloat16: to bfloat16), the float32 run
+    does so too and thereby sets the budget, and the float64 run does not. Rounding in both would compare noise: an
+    activation half-way between two codes falls to either side with the order of a sum, and what follows differs.
 
     Args:
         partition: the model.
         params: weights as the file will hold them: pruned, folded and rounded to their storage dtype.
         batch: held-out inputs.
+        rounded: by the key of a weight, what its linear does to its activations first.
     """
-    results = []
-    for run in (run_part, run_part_float64):
-        values = start(partition, batch.inputs)
-        for part in partition.parts:
-            values.update(run(part, values, params, partition.params))
-        results.append(values[partition.outputs[0]])
-    return Expected(batch, results[0], results[1])
+    baseline, exact = start(partition, batch.inputs), start(partition, batch.inputs)
+    for part in partition.parts:
+        baseline.update(run_part_rounded(part, baseline, params, partition.params, rounded))
+        exact.update(run_part_float64(part, exact, params, partition.params))
+    return Expected(batch, baseline[partition.outputs[0]], exact[partition.outputs[0]])
 
 
 def verify(path: Path, traced: Traced, expected: Expected) -> list[Verified]:

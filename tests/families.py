@@ -9,12 +9,14 @@ import torch
 import transformers as t
 from sparsify_export import compile as compiler
 from sparsify_export.calibrate.patterns import NM, Pattern
+from sparsify_export.passes.dialect.packed import Packed
+from sparsify_export.passes.dialect.storage import FP32, Storage
 from sparsify_export.passes.frontend.batches import Batch, token_batches
 from sparsify_export.passes.frontend.load import describe
 from sparsify_export.passes.frontend.trace import Traced, trace
 from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import Partition, partition
-from sparsify_export.passes.fx.rewrite import Lowered, lower_linears
+from sparsify_export.passes.fx.rewrite import Lowered, lower_linears, stored_weights
 from sparsify_export.passes.lower import to_onnx
 from sparsify_export.passes.pipeline import BlockReport, Recipe, prune
 from transformers.pytorch_utils import Conv1D
@@ -88,6 +90,7 @@ class Compiled:
     source: dict[str, torch.Tensor]
     blocks: list[BlockReport]
     lowered: list[Lowered]
+    packed: dict[str, Packed]
     path: Path
     probe: Batch = field(repr=False)
 
@@ -107,7 +110,7 @@ def compile_family(
     folder: Path,
     *,
     pattern: Pattern | None = TWO_OF_FOUR,
-    dtype: torch.dtype = torch.float32,
+    storage: Storage = FP32,
     **recipe: Any,
 ) -> Compiled:
     """Run every stage on a tiny model; the same calls as ``compile_model`` makes."""
@@ -129,10 +132,11 @@ def compile_family(
         blocks = prune(parts, params, Recipe(pattern, **recipe), batches, cache=cache)
         compiler.store(traced, params)
     load_into(pretrained.model, params)
-    lowered = lower_linears(traced.program, dtype=dtype)
+    lowered = lower_linears(traced.program, storage=storage)
+    packed = stored_weights(traced.program, lowered)
     path = folder / f"{name}.onnx"
     to_onnx(traced, path, metadata={"source": name})
-    return Compiled(pretrained.model, traced, parts, params, source, blocks, lowered, path, probe)
+    return Compiled(pretrained.model, traced, parts, params, source, blocks, lowered, packed, path, probe)
 
 
 def load_into(model: Any, params: dict[str, torch.Tensor]) -> None:

@@ -6,9 +6,12 @@ import pytest
 import torch
 import transformers
 from families import CAUSAL, FAMILIES, GROUPED, VOCABULARY, compile_family
-from sparsify_export.calibrate.patterns import NM
+from sparsify_export import compile as compiler
+from sparsify_export.calibrate.patterns import NM, Unstructured
+from sparsify_export.passes.dialect.packed import op_name
+from sparsify_export.passes.dialect.storage import Storage
 from sparsify_export.passes.equivalence import compare
-from sparsify_export.passes.errors import InputError
+from sparsify_export.passes.errors import InputError, VerificationError
 from sparsify_export.passes.frontend.load import describe
 from sparsify_export.passes.frontend.trace import trace
 from sparsify_export.passes.fx.canonical import canonicalise
@@ -58,6 +61,25 @@ def test_file_holds_exactly_2_of_4_and_kept_weights_bit_for_bit(family):
 def test_file_equals_the_model_with_and_without_our_library(compiled):
     results = verify(compiled.path, compiled.traced, expect(compiled.parts, compiled.params, compiled.probe))
     assert {result.how.split(",")[0] for result in results} == {"kernels", "functions"}
+
+
+@pytest.mark.parametrize("storage", [Storage("bf16"), Storage("int8"), Storage("int4", 32)], ids=str)
+@pytest.mark.parametrize(("name", "pattern"), [("llama", NM(2, 4)), ("bert", Unstructured(0.5))])
+def test_every_storage_is_verified_against_its_own_rounding(name, pattern, storage, tmp_path):
+    compiled = compile_family(name, tmp_path, pattern=pattern, storage=storage)
+    assert {entry.op for entry in compiled.lowered if not entry.reason} == {op_name(pattern, storage)}
+    stored = compiler.as_stored(compiled.params, compiled.packed)
+    expected = expect(compiled.parts, stored, compiled.probe, dict.fromkeys(compiled.packed, storage.activations))
+    for result in verify(compiled.path, compiled.traced, expected):
+        assert result.closeness.error < 0.05 * expected.exact.abs().max()
+    weights = {info.path: weight for info, weight in sparse_weights(compiled.path)}
+    linears = {linear.path: linear for part in compiled.parts.blocks for linear in part.linears}
+    assert weights.keys() == linears.keys()
+    for path, weight in weights.items():
+        assert torch.equal(weight, stored[linears[path].weight])
+    wrong = {key: value * 1.2 if key in compiled.packed else value for key, value in stored.items()}
+    with pytest.raises(VerificationError, match="differs from the model"):
+        verify(compiled.path, compiled.traced, expect(compiled.parts, wrong, compiled.probe))
 
 
 def test_kernels_run_with_the_library_and_functions_without(family, tmp_path):

@@ -1,18 +1,97 @@
-"""How packed values are stored: rounded once, and never to infinity."""
+"""How the kept weights of an op are stored, and what that means for the activations they meet."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+Kind: TypeAlias = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
-def to_storage(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round ``values`` to ``dtype``; what rounds to zero becomes +0.0.
+FLOATS: dict[torch.dtype, Kind] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""What the compiled module calls a float dtype."""
+
+GROUPS = (32, 64, 128)
+"""How many neighbouring columns may share an int4 scale."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The type of stored weights.
+
+    Attributes:
+        kind: ``fp32``, ``fp16``, ``bf16``; ``int8``, one float32 scale a row; ``int4``, one float16 scale a group.
+        group: columns that share a scale; 0 unless ``int4``.
 
     Raises:
-        ValueError: a finite value would become infinite (float16 ends at 65504).
+        ValueError: ``group`` does not go with ``kind``.
     """
-    stored = values.to(dtype)
-    lost = stored.isinf() & values.isfinite()
-    if bool(lost.any()):
-        name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{values[lost][0].item():g} does not fit {name}, which ends at {torch.finfo(dtype).max:g}")
-    return stored.masked_fill(stored == 0, 0.0)
+
+    kind: Kind = "fp32"
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind == "int4" and self.group not in GROUPS:
+            raise ValueError(f"int4 wants a group of 32, 64 or 128 columns, got {self.group}")
+        if self.kind != "int4" and self.group != 0:
+            raise ValueError(f"a group is for int4 only, got {self.group} with {self.kind}")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are integer codes with scales, and activations are quantised too."""
+        return self.kind in ("int8", "int4")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values that are not quantised.
+
+        Raises:
+            KeyError: they are.
+        """
+        return {kind: dtype for dtype, kind in FLOATS.items()}[self.kind]
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Activations ``[..., K]`` as the coarsest of our kernels multiplies them, in x's dtype.
+
+        The plain expression for this storage is a linear on these: bfloat16 weights meet activations that some
+        kernels round to bfloat16, integer weights meet activations quantised per token.
+        """
+        if self.kind == "bf16":
+            return x.bfloat16().to(x.dtype)
+        return quantise_tokens(x) if self.quantised else x
+
+
+FP32 = Storage()
+
+
+def quantise_tokens(x: Tensor) -> Tensor:
+    """Replace every token by its 8-bit codes times their step, as the ops with integer weights do.
+
+    ``step = max|x| / 127`` in float32 and ``code = x / step`` rounded to nearest, ties to even. A step below the
+    smallest normal float32 counts as 0. A token that holds an infinity or a NaN becomes NaN throughout.
+
+    Args:
+        x: ``[..., K]`` float; the codes are those of its float32 values.
+
+    Returns:
+        The same shape and dtype; in float64 the products are exact.
+    """
+    exact = x.float()
+    if exact.shape[-1] == 0:
+        return x.clone()
+    step = exact.abs().amax(dim=-1, keepdim=True) / 127
+    tiny = step < torch.finfo(torch.float32).tiny
+    codes = torch.round(exact / step.masked_fill(tiny, 1.0))
+    result = codes.to(x.dtype) * step.masked_fill(tiny, 0.0).to(x.dtype)
+    return result.masked_fill(~exact.isfinite().all(dim=-1, keepdim=True), torch.nan)
+
+
+def plain(weight: Tensor) -> Tensor:
+    """A weight as the compiled module takes it: float32, contiguous, without a gradient."""
+    return weight.detach().float().contiguous()
+
+
+def tensor(array: NDArray[Any]) -> Tensor:
+    """An array of the compiled module as a tensor, not copied."""
+    return torch.from_numpy(array)

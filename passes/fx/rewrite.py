@@ -1,17 +1,18 @@
 """Replace linears with sparse weights by the ops of the dialect, weights already packed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
-from ...calibrate.patterns import NM, Pattern, find_pattern
-from ..dialect import linear_bitmask, linear_nm
+from ...calibrate.patterns import Pattern, find_pattern
+from ..dialect import packed
+from ..dialect.packed import Packed
+from ..dialect.storage import FP32, Storage
 from ..errors import InputError
 from .canonical import parameter_names
 from .linears import Linear, find_linears
@@ -25,10 +26,11 @@ class Lowered:
     Attributes:
         linear: the linear.
         pattern: the pattern found in its weight, or None.
-        op: ``linear_nm``, ``linear_bitmask`` or ``MatMul``.
+        op: one of the dialect's, or ``MatMul``.
         reason: why it stayed a ``MatMul``; "" where it was lowered.
         dense_bytes: its weight in float32.
         stored_bytes: its weight as stored.
+        attributes: of the op.
     """
 
     linear: Linear
@@ -37,28 +39,29 @@ class Lowered:
     reason: str
     dense_bytes: int
     stored_bytes: int
+    attributes: Mapping[str, int] = field(default_factory=dict)
 
 
-def lower_linears(
-    program: ExportedProgram, *, dtype: torch.dtype = torch.float32, sparse: bool = True
-) -> list[Lowered]:
+def lower_linears(program: ExportedProgram, *, storage: Storage = FP32, sparse: bool = True) -> list[Lowered]:
     """Rewrite every linear whose weight is sparse to a sparse op, in place.
 
     Before:  y = linear(x, W, b)                             W has N:M structure or enough zeros
     After:   y = sparsify.linear_nm(x, values, indices, b, n, m)
-             y = sparsify.linear_bitmask(x, values, mask, row_start, b)
+             y = sparsify.linear_bitmask(x, values, mask, row_start, b, in_features)
+             or the int8 or int4 form of either, which has scales in front of b
     Left alone: dense weights, weights that something besides linears reads (tied embeddings), weights that are not in
         the state dict, and everything when ``sparse`` is False. A packed form that would not be smaller than the
         dense one is not made.
-    Numerics: the same products; values are rounded once to ``dtype``.
+    Numerics: the same products; values are rounded once to the storage. With int8 and int4 weights the activations are
+        quantised too, each token by itself.
 
     Args:
         program: a canonical program; its packed weights replace the dense ones in ``state_dict``.
-        dtype: how packed values are stored.
+        storage: how packed values are stored.
         sparse: False only reports.
 
     Raises:
-        InputError: a weight does not fit ``dtype``.
+        InputError: a weight does not fit the storage.
     """
     names = parameter_names(program)
     nodes = {node.name: node for node in program.graph_module.graph.nodes}
@@ -70,24 +73,37 @@ def lower_linears(
         if weight is None:
             results.append(Lowered(linear, None, "MatMul", "the weight is a constant, not a parameter", dense, dense))
             continue
-        pattern, reason = _why_dense(node, weight, dtype, sparse)
+        pattern, reason = _why_dense(node, weight, storage, sparse)
         if reason or pattern is None:
             found = None if pattern is None else str(pattern)
             results.append(Lowered(linear, found, "MatMul", reason, dense, dense))
             continue
         try:
-            tensors, attributes, op = _packed(weight.detach(), pattern, dtype)
+            stored = packed.pack(weight.detach(), pattern, storage)
         except ValueError as error:
             raise InputError(f"{linear.path}: {error}; store the weights as fp32 or bf16") from error
-        _replace(program, node, op, tensors, attributes)
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        results.append(Lowered(linear, str(pattern), op._opname, "", dense, size))
+        _replace(program, node, stored)
+        results.append(Lowered(linear, str(pattern), stored.op, "", dense, stored.nbytes, stored.attributes))
     _drop_unused(program)
     program.graph_module.recompile()
     return results
 
 
-def _why_dense(node: Node, weight: Tensor, dtype: torch.dtype, sparse: bool) -> tuple[Pattern | None, str]:
+def stored_weights(program: ExportedProgram, lowered: Sequence[Lowered]) -> dict[str, Packed]:
+    """The packed weights of a program that ``lower_linears`` has rewritten, by the key of the dense weight."""
+    state = program.state_dict
+    return {
+        entry.linear.weight: Packed(
+            entry.op,
+            {name: state[f"{entry.linear.weight}.{name}"] for name in packed.TENSORS[entry.op]},
+            entry.attributes,
+        )
+        for entry in lowered
+        if not entry.reason
+    }
+
+
+def _why_dense(node: Node, weight: Tensor, storage: Storage, sparse: bool) -> tuple[Pattern | None, str]:
     """The pattern found in the weight, and the reason why its linear must stay a MatMul ("" if it need not)."""
     pattern = find_pattern(weight.detach())
     if pattern is None:
@@ -99,37 +115,21 @@ def _why_dense(node: Node, weight: Tensor, dtype: torch.dtype, sparse: bool) -> 
     if any(user.target is not torch.ops.aten.linear.default for user in holder.users):
         return pattern, "the weight is tied to something that is not a linear"
     rows, columns = weight.shape
-    if isinstance(pattern, NM):
-        size = linear_nm.packed_bytes(rows, columns, pattern, dtype)
-    else:
-        size = linear_bitmask.packed_bytes(rows, columns, int(weight.count_nonzero()), dtype)
+    size = packed.packed_bytes(rows, columns, int(weight.count_nonzero()), pattern, storage)
     if size >= weight.numel() * weight.element_size():
         return pattern, f"packed it would take {size} bytes, dense {weight.numel() * weight.element_size()}"
     return pattern, ""
 
 
-def _packed(
-    weight: Tensor, pattern: Pattern, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], tuple[int, ...], OpOverload]:
-    if isinstance(pattern, NM):
-        values, indices = linear_nm.pack(weight, pattern, dtype)
-        op = torch.ops.sparsify.linear_nm.default
-        return {"values": values, "indices": indices}, (pattern.n, pattern.m), op
-    values, mask, row_start = linear_bitmask.pack(weight, dtype)
-    op = torch.ops.sparsify.linear_bitmask.default
-    return {"values": values, "mask": mask, "row_start": row_start}, (), op
-
-
-def _replace(
-    program: ExportedProgram, node: Node, op: OpOverload, tensors: dict[str, Tensor], attributes: Sequence[int]
-) -> None:
+def _replace(program: ExportedProgram, node: Node, stored: Packed) -> None:
     graph = program.graph_module.graph
     x, weight, *bias = node.args
     assert isinstance(weight, Node)
     key = parameter_names(program)[weight.name]
-    holders = [_holder(program, weight, f"{key}.{name}", tensor) for name, tensor in tensors.items()]
+    holders = [_holder(program, weight, f"{key}.{name}", tensor) for name, tensor in stored.tensors.items()]
+    op = getattr(torch.ops.sparsify, stored.op).default
     with graph.inserting_before(node):
-        new = graph.call_function(op, (x, *holders, bias[0] if bias else None, *attributes))
+        new = graph.call_function(op, (x, *holders, bias[0] if bias else None, *stored.attributes.values()))
     new.meta = dict(node.meta)
     replace_node(program, node, new)
 

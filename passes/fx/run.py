@@ -45,6 +45,19 @@ def observe_part(
     return _named(part, results)
 
 
+def run_part_rounded(
+    part: Part,
+    values: Values,
+    params: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    rounded: Mapping[str, Callable[[Tensor], Tensor]],
+) -> Values:
+    """As ``run_part``, where linears see coarser inputs: ``rounded`` says by the key of a weight what becomes of x."""
+    with torch.no_grad():
+        results = _Rounded(part, names, rounded).run(*_arguments(part, values, params, names))
+    return _named(part, results)
+
+
 def run_part_float64(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> Values:
     """As ``run_part`` in float64 throughout: the truth that float32 results are measured against."""
     arguments = [_to_float64(a) for a in _arguments(part, values, params, names)]
@@ -85,6 +98,26 @@ class _Observer(Interpreter):
         if n.name in self._see:
             self._see[n.name](result)
         return result
+
+
+class _Rounded(Interpreter):
+    """Changes the first argument of chosen linears."""
+
+    def __init__(self, part: Part, names: Mapping[str, str], rounded: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        super().__init__(part.module)
+        holders = [node for node in part.module.graph.nodes if node.op == "placeholder"]
+        keys = {node: names.get(name) for node, name in zip(holders, part.inputs, strict=True)}
+        self._change: dict[Node, Callable[[Tensor], Tensor]] = {}
+        for node in part.module.graph.nodes:
+            key = keys.get(node.args[1]) if node.target is torch.ops.aten.linear.default else None
+            if key is not None and key in rounded:
+                self._change[node] = rounded[key]
+
+    def run_node(self, n: Node) -> Any:
+        if n not in self._change:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return self.call_function(n.target, (self._change[n](args[0]), *args[1:]), dict(kwargs))
 
 
 class _Float64(Interpreter):

@@ -13,7 +13,8 @@
 // eight short ones, and measured slower. Independent sums over steps of k hide the latency of the FMA; several tokens
 // share the unpacked values and places.
 #pragma once
-#include "kept_list.h"
+#include "rows.h"
+#include "scratch.h"
 #include "unrolled.h"
 
 namespace sparsify { namespace {
@@ -23,12 +24,11 @@ constexpr int64_t kPrefetchBytes = 4 << 10;
 
 // T tokens, one row.
 template <class V, DType type, int bits, int T>
-void decode_nm_row(const NmWeight& w, const float* x, const float* bias, float* y, int64_t row,
+void decode_nm_row(const NmWeight& w, const char* values, const float* x, const float* bias, float* y, int64_t row,
                    typename V::I group_start) {
   constexpr int64_t kSize = int64_t(byte_size(type));
   constexpr int64_t kColumns = 2 * V::kLanes;
   constexpr int kSteps = T <= 2 ? 4 : 2;
-  const char* values = static_cast<const char*>(w.values) + row * w.kept_per_row() * kSize;
   const uint8_t* indices = w.indices + row * w.index_bytes_per_row();
   typename V::F sum[kSteps][T];
   unrolled<kSteps>([&](auto s) SPARSIFY_INLINE {
@@ -73,23 +73,29 @@ bool can_decode_nm(const NmWeight& w) {
   return 2 * w.n == w.m && 2 * V::kLanes % w.m == 0;
 }
 
+// `type` is how the values are multiplied: as they are stored, or float32 where they are quantised.
 template <class V, DType type, int bits>
 void decode_nm(const NmWeight& w, const float* x, int64_t tokens, const float* bias, float* y, int64_t row,
                int64_t row_last) {
   uint32_t start[V::kLanes];
   for (int i = 0; i < V::kLanes; ++i) start[i] = uint32_t(i / w.n * w.m);
   const typename V::I group_start = V::load(start);
-  for (; row < row_last; ++row)
+  thread_local KeptScratch<float> room;
+  float* unpacked = room.get(w.type == type ? 0 : w.kept_per_row());
+  for (; row < row_last; ++row) {
+    const char* values = w.type == type ? static_cast<const char*>(w.values) + row * w.value_bytes_per_row()
+                                        : reinterpret_cast<const char*>(row_values<V>(w, row, unpacked));
     for (int64_t token = 0; token < tokens;) {  // the row stays in cache from one group of tokens to the next
       const float* from = x + token * w.cols;
       float* to = y + token * w.rows;
       switch (tokens - token) {
-        case 1: decode_nm_row<V, type, bits, 1>(w, from, bias, to, row, group_start); token += 1; break;
-        case 2: decode_nm_row<V, type, bits, 2>(w, from, bias, to, row, group_start); token += 2; break;
-        case 3: decode_nm_row<V, type, bits, 3>(w, from, bias, to, row, group_start); token += 3; break;
-        default: decode_nm_row<V, type, bits, 4>(w, from, bias, to, row, group_start); token += 4; break;
+        case 1: decode_nm_row<V, type, bits, 1>(w, values, from, bias, to, row, group_start); token += 1; break;
+        case 2: decode_nm_row<V, type, bits, 2>(w, values, from, bias, to, row, group_start); token += 2; break;
+        case 3: decode_nm_row<V, type, bits, 3>(w, values, from, bias, to, row, group_start); token += 3; break;
+        default: decode_nm_row<V, type, bits, 4>(w, values, from, bias, to, row, group_start); token += 4; break;
       }
     }
+  }
 }
 
 }}  // namespace sparsify::

@@ -1,6 +1,6 @@
 // Picks the instruction set, once per process.
 //
-// SPARSIFY_ISA=avx512|avx2|portable overrides the choice. It exists for the tests, which run every version that
+// SPARSIFY_ISA=avx512bf16|avx512vnni|avx512|avx2|portable overrides the choice. It exists for the tests, which run every version that
 // this machine can run; it is not a setting.
 #include <cstdlib>
 #include <cstring>
@@ -16,13 +16,17 @@ struct Choice {
 };
 
 Choice choose() {
-  const Kernels* candidates[3];  // fastest first
+  const Kernels* candidates[5];  // fastest first
   int count = 0;
 #ifdef SPARSIFY_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                    __builtin_cpu_supports("avx512vnni");
+  if (vnni && __builtin_cpu_supports("avx512bf16")) candidates[count++] = &kAvx512Bf16;
+  if (vnni) candidates[count++] = &kAvx512Vnni;
   if (avx512) candidates[count++] = &kAvx512;
   if (avx2) candidates[count++] = &kAvx2;
 #endif
@@ -32,7 +36,7 @@ Choice choose() {
   if (!wanted || !*wanted) return {candidates[0], nullptr};
   for (int i = 0; i < count; ++i)
     if (std::strcmp(candidates[i]->isa, wanted) == 0) return {candidates[i], nullptr};
-  return {nullptr, "SPARSIFY_ISA must be avx512, avx2 or portable, and one that this machine has"};
+  return {nullptr, "SPARSIFY_ISA must be avx512bf16, avx512vnni, avx512, avx2 or portable, and one that this machine has"};
 }
 
 }  // namespace

@@ -12,18 +12,20 @@ using Shape = std::vector<int64_t>;
 
 std::string show(const Shape& shape);  // "[2, 3]"
 
-// Fills rows and cols of `w` from the shapes. `w` must hold n, m, type, values and indices.
-std::string check_nm(NmWeight& w, const Shape& values, const Shape& indices, const Shape* bias);
+// The most values a quantised row may keep: sums of products of two 8-bit codes must fit 32 bits.
+constexpr int64_t kMostQuantised = int64_t{1} << 17;
 
-// Fills rows of `w`. `w` must hold cols, type, values, mask and row_start; cols may be -1 where it is not known
-// yet (the file does not store it), and is then checked by check_mask_cols before the first use.
+// Fills rows of `w`, and cols, which only i4 must bring along: an odd number of values ends in half a byte. `w` must
+// hold all else that its type has. `scales` is null for float types, `bias` where there is none.
+std::string check_nm(NmWeight& w, const Shape& values, const Shape& indices, const Shape* scales, const Shape* bias);
+
+// Fills rows of `w`, which must hold all else that its type has.
 std::string check_bitmask(BitmaskWeight& w, const Shape& values, const Shape& mask, const Shape& row_start,
-                          const Shape* bias);
+                          const Shape* scales, const Shape* bias);
 
-// Does a mask with this many bytes a row, and these bits set in any row's last byte, fit `cols` columns?
-std::string check_mask_cols(int64_t cols, int64_t mask_bytes, uint8_t last_byte_bits);
-
-uint8_t last_byte_bits(const BitmaskWeight& w, int64_t mask_bytes);
+// The parts of both that need neither values nor indices or mask: sizes and scales.
+std::string check_nm_sizes(const NmWeight& w, const Shape* scales);
+std::string check_bitmask_sizes(const BitmaskWeight& w, const Shape* scales);
 
 std::string check_x(const Shape& x, int64_t cols);
 

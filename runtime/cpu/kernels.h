@@ -88,7 +88,7 @@ void parallel_for(const Parallel& parallel, int64_t count, Body& body) {
 
 // One instruction set's version of every op.
 struct Kernels {
-  const char* isa;  // "avx512", "avx2" or "portable"
+  const char* isa;
   void (*linear_nm)(const NmWeight&, const float* x, int64_t tokens, const float* bias, float* y, const Parallel&);
   void (*linear_bitmask)(const BitmaskWeight&, const float* x, int64_t tokens, const float* bias, float* y,
                          const Parallel&);
@@ -103,7 +103,9 @@ struct Kernels {
 extern const Kernels kPortable;  // the oracle: plain loops
 #ifdef SPARSIFY_X86
 extern const Kernels kAvx2;
-extern const Kernels kAvx512;
+extern const Kernels kAvx512;      // F, BW, DQ, VL
+extern const Kernels kAvx512Vnni;  // and VBMI, VBMI2, VNNI
+extern const Kernels kAvx512Bf16;  // and BF16
 #endif
 
 // The fastest version this machine runs, chosen once. Null, with a sentence in *error, if the environment

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 
 #include <memory>
 #include <optional>
@@ -9,6 +10,7 @@
 
 #include "formats.h"
 #include "kernels.h"
+#include "pack.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -34,14 +36,41 @@ Shape shape_of(const Array& array) {
 
 DType type_of(const Values& values) {
   if (values.dtype() == nb::dtype<float>()) return DType::f32;
+  if (values.dtype() == nb::dtype<int8_t>()) return DType::i8;
+  if (values.dtype() == nb::dtype<uint8_t>()) return DType::i4;
   const nb::dlpack::dtype got = values.dtype();
   if (got.lanes == 1 && got.bits == 16) {
     if (got.code == uint8_t(nb::dlpack::dtype_code::Float)) return DType::f16;
     if (got.code == uint8_t(nb::dlpack::dtype_code::Bfloat)) return DType::bf16;
     if (got.code == uint8_t(nb::dlpack::dtype_code::UInt)) return DType::bf16;  // numpy has no bfloat16
   }
-  throw nb::value_error("values must be float32, float16, bfloat16, or uint16 holding bfloat16 bits");
+  throw nb::value_error(
+      "values must be float32, float16, bfloat16, uint16 holding bfloat16 bits, int8, or uint8 holding two int4");
 }
+
+DType type_named(const std::string& name) {
+  const char* names[] = {"fp32", "fp16", "bf16", "int8", "int4"};
+  for (int i = 0; i < 5; ++i)
+    if (name == names[i]) return DType(i);
+  throw nb::value_error(("dtype must be fp32, fp16, bf16, int8 or int4, got " + name).c_str());
+}
+
+struct Scales {
+  const void* data = nullptr;
+  Shape dims;
+  const Shape* shape = nullptr;  // of `dims`; null where there are none
+
+  Scales(DType type, const std::optional<Values>& given) {
+    if (!given) return;
+    const nb::dlpack::dtype wanted = type == DType::i4 ? nb::dlpack::dtype{2, 16, 1} : nb::dtype<float>();
+    if (given->dtype() != wanted)
+      refuse_if(type == DType::i4 ? "scales of int4 values must be float16" : "scales must be float32");
+    data = given->data();
+    dims = shape_of(*given);
+    shape = &dims;
+  }
+  Scales(const Scales&) = delete;
+};
 
 const Kernels& kernels() {
   const char* error;
@@ -66,19 +95,29 @@ nb::object output(const std::optional<Array>& out, const Shape& shape, T** data)
   return nb::cast(nb::ndarray<nb::numpy, T>(*data, 2, sizes, owner));
 }
 
-Shape check_2d(const Floats& x, int64_t cols) {
-  const Shape shape = shape_of(x);
-  if (shape.size() != 2) refuse_if("x must be 2-d [tokens, K], got " + show(shape));
-  refuse_if(check_x(shape, cols));
-  return shape;
+NmWeight nm_weight(const Values& values, const Bytes& indices, int n, int m, const Scales& scales, int64_t group,
+                   int64_t cols, const Shape* bias) {
+  NmWeight w{0, cols, n, m, type_of(values), values.data(), indices.data(), scales.data, group};
+  refuse_if(check_nm(w, shape_of(values), shape_of(indices), scales.shape, bias));
+  return w;
+}
+
+BitmaskWeight bitmask_weight(const Values& values, const Bytes& mask, const Int64s& row_start, const Scales& scales,
+                             int64_t group, int64_t cols, const Shape* bias) {
+  BitmaskWeight w{0, cols, type_of(values), values.data(), mask.data(), row_start.data(), scales.data, group};
+  refuse_if(check_bitmask(w, shape_of(values), shape_of(mask), shape_of(row_start), scales.shape, bias));
+  return w;
 }
 
 nb::object linear_nm(Floats x, Values values, Bytes indices, int n, int m, std::optional<Floats> bias,
-                     std::optional<Out> out) {
-  NmWeight w{0, 0, n, m, type_of(values), values.data(), indices.data(), nullptr, 0};
+                     std::optional<Values> scales, int64_t group, std::optional<Out> out) {
+  if (x.ndim() != 2) refuse_if("x must be 2-d [tokens, K], got " + show(shape_of(x)));
   const Shape bias_shape = bias ? shape_of(*bias) : Shape{};
-  refuse_if(check_nm(w, shape_of(values), shape_of(indices), bias ? &bias_shape : nullptr));
-  const int64_t tokens = check_2d(x, w.cols)[0];
+  const Scales given(type_of(values), scales);
+  const NmWeight w =
+      nm_weight(values, indices, n, m, given, group, int64_t(x.shape(1)), bias ? &bias_shape : nullptr);
+  refuse_if(check_x(shape_of(x), w.cols));
+  const int64_t tokens = int64_t(x.shape(0));
   float* y;
   nb::object result = output<float>(out, {tokens, w.rows}, &y);
   const Kernels& run = kernels();
@@ -88,17 +127,131 @@ nb::object linear_nm(Floats x, Values values, Bytes indices, int n, int m, std::
 }
 
 nb::object linear_bitmask(Floats x, Values values, Bytes mask, Int64s row_start, std::optional<Floats> bias,
-                          std::optional<Out> out) {
+                          std::optional<Values> scales, int64_t group, std::optional<Out> out) {
   if (x.ndim() != 2) refuse_if("x must be 2-d [tokens, K], got " + show(shape_of(x)));
-  const int64_t tokens = int64_t(x.shape(0));
-  BitmaskWeight w{0, int64_t(x.shape(1)), type_of(values), values.data(), mask.data(), row_start.data(), nullptr, 0};
   const Shape bias_shape = bias ? shape_of(*bias) : Shape{};
-  refuse_if(check_bitmask(w, shape_of(values), shape_of(mask), shape_of(row_start), bias ? &bias_shape : nullptr));
+  const Scales given(type_of(values), scales);
+  const BitmaskWeight w =
+      bitmask_weight(values, mask, row_start, given, group, int64_t(x.shape(1)), bias ? &bias_shape : nullptr);
+  const int64_t tokens = int64_t(x.shape(0));
   float* y;
   nb::object result = output<float>(out, {tokens, w.rows}, &y);
   const Kernels& run = kernels();
   nb::gil_scoped_release released;
   run.linear_bitmask(w, x.data(), tokens, bias ? bias->data() : nullptr, y, thread_pool());
+  return result;
+}
+
+// The result of work() done while other Python threads may run.
+template <class Work>
+auto released(Work&& work) {
+  nb::gil_scoped_release release;
+  return work();
+}
+
+// A new numpy array that is not filled yet.
+template <class T>
+nb::object new_array(const Shape& shape, nb::dlpack::dtype dtype, T** data) {
+  size_t sizes[2] = {1, 1}, count = 1;
+  for (size_t i = 0; i < shape.size(); ++i) count *= sizes[i] = size_t(shape[i]);
+  std::unique_ptr<T[]> owned(new T[count + 1]);
+  *data = owned.get();
+  nb::capsule owner(owned.get(), [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  owned.release();
+  return nb::cast(nb::ndarray<nb::numpy>(*data, shape.size(), sizes, owner, nullptr, dtype));
+}
+
+// Memory for values: numpy has no bfloat16 and no int4, so their bits are returned as uint16 and uint8.
+nb::object new_values(DType type, const Shape& shape, void** data) {
+  if (type == DType::f32) return new_array<float>(shape, nb::dtype<float>(), reinterpret_cast<float**>(data));
+  if (is_quantised(type))
+    return new_array<uint8_t>(shape, type == DType::i8 ? nb::dtype<int8_t>() : nb::dtype<uint8_t>(),
+                              reinterpret_cast<uint8_t**>(data));
+  return new_array<uint16_t>(shape, type == DType::f16 ? nb::dlpack::dtype{2, 16, 1} : nb::dtype<uint16_t>(),
+                             reinterpret_cast<uint16_t**>(data));
+}
+
+// The caller's scales, or those that fit the weight; the object is None for float types.
+struct NewScales {
+  nb::object object = nb::none();
+  void* data = nullptr;
+  Shape dims;
+  const Shape* shape = nullptr;
+
+  NewScales(const Floats& weight, DType type, int64_t group, const std::optional<Values>& given) {
+    const Scales checked(type, given);
+    if (!given && !is_quantised(type)) return;
+    shape = &dims;
+    if (given) {
+      object = nb::cast(*given);
+      data = const_cast<void*>(checked.data);
+      dims = checked.dims;
+      return;
+    }
+    if (type == DType::i4 && group != 32 && group != 64 && group != 128)
+      refuse_if("group must be 32, 64 or 128, got " + std::to_string(group));
+    const int64_t rows = int64_t(weight.shape(0)), cols = int64_t(weight.shape(1));
+    dims = type == DType::i8 ? Shape{rows} : Shape{rows, (cols + group - 1) / group};
+    object = new_values(type == DType::i8 ? DType::f32 : DType::f16, dims, &data);
+    refuse_if(released([&] { return find_scales(weight.data(), rows, cols, type, group, data, thread_pool()); }));
+  }
+  NewScales(const NewScales&) = delete;
+};
+
+void check_weight(const Floats& weight) {
+  if (weight.ndim() != 2) refuse_if("weight must be 2-d [N, K], got " + show(shape_of(weight)));
+}
+
+nb::tuple packed_nm(Floats weight, int n, int m, const std::string& dtype, int64_t group, std::optional<Values> scales) {
+  check_weight(weight);
+  const int64_t rows = int64_t(weight.shape(0)), cols = int64_t(weight.shape(1));
+  const DType type = type_named(dtype);
+  const NewScales its(weight, type, group, scales);
+  const NmWeight w{rows, cols, n, m, type, nullptr, nullptr, its.data, group};
+  refuse_if(check_nm_sizes(w, its.shape));
+  void* values;
+  uint8_t* positions;
+  nb::object stored = new_values(type, {rows, type == DType::i4 ? w.value_bytes_per_row() : w.kept_per_row()}, &values);
+  nb::object indices = new_array<uint8_t>({rows, w.index_bytes_per_row()}, nb::dtype<uint8_t>(), &positions);
+  refuse_if(released([&] { return pack_nm(weight.data(), w, values, positions, thread_pool()); }));
+  return nb::make_tuple(stored, indices, its.object);
+}
+
+nb::tuple packed_bitmask(Floats weight, const std::string& dtype, int64_t group, std::optional<Values> scales) {
+  check_weight(weight);
+  const int64_t rows = int64_t(weight.shape(0)), cols = int64_t(weight.shape(1));
+  const DType type = type_named(dtype);
+  const NewScales its(weight, type, group, scales);
+  uint8_t* bits;
+  int64_t* starts;
+  nb::object mask = new_array<uint8_t>({rows, (cols + 7) / 8}, nb::dtype<uint8_t>(), &bits);
+  nb::object row_start = new_array<int64_t>({rows + 1}, nb::dtype<int64_t>(), &starts);
+  const BitmaskWeight w{rows, cols, type, nullptr, bits, starts, its.data, group};
+  refuse_if(check_bitmask_sizes(w, its.shape));
+  released([&] { find_mask(weight.data(), rows, cols, type, bits, starts, thread_pool()); });
+  void* values;
+  nb::object stored = new_values(type, {starts[rows]}, &values);
+  refuse_if(released([&] { return pack_bitmask(weight.data(), w, values, thread_pool()); }));
+  return nb::make_tuple(stored, mask, row_start, its.object);
+}
+
+nb::object dense_nm(Values values, Bytes indices, int n, int m, std::optional<Values> scales, int64_t group,
+                     int64_t in_features) {
+  const Scales given(type_of(values), scales);
+  const NmWeight w = nm_weight(values, indices, n, m, given, group, in_features, nullptr);
+  float* dense;
+  nb::object result = new_array<float>({w.rows, w.cols}, nb::dtype<float>(), &dense);
+  refuse_if(released([&] { return unpack_nm(w, dense, thread_pool()); }));
+  return result;
+}
+
+nb::object dense_bitmask(Values values, Bytes mask, Int64s row_start, int64_t in_features,
+                          std::optional<Values> scales, int64_t group) {
+  const Scales given(type_of(values), scales);
+  const BitmaskWeight w = bitmask_weight(values, mask, row_start, given, group, in_features, nullptr);
+  float* dense;
+  nb::object result = new_array<float>({w.rows, w.cols}, nb::dtype<float>(), &dense);
+  released([&] { unpack_bitmask(w, dense, thread_pool()); });
   return result;
 }
 
@@ -120,15 +273,24 @@ nb::object pairwise_max_sum(Floats a, Floats b) {
 NB_MODULE(_native, module) {
   module.doc() = "Sparse CPU kernels on arrays (numpy, or torch tensors on the CPU).";
   module.def("linear_nm", linear_nm, nb::arg("x"), nb::arg("values"), nb::arg("indices"), nb::arg("n"), nb::arg("m"),
-             nb::arg("bias") = nb::none(), nb::kw_only(), nb::arg("out") = nb::none(),
-             "Return y [M, N] = x [M, K] @ W.T + bias for an n:m weight W [N, K].\n\n"
-             "values: [N, K*n/m] float32, float16 or bfloat16; numpy has no bfloat16: pass its bits as uint16\n"
-             "(torch: t.view(torch.uint16)). indices: uint8 [N, ceil(K*n/m*b/8)]. out: written in place.");
+             nb::arg("bias") = nb::none(), nb::kw_only(), nb::arg("scales") = nb::none(), nb::arg("group") = 0,
+             nb::arg("out") = nb::none(), "Return y [M, N] = x [M, K] @ W.T + bias for an n:m weight W [N, K].");
   module.def("linear_bitmask", linear_bitmask, nb::arg("x"), nb::arg("values"), nb::arg("mask"), nb::arg("row_start"),
-             nb::arg("bias") = nb::none(), nb::kw_only(), nb::arg("out") = nb::none(),
-             "Return y [M, N] = x [M, K] @ W.T + bias for an unstructured weight W [N, K].\n\n"
-             "values: [nnz] float32, float16 or bfloat16; numpy has no bfloat16: pass its bits as uint16\n"
-             "(torch: t.view(torch.uint16)). mask: uint8 [N, ceil(K/8)]. row_start: int64 [N+1].");
+             nb::arg("bias") = nb::none(), nb::kw_only(), nb::arg("scales") = nb::none(), nb::arg("group") = 0,
+             nb::arg("out") = nb::none(),
+             "Return y [M, N] = x [M, K] @ W.T + bias for an unstructured weight W [N, K].");
+  module.def("pack_nm", packed_nm, nb::arg("weight"), nb::arg("n"), nb::arg("m"), nb::arg("dtype"), nb::kw_only(),
+             nb::arg("group") = 0, nb::arg("scales") = nb::none(),
+             "Return values, indices and scales (None for float types) of an n:m weight [N, K].");
+  module.def("pack_bitmask", packed_bitmask, nb::arg("weight"), nb::arg("dtype"), nb::kw_only(), nb::arg("group") = 0,
+             nb::arg("scales") = nb::none(),
+             "Return values, mask, row_start and scales (None for float types) of a weight [N, K].");
+  module.def("unpack_nm", dense_nm, nb::arg("values"), nb::arg("indices"), nb::arg("n"), nb::arg("m"), nb::kw_only(),
+             nb::arg("scales") = nb::none(), nb::arg("group") = 0, nb::arg("in_features") = 0,
+             "Return the dense float32 weight [N, K].");
+  module.def("unpack_bitmask", dense_bitmask, nb::arg("values"), nb::arg("mask"), nb::arg("row_start"),
+             nb::arg("in_features"), nb::kw_only(), nb::arg("scales") = nb::none(), nb::arg("group") = 0,
+             "Return the dense float32 weight [N, K].");
   module.def("pairwise_max_sum", pairwise_max_sum, nb::arg("a"), nb::arg("b"),
              "Return S float64 [K1, K2], S[g, j] = sum over r of max(a[r, g], b[r, j]).");
   module.def(

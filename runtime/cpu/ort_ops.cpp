@@ -1,6 +1,7 @@
-// libsparsify_ort.so: the ops sparsify::linear_nm and sparsify::linear_bitmask for ONNX Runtime.
+// libsparsify_ort.so: the ops of the domain sparsify for ONNX Runtime: linear_nm and linear_bitmask, and each again
+// with _int8 and _int4 behind its name.
 //
-// One OrtCustomOp per op and type of values. A weight is checked once, when the session creates the kernel, so a
+// One OrtCustomOp per type of values. A weight is checked once, when the session creates the kernel, so a
 // damaged file is refused there; weights are read in place from the memory-mapped file.
 #include <atomic>
 #include <exception>
@@ -129,86 +130,101 @@ struct OrtThreads {
   }
 };
 
-// linear_nm(x, values, indices, bias?)
-struct NmKernel {
-  static constexpr const char* kName = "linear_nm";
-  static constexpr size_t kInputs = 4;
-  static constexpr size_t kRowsFrom = 1;  // the input whose first dimension is out_features
-  static ort::ElementType input_type(size_t index, ort::ElementType values) {
-    return index == 1 ? values : index == 2 ? ort::kUint8 : ort::kFloat;
+constexpr ort::ElementType value_type(DType type) {
+  switch (type) {
+    case DType::f32: return ort::kFloat;
+    case DType::f16: return ort::kFloat16;
+    case DType::bf16: return ort::kBfloat16;
+    case DType::i8: return ort::kInt8;
+    case DType::i4: return ort::kUint8;
   }
+  return ort::kFloat;
+}
+
+constexpr ort::ElementType scale_type(DType type) { return type == DType::i4 ? ort::kFloat16 : ort::kFloat; }
+
+const uint8_t* bytes(const OrtKernelContext* context, size_t index) {
+  return static_cast<const uint8_t*>(tensor(input(context, index)).data);
+}
+
+// linear_nm(x, values, indices, bias?)
+// linear_nm_int8(x, values, indices, scales, bias?), linear_nm_int4 likewise
+template <DType type>
+struct NmKernel {
+  static constexpr const char* kName = type == DType::i8   ? "linear_nm_int8"
+                                       : type == DType::i4 ? "linear_nm_int4"
+                                                           : "linear_nm";
+  static constexpr ort::ElementType kTypes[] = {ort::kFloat, value_type(type), ort::kUint8, scale_type(type)};
+  static constexpr size_t kBias = is_quantised(type) ? 4 : 3;
+  static constexpr size_t kRowsFrom = 1;  // the input whose first dimension is out_features
 
   std::string name;
   NmWeight w{};
 
-  NmKernel(const OrtKernelInfo* info, DType type) : name(node_name(info)) {
+  explicit NmKernel(const OrtKernelInfo* info) : name(node_name(info)) {
     const Tensor values = constant(info, 1, "values"), indices = constant(info, 2, "indices");
+    const Tensor scales = is_quantised(type) ? constant(info, 3, "scales") : Tensor{};
     w = {0, 0, attribute(info, "n"), attribute(info, "m"), type, values.data,
-         static_cast<const uint8_t*>(indices.data), nullptr, 0};
-    refuse(info, check_nm(w, values.shape, indices.shape, nullptr));
+         static_cast<const uint8_t*>(indices.data), scales.data, 0};
+    if (type == DType::i4) w.cols = attribute(info, "in_features"), w.group = attribute(info, "group");
+    refuse(info, check_nm(w, values.shape, indices.shape, is_quantised(type) ? &scales.shape : nullptr, nullptr));
   }
 
-  void compute(const OrtKernelContext* context, const Tensor& x, int64_t tokens, const float* bias, float* y,
+  void compute(const OrtKernelContext* context, const float* x, int64_t tokens, const float* bias, float* y,
                const Parallel& parallel) const {
     NmWeight now = w;  // ask for the pointers again: they are only promised to last for one call
-    now.values = tensor(input(context, 1)).data;
-    now.indices = static_cast<const uint8_t*>(tensor(input(context, 2)).data);
-    best_kernels(nullptr)->linear_nm(now, static_cast<const float*>(x.data), tokens, bias, y, parallel);
+    now.values = bytes(context, 1);
+    now.indices = bytes(context, 2);
+    if (is_quantised(type)) now.scales = bytes(context, 3);
+    best_kernels(nullptr)->linear_nm(now, x, tokens, bias, y, parallel);
   }
-
-  std::string check_input(const Shape& x) const { return check_x(x, w.cols); }
 };
 
 // linear_bitmask(x, values, mask, row_start, bias?)
+// linear_bitmask_int8(x, values, mask, row_start, scales, bias?), linear_bitmask_int4 likewise
+template <DType type>
 struct BitmaskKernel {
-  static constexpr const char* kName = "linear_bitmask";
-  static constexpr size_t kInputs = 5;
+  static constexpr const char* kName = type == DType::i8   ? "linear_bitmask_int8"
+                                       : type == DType::i4 ? "linear_bitmask_int4"
+                                                           : "linear_bitmask";
+  static constexpr ort::ElementType kTypes[] = {ort::kFloat, value_type(type), ort::kUint8, ort::kInt64,
+                                                scale_type(type)};
+  static constexpr size_t kBias = is_quantised(type) ? 5 : 4;
   static constexpr size_t kRowsFrom = 2;
-  static ort::ElementType input_type(size_t index, ort::ElementType values) {
-    return index == 1 ? values : index == 2 ? ort::kUint8 : index == 3 ? ort::kInt64 : ort::kFloat;
-  }
 
   std::string name;
   BitmaskWeight w{};
-  int64_t mask_bytes = 0;
-  uint8_t last_bits = 0;
 
-  BitmaskKernel(const OrtKernelInfo* info, DType type) : name(node_name(info)) {
+  explicit BitmaskKernel(const OrtKernelInfo* info) : name(node_name(info)) {
     const Tensor values = constant(info, 1, "values"), mask = constant(info, 2, "mask"),
                  row_start = constant(info, 3, "row_start");
-    w = {0, -1, type, values.data, static_cast<const uint8_t*>(mask.data),
-         static_cast<const int64_t*>(row_start.data), nullptr, 0};
-    refuse(info, check_bitmask(w, values.shape, mask.shape, row_start.shape, nullptr));
-    mask_bytes = mask.shape[1];
-    last_bits = last_byte_bits(w, mask_bytes);
+    const Tensor scales = is_quantised(type) ? constant(info, 4, "scales") : Tensor{};
+    w = {0, attribute(info, "in_features"), type, values.data, static_cast<const uint8_t*>(mask.data),
+         static_cast<const int64_t*>(row_start.data), scales.data, type == DType::i4 ? attribute(info, "group") : 0};
+    refuse(info, check_bitmask(w, values.shape, mask.shape, row_start.shape,
+                               is_quantised(type) ? &scales.shape : nullptr, nullptr));
   }
 
-  void compute(const OrtKernelContext* context, const Tensor& x, int64_t tokens, const float* bias, float* y,
+  void compute(const OrtKernelContext* context, const float* x, int64_t tokens, const float* bias, float* y,
                const Parallel& parallel) const {
     BitmaskWeight now = w;
-    now.cols = x.shape.back();
-    now.values = tensor(input(context, 1)).data;
-    now.mask = static_cast<const uint8_t*>(tensor(input(context, 2)).data);
+    now.values = bytes(context, 1);
+    now.mask = bytes(context, 2);
     now.row_start = static_cast<const int64_t*>(tensor(input(context, 3)).data);
-    best_kernels(nullptr)->linear_bitmask(now, static_cast<const float*>(x.data), tokens, bias, y, parallel);
-  }
-
-  // The file does not store K: the mask says it up to the byte, the last byte's bits say the rest.
-  std::string check_input(const Shape& x) const {
-    if (x.empty()) return "x must have shape [..., K], got []";
-    return check_mask_cols(x.back(), mask_bytes, last_bits);
+    if (is_quantised(type)) now.scales = bytes(context, 4);
+    best_kernels(nullptr)->linear_bitmask(now, x, tokens, bias, y, parallel);
   }
 };
 
 template <class Kernel>
 void compute(const Kernel& kernel, OrtKernelContext* context) {
   const Tensor x = tensor(input(context, 0));
-  const std::string why = kernel.check_input(x.shape);
+  const std::string why = check_x(x.shape, kernel.w.cols);
   if (!why.empty()) refuse_if(kernel.name + ": " + why);
   int64_t tokens = 1;
   for (size_t i = 0; i + 1 < x.shape.size(); ++i) tokens *= x.shape[i];
   const float* bias = nullptr;
-  if (const OrtValue* value = input(context, Kernel::kInputs - 1)) {
+  if (const OrtValue* value = input(context, Kernel::kBias)) {
     const Tensor given = tensor(value);
     if (given.shape != Shape{kernel.w.rows})
       refuse_if(kernel.name + ": bias must have shape " + show({kernel.w.rows}) + ", got " + show(given.shape));
@@ -221,7 +237,8 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
   void* out = nullptr;
   check(ort::GetTensorMutableData(api, y, &out));
   OrtThreads threads{context};
-  kernel.compute(context, x, tokens, bias, static_cast<float*>(out), Parallel{&threads, OrtThreads::run});
+  kernel.compute(context, static_cast<const float*>(x.data), tokens, bias, static_cast<float*>(out),
+                 Parallel{&threads, OrtThreads::run});
 }
 
 // y has x's shape with the last dimension out_features; names of symbolic dimensions are kept.
@@ -234,6 +251,10 @@ void infer_shape(OrtShapeInferContext* context, size_t rows_from) {
   if (dims.empty() || weight_dims.empty()) return;  // rank not known
   std::vector<const char*> names(dims.size(), "");
   check(ort::GetSymbolicDimensions(api, x, names.data(), names.size()));
+  // The API writes down an unknown dimension without a name as the length -1, so then nothing is said.
+  for (size_t axis = 0; axis + 1 < dims.size(); ++axis) {
+    if (dims[axis] < 0 && *names[axis] == '\0') return;
+  }
   dims.back() = weight_dims[0];
   names.back() = "";
   struct Owned {
@@ -247,22 +268,20 @@ void infer_shape(OrtShapeInferContext* context, size_t rows_from) {
   check(ort::ShapeInferContext_SetOutputTypeShape(api, context, 0, y.info));
 }
 
-template <class Kernel, DType type>
+template <class Kernel>
 struct Op : OrtCustomOp {
   Op() : OrtCustomOp{} {
     version = ort::kVersion;
     GetName = [](const OrtCustomOp*) { return Kernel::kName; };
     GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // the CPU
-    GetInputTypeCount = [](const OrtCustomOp*) { return Kernel::kInputs; };
+    GetInputTypeCount = [](const OrtCustomOp*) { return Kernel::kBias + 1; };
     GetInputType = [](const OrtCustomOp*, size_t index) {
-      constexpr ort::ElementType values =
-          type == DType::f32 ? ort::kFloat : type == DType::f16 ? ort::kFloat16 : ort::kBfloat16;
-      return Kernel::input_type(index, values);
+      return index == Kernel::kBias ? ort::kFloat : Kernel::kTypes[index];
     };
     GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
     GetOutputType = [](const OrtCustomOp*, size_t) { return ort::kFloat; };
     GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
-      return index + 1 == Kernel::kInputs ? ort::kOptional : ort::kRequired;  // bias
+      return index == Kernel::kBias ? ort::kOptional : ort::kRequired;
     };
     GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return ort::kRequired; };
     GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
@@ -270,7 +289,7 @@ struct Op : OrtCustomOp {
     GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
     GetStartVersion = GetEndVersion = [](const OrtCustomOp*) { return 1; };
     CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
-      return guarded([&] { *kernel = new Kernel(info, type); });
+      return guarded([&] { *kernel = new Kernel(info); });
     };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
       return guarded([&] { compute(*static_cast<const Kernel*>(kernel), context); });
@@ -293,16 +312,21 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     const char* error = nullptr;
     if (!best_kernels(&error)) refuse_if(error);
     // Sessions keep pointers to the ops and the domain for as long as they live.
-    static const Op<NmKernel, DType::f32> nm_f32;
-    static const Op<NmKernel, DType::f16> nm_f16;
-    static const Op<NmKernel, DType::bf16> nm_bf16;
-    static const Op<BitmaskKernel, DType::f32> bitmask_f32;
-    static const Op<BitmaskKernel, DType::f16> bitmask_f16;
-    static const Op<BitmaskKernel, DType::bf16> bitmask_bf16;
+    static const Op<NmKernel<DType::f32>> nm_f32;
+    static const Op<NmKernel<DType::f16>> nm_f16;
+    static const Op<NmKernel<DType::bf16>> nm_bf16;
+    static const Op<NmKernel<DType::i8>> nm_i8;
+    static const Op<NmKernel<DType::i4>> nm_i4;
+    static const Op<BitmaskKernel<DType::f32>> bitmask_f32;
+    static const Op<BitmaskKernel<DType::f16>> bitmask_f16;
+    static const Op<BitmaskKernel<DType::bf16>> bitmask_bf16;
+    static const Op<BitmaskKernel<DType::i8>> bitmask_i8;
+    static const Op<BitmaskKernel<DType::i4>> bitmask_i4;
     static OrtCustomOpDomain* const domain = [] {
       OrtCustomOpDomain* made = nullptr;
       check(ort::CreateCustomOpDomain(api, "sparsify", &made));
-      const OrtCustomOp* ops[] = {&nm_f32, &nm_f16, &nm_bf16, &bitmask_f32, &bitmask_f16, &bitmask_bf16};
+      const OrtCustomOp* ops[] = {&nm_f32,      &nm_f16,      &nm_bf16,      &nm_i8,      &nm_i4,
+                                  &bitmask_f32, &bitmask_f16, &bitmask_bf16, &bitmask_i8, &bitmask_i4};
       for (const OrtCustomOp* op : ops) check(ort::CustomOpDomain_Add(api, made, op));
       return made;
     }();

@@ -1,9 +1,9 @@
 // Every op as plain loops: the version to read, the oracle of the fast ones, and what runs on other processors.
-#include <cstring>
 #include <vector>
 
-#include "half.h"
+#include "kept_row.h"
 #include "kernels.h"
+#include "quantise.h"
 
 namespace sparsify {
 namespace {
@@ -11,41 +11,15 @@ namespace {
 // Rows that one task computes. Fixed, so that the split does not depend on the number of threads.
 constexpr int64_t kRowsPerTask = 16;
 
-// One row of W, unpacked: weight[i] belongs to column[i], ascending.
-struct KeptRow {
-  std::vector<float> weight;
-  std::vector<int64_t> column;
-};
-
-void unpack_row(const NmWeight& w, int64_t row, KeptRow& kept) {
-  const int bits = w.index_bits();
-  const uint8_t* packed = w.indices + row * w.index_bytes_per_row();
-  for (int64_t i = 0; i < w.kept_per_row(); ++i) {
-    const int position = packed[i * bits / 8] >> (i * bits % 8) & ((1 << bits) - 1);
-    kept.weight.push_back(value_at(w.values, w.type, row * w.kept_per_row() + i));
-    kept.column.push_back(i / w.n * w.m + position);
-  }
-}
-
-void unpack_row(const BitmaskWeight& w, int64_t row, KeptRow& kept) {
-  const uint8_t* mask = w.mask + row * w.mask_bytes_per_row();
-  int64_t next = w.row_start[row];
-  for (int64_t k = 0; k < w.cols; ++k) {
-    if (!(mask[k / 8] >> (k % 8) & 1)) continue;
-    kept.weight.push_back(value_at(w.values, w.type, next++));
-    kept.column.push_back(k);
-  }
-}
-
 template <class Weight>
-void linear(const Weight& w, const float* x, int64_t tokens, const float* bias, float* y, const Parallel& parallel) {
+void linear_float(const Weight& w, const float* x, int64_t tokens, const float* bias, float* y,
+                  const Parallel& parallel) {
   auto task = [&](int64_t index) {
     const int64_t first = index * kRowsPerTask;
     const int64_t last = first + kRowsPerTask < w.rows ? first + kRowsPerTask : w.rows;
     KeptRow kept;
     for (int64_t row = first; row < last; ++row) {
-      kept.weight.clear();
-      kept.column.clear();
+      kept.clear();
       unpack_row(w, row, kept);
       for (int64_t token = 0; token < tokens; ++token) {
         float sum = bias ? bias[row] : 0.0f;
@@ -54,7 +28,46 @@ void linear(const Weight& w, const float* x, int64_t tokens, const float* bias, 
       }
     }
   };
-  if (tokens > 0) parallel_for(parallel, (w.rows + kRowsPerTask - 1) / kRowsPerTask, task);
+  parallel_for(parallel, (w.rows + kRowsPerTask - 1) / kRowsPerTask, task);
+}
+
+// Sums of integers are exact in float64, so the result is rounded once for every scale group and once at the end.
+template <class Weight>
+void linear_quantised(const Weight& w, const float* x, int64_t tokens, const float* bias, float* y,
+                      const Parallel& parallel) {
+  std::vector<int8_t> codes(size_t(tokens * w.cols));
+  std::vector<float> step(static_cast<size_t>(tokens));
+  for (int64_t t = 0; t < tokens; ++t)
+    step[size_t(t)] = quantise_token(x + t * w.cols, w.cols, codes.data() + t * w.cols);
+  auto task = [&](int64_t index) {
+    const int64_t first = index * kRowsPerTask;
+    const int64_t last = first + kRowsPerTask < w.rows ? first + kRowsPerTask : w.rows;
+    KeptRow kept;
+    for (int64_t row = first; row < last; ++row) {
+      kept.clear();
+      unpack_row(w, row, kept);
+      const RowScales scales = row_scales(w, row);
+      for (int64_t t = 0; t < tokens; ++t) {
+        double total = 0.0;
+        for (size_t i = 0; i < kept.weight.size();) {
+          const int64_t group = scales.group(kept.column[i]);
+          double sum = 0.0;
+          for (; i < kept.weight.size() && scales.group(kept.column[i]) == group; ++i)
+            sum += double(kept.weight[i]) * codes[size_t(t * w.cols + kept.column[i])];
+          total += double(scales.values[size_t(group)]) * sum;
+        }
+        y[t * w.rows + row] = float(double(step[size_t(t)]) * total + (bias ? double(bias[row]) : 0.0));
+      }
+    }
+  };
+  parallel_for(parallel, (w.rows + kRowsPerTask - 1) / kRowsPerTask, task);
+}
+
+template <class Weight>
+void linear(const Weight& w, const float* x, int64_t tokens, const float* bias, float* y, const Parallel& parallel) {
+  if (tokens == 0) return;
+  if (is_quantised(w.type)) return linear_quantised(w, x, tokens, bias, y, parallel);
+  linear_float(w, x, tokens, bias, y, parallel);
 }
 
 void pairwise_max_sum(const float* a, const float* b, int64_t r, int64_t k1, int64_t k2, double* out,

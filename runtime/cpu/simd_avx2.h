@@ -10,16 +10,15 @@
 
 namespace sparsify { namespace {
 
-// expand[mask][i]: which packed value lane i takes. compress[mask][i]: which lane the packed value i comes from.
+// expand[mask][i]: which packed value lane i takes.
 struct MaskTable {
   uint8_t expand[256][8] = {};
-  uint8_t compress[256][8] = {};
   constexpr MaskTable() {
     for (int mask = 0; mask < 256; ++mask) {
       int kept = 0;
       for (int lane = 0; lane < 8; ++lane) {
         expand[mask][lane] = uint8_t(kept);
-        if (mask >> lane & 1) compress[mask][kept++] = uint8_t(lane);
+        kept += mask >> lane & 1;
       }
     }
   }
@@ -29,6 +28,7 @@ constexpr MaskTable kMaskTable;
 struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kAccumulators = 8;  // of 16 registers: 2 FMA a cycle x 4 cycles latency
+  static constexpr int kTileVectors = 4;
   using F = __m256;
   using I = __m256i;
 
@@ -37,7 +37,10 @@ struct Avx2 {
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F broadcast(float v) { return _mm256_set1_ps(v); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static float sum(F v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -48,12 +51,15 @@ struct Avx2 {
   static I load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(uint32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static I broadcast(uint32_t v) { return _mm256_set1_epi32(int(v)); }
+  static I max(I a, I b) { return _mm256_max_epu32(a, b); }
+  static I magnitude_bits(F v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
-  static I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
 
   template <DType type>
   static F load_values(const char* p) {
     if constexpr (type == DType::f32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
+    if constexpr (type == DType::i8)
+      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if constexpr (type == DType::f16) return _mm256_cvtph_ps(half);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -69,6 +75,7 @@ struct Avx2 {
                             _mm256_set1_epi32((1 << bits) - 1));
   }
 
+  static F pick(F v, I lane) { return _mm256_permutevar8x32_ps(v, lane); }
   static F select(F low, I index, F high) {  // bit 3 of the index chooses the half; blendv looks at the sign bit
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
                             _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
@@ -80,13 +87,7 @@ struct Avx2 {
     const F mask = _mm256_castsi256_ps(lane_mask(bits));
     return _mm256_fmadd_ps(_mm256_and_ps(a, mask), _mm256_and_ps(b, mask), c);
   }
-  static F gather_where(uint32_t bits, const float* base, I index) {
-    return _mm256_mask_i32gather_ps(zero(), base, index, _mm256_castsi256_ps(lane_mask(bits)), 4);
-  }
   static F load_where(uint32_t bits, const float* p) { return _mm256_maskload_ps(p, lane_mask(bits)); }
-  static void compress(uint32_t* p, uint32_t bits, I v) {
-    store(p, _mm256_permutevar8x32_epi32(v, bytes(kMaskTable.compress[bits & 255])));
-  }
 
   static void transpose(F (&r)[8]) {
     F t[8];

@@ -12,6 +12,7 @@ namespace sparsify { namespace {
 struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kAccumulators = 16;  // of 32 registers: 2 FMA a cycle x 4 cycles latency, twice
+  static constexpr int kTileVectors = 8;    // of tokens in a tile
   using F = __m512;
   using I = __m512i;
 
@@ -20,20 +21,26 @@ struct Avx512 {
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static F broadcast(float v) { return _mm512_set1_ps(v); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // ties to even
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(F v) { return _mm512_reduce_add_ps(v); }
 
   static I load(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static void store(uint32_t* p, I v) { _mm512_storeu_si512(p, v); }
   static I broadcast(uint32_t v) { return _mm512_set1_epi32(int(v)); }
+  static I max(I a, I b) { return _mm512_max_epu32(a, b); }
+  static I magnitude_bits(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
-  static I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
 
   // kLanes values as float32.
   template <DType type>
   static F load_values(const char* p) {
     if constexpr (type == DType::f32) return _mm512_loadu_ps(p);
+    if constexpr (type == DType::i8)
+      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     if constexpr (type == DType::f16) return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
@@ -56,6 +63,8 @@ struct Avx512 {
     return _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(int(word)), shift), low);
   }
 
+  // Lane lane[i] of v in every lane i: a broadcast, if all are equal.
+  static F pick(F v, I lane) { return _mm512_permutexvar_ps(lane, v); }
   // Lane i of the result is element index[i] of the 2 * kLanes floats low, high.
   static F select(F low, I index, F high) { return _mm512_permutex2var_ps(low, index, high); }
 
@@ -71,14 +80,7 @@ struct Avx512 {
     return _mm512_mask_expand_ps(v, __mmask16(bits), v);  // merging: on Zen 5 twice as fast as zeroing
   }
   static F fma_where(uint32_t bits, F a, F b, F c) { return _mm512_mask3_fmadd_ps(a, b, c, __mmask16(bits)); }
-  static F gather_where(uint32_t bits, const float* base, I index) {
-    return _mm512_mask_i32gather_ps(zero(), __mmask16(bits), index, base, 4);
-  }
   static F load_where(uint32_t bits, const float* p) { return _mm512_maskz_loadu_ps(__mmask16(bits), p); }
-  // Writes the lanes set in `bits` to p, packed, and rubbish behind them: p needs room for kLanes.
-  static void compress(uint32_t* p, uint32_t bits, I v) {
-    _mm512_storeu_si512(p, _mm512_mask_compress_epi32(v, __mmask16(bits), v));
-  }
 
   static void transpose(F (&r)[16]) {
     F t[16];

@@ -11,6 +11,7 @@ import torch
 from sparsify_export.calibrate.masks import nm_keep_mask
 from sparsify_export.calibrate.patterns import NM
 from sparsify_export.passes.dialect import linear_bitmask, linear_nm
+from sparsify_export.passes.dialect.functions import with_shared
 from torch import nn
 
 VOCABULARY, WIDTH = 23, 8
@@ -41,7 +42,7 @@ tiny (int64[batch, sequence] input_ids, int64[batch, total] attention_mask,
     mask = And (causal, seen)
     a, present_0_key, present_0_value = Attention (q, k, k, mask, past_key_values_0_key, past_key_values_0_value)
     a2 = Squeeze (a, axis1)
-    y = sparsify.linear_bitmask (a2, o_values, o_mask, o_start)
+    y = sparsify.linear_bitmask <in_features = 8> (a2, o_values, o_mask, o_start)
     z = Add (x, y)
     g = MatMul (z, up)
     head = Transpose <perm = [1, 0]> (embed)
@@ -89,7 +90,7 @@ def _write(model: Tiny, path: Path) -> None:
         "o_values": kept, "o_mask": mask, "o_start": start,
     }  # fmt: skip
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(w.numpy(), name) for name, w in weights.items())
-    proto.functions.extend([linear_nm.FUNCTION, linear_bitmask.FUNCTION])
+    proto.functions.extend(with_shared([linear_nm.FUNCTION, linear_bitmask.FUNCTION]))
     names = {f"{a}_0_{b}": f"{a}.0.{b}" for a in ("past_key_values", "present") for b in ("key", "value")}
     for value in (*proto.graph.input, *proto.graph.output):
         value.name = names.get(value.name, value.name)

@@ -109,6 +109,27 @@ def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, cap
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("flags", "op", "group"),
+    [
+        (["--nm", "2:4", "--dtype", "int8"], "linear_nm_int8", None),
+        (["--nm", "2:4", "--dtype", "int4"], "linear_nm_int4", 128),
+        (["--sparsity", "0.5", "--dtype", "int4", "--group", "32"], "linear_bitmask_int4", 32),
+    ],
+)
+def test_integers_are_stored_verified_and_shown(folder, text, tmp_path, capsys, flags, op, group):
+    out = tmp_path / "model.onnx"
+    assert main([str(folder), *flags, "--calibration", str(text), *SHORT[:4], "-o", str(out)]) == 0
+    assert "quantised to 8 bits, each token by itself" in capsys.readouterr().out
+    report = json.loads((tmp_path / "model.onnx.report.json").read_text())
+    assert report["settings"]["dtype"] == flags[3]
+    assert report["settings"]["group"] == group
+    assert sum(entry["op"] == op for entry in report["linears"]) == 14
+    assert report["stored_linear_bytes"] < 0.25 * report["dense_linear_bytes"]
+    assert main(["inspect", str(out)]) == 0
+    assert op in capsys.readouterr().out
+
+
 def test_images_are_calibrated_from_npz_files(tmp_path, capsys):
     random_model("vit").save_pretrained(tmp_path / "vit")
     inputs = tmp_path / "inputs"
@@ -177,6 +198,10 @@ def test_standard_ops_write_plain_matmul_with_zeros(folder, tmp_path, capsys):
         (["--nm", "2:4", "--skip", "*.no_such_layer"], "matches none of the 14 linears"),
         (["--nm", "3:7"], "64 is not a multiple of 7"),
         (["--score", "wanda"], "has no effect without --nm"),
+        (["--nm", "2:4", "--group", "64"], "--group 64 has no effect without --dtype int4"),
+        (["--nm", "2:4", "--dtype", "int8", "--group", "64"], "--group 64 has no effect without --dtype int4"),
+        (["--nm", "2:4", "--dtype", "int4", "--group", "16"], "16"),
+        (["--nm", "2:4", "--dtype", "int2"], "int2"),
         (["--nm", "2:4", "--no-such-flag"], "no-such-flag"),
     ],
 )
@@ -300,10 +325,9 @@ def test_file_that_fails_its_verification_is_kept_as_failed(folder, tmp_path, ca
 
     stored = compiler.as_stored
 
-    def wrong(params, lowered, dtype):
+    def wrong(params, packed):
         return {
-            key: value * 1.5 if value.is_floating_point() else value
-            for key, value in stored(params, lowered, dtype).items()
+            key: value * 1.5 if value.is_floating_point() else value for key, value in stored(params, packed).items()
         }
 
     monkeypatch.setattr(compiler, "as_stored", wrong)

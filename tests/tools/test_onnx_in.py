@@ -345,3 +345,16 @@ def test_half_precision_models_stay_in_half_precision(tmp_path, kind):
     proto.graph.initializer.append(weight)
     report = compiled(saved(proto, tmp_path), tmp_path / "o.onnx", "--nm", "2:4")
     assert report["linears"][0]["stored_bytes"] == 64 * 32 * 2 * 9 // 16
+
+
+def test_axes_without_a_name_stay_unknown_to_onnx_runtime(tmp_path):
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"], name="fc"),
+        node("Shape", ["h"], ["s"]),
+        node("Reshape", ["h", "s"], ["y"]),  # ONNX Runtime reads lengths of -1 here if it is told any
+    ]
+    proto = build(nodes, {"x": [None, None, 64]}, ["y"], {"w": dense(64, 8)})
+    proto.graph.output[0].type.tensor_type.shape.dim.add()
+    np.savez(tmp_path / "a.npz", x=np.ones((2, 3, 64)))
+    flags = ["--nm", "2:4", "--calibration-inputs", tmp_path]
+    compiled(saved(proto, tmp_path), tmp_path / "o.onnx", *flags)

@@ -58,7 +58,8 @@ def compile_command(
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32",
+    group: Literal[32, 64, 128] | None = None,
     ops: Literal["sparse", "standard"] = "sparse",
     eval_: Annotated[Path | None, Parameter(name="--eval")] = None,
     window: int = 2048,
@@ -86,7 +87,8 @@ def compile_command(
         samples: calibration windows; default 128 of a file, 32 of the model's own text.
         seq_len: tokens in a calibration window; default 2048 of a file, 512 of the model's own text.
         seed: of everything random.
-        dtype: storage of packed weights.
+        dtype: storage of packed weights; with int8 and int4 activations are quantised too, token by token.
+        group: neighbouring weights that share an int4 scale; default 128.
         ops: sparse ops, or standard MatMul with zeros.
         eval_: text file to measure perplexity on, before and after.
         window: tokens in an evaluation window.
@@ -96,6 +98,7 @@ def compile_command(
         quiet: print nothing but errors.
     """
     from . import compile as compiler
+    from .passes.dialect.storage import Storage
     from .passes.pipeline import Recipe
     from .report import render
 
@@ -124,8 +127,11 @@ def compile_command(
     recipe = None
     if pattern is not None:
         recipe = Recipe(pattern, score or "ria", ria_power, permute or ("none" if is_onnx else "fold"), skip)
+    if group is not None and dtype != "int4":
+        raise InputError(f"--group {group} has no effect without --dtype int4")
+    storage = Storage(dtype, (group or 128) if dtype == "int4" else 0)
     source = compiler.Calibration(calibration, calibration_inputs, samples, seq_len, seed)
-    settings = compiler.Settings(recipe, source, dtype, ops, eval_, window, windows)
+    settings = compiler.Settings(recipe, source, storage, ops, eval_, window, windows)
     with _progress(quiet) as console:
         if not quiet:
             terminal.print(_settings_table(model, out, effort, settings))

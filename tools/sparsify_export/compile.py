@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from .calibrate.patterns import NM, Pattern, Unstructured
+from .passes.dialect.packed import Packed
+from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError, VerificationError
 from .passes.frontend.batches import Batch, load_npz, read_npz, read_windows, token_batches, written_by_itself
 from .passes.frontend.load import Pretrained, load
 from .passes.frontend.trace import Traced, trace
 from .passes.fx.canonical import canonicalise
 from .passes.fx.partition import Partition, partition
-from .passes.fx.rewrite import Lowered, lower_linears
+from .passes.fx.rewrite import lower_linears, stored_weights
 from .passes.lower import to_onnx
 from .passes.pipeline import BlockReport, Recipe, Timings, prune
 from .report import Evaluation, Report, build_report
@@ -28,8 +30,6 @@ from .target import Target
 
 HELD_OUT = 48
 """Tokens of the text that the finished file is verified on."""
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Settings:
     Attributes:
         recipe: how to prune, or None to prune nothing.
         calibration: what to observe.
-        dtype: storage of packed weights: fp32, fp16 or bf16.
+        storage: of packed weights.
         ops: ``sparse`` lowers sparse weights to our ops; ``standard`` writes plain MatMul with zeros.
         evaluate: text file to measure perplexity on before and after, or None.
         window: tokens in an evaluation window.
@@ -67,7 +67,7 @@ class Settings:
 
     recipe: Recipe | None
     calibration: Calibration = Calibration()
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    storage: Storage = FP32
     ops: Literal["sparse", "standard"] = "sparse"
     evaluate: Path | None = None
     window: int = 2048
@@ -142,10 +142,11 @@ def compile_model(
     with stages.run("lower"):
         console.progress("lowering", 0, 0)
         probe = _probe(traced, pretrained, batches, held_out, settings)
-        dtype = DTYPES[settings.dtype]
-        lowered = lower_linears(traced.program, dtype=dtype, sparse=settings.ops == "sparse")
-        expected = expect(parts, as_stored(params, lowered, dtype), probe)
-        del params
+        lowered = lower_linears(traced.program, storage=settings.storage, sparse=settings.ops == "sparse")
+        packed = stored_weights(traced.program, lowered)
+        rounded = dict.fromkeys(packed, settings.storage.activations)
+        expected = expect(parts, as_stored(params, packed), probe, rounded)
+        del params, packed
         target.open()
         try:
             to_onnx(traced, target.model, metadata={"source": source, "settings": plain(settings)})
@@ -289,10 +290,9 @@ def store(traced: Traced, params: Mapping[str, Tensor]) -> None:
             state[key] = torch.nn.Parameter(params[key], requires_grad=False)
 
 
-def as_stored(params: Mapping[str, Tensor], lowered: list[Lowered], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights as the file holds them: packed values went through the storage dtype once."""
-    packed = {entry.linear.weight for entry in lowered if not entry.reason}
-    return {key: value.to(dtype).float() if key in packed else value for key, value in params.items()}
+def as_stored(params: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> dict[str, Tensor]:
+    """The weights as the file holds them: those that were packed, unpacked again."""
+    return {key: packed[key].unpack() if key in packed else value for key, value in params.items()}
 
 
 def _evaluate_torch(pretrained: Pretrained, settings: Settings, stages: Stages, console: Console) -> Any:
@@ -333,6 +333,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "samples": settings.calibration.samples,
         "seq_len": settings.calibration.length,
         "seed": settings.calibration.seed,
-        "dtype": settings.dtype,
+        "dtype": settings.storage.kind,
+        "group": settings.storage.group or None,
         "ops": settings.ops,
     }

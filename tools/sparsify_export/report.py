@@ -40,7 +40,7 @@ class LinearEntry:
         path: module path.
         shape: ``[out_features, in_features]``.
         pattern: the pattern of its zeros, or None.
-        op: what the file holds: ``linear_nm``, ``linear_bitmask``, ``MatMul``, or another op of an ONNX model given.
+        op: what the file holds: one of the dialect's ops, ``MatMul``, or another op of an ONNX model given.
         reason: why it is no sparse op, or was not pruned, or what changed besides its weight; "" otherwise.
         sparsity: fraction of zeros, counted; None where it was not pruned here.
         retained_before: score kept by the mask with the channels in their original order.
@@ -214,6 +214,8 @@ def _totals(report: Report) -> Table:
         table.add_row("their weights", f"{sizes} ({ratio:.3f}x{gain})")
     if (kept := _retained(report)) is not None:
         table.add_row("score kept", f"{kept:.3f} of that of the pruned weights")
+    if lowered and report.settings["dtype"] in ("int8", "int4"):
+        table.add_row("their activations", "quantised to 8 bits, each token by itself")
     given = "" if report.given_bytes is None else f", the model given {_mb(report.given_bytes)}"
     table.add_row("file", _mb(report.file_bytes) + given)
     against = "same file without our kernels" if report.given_bytes is None else "the model given"

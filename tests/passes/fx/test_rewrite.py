@@ -4,9 +4,10 @@ import pytest
 import torch
 from sparsify_export.calibrate.masks import nm_keep_mask
 from sparsify_export.calibrate.patterns import NM
+from sparsify_export.passes.dialect.storage import Storage, quantise_tokens
 from sparsify_export.passes.equivalence import compare
 from sparsify_export.passes.errors import InputError
-from sparsify_export.passes.fx.rewrite import lower_linears
+from sparsify_export.passes.fx.rewrite import lower_linears, stored_weights
 from torch import nn
 from toys import export, stack
 
@@ -173,11 +174,11 @@ def test_a_narrow_matrix_pays_for_its_row_starts():
     assert entry.reason == f"packed it would take {12 * 4 + 4 + 5 * 8} bytes, dense {20 * 4}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_values_are_rounded_once_to_the_storage_dtype(dtype):
+@pytest.mark.parametrize(("kind", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_values_are_rounded_once_to_the_storage_dtype(kind, dtype):
     weight = torch.randn(4, 8)
     half(weight)
-    entry, program = lower_one(weight, dtype=dtype)
+    entry, program = lower_one(weight, storage=Storage(kind))
     assert program.state_dict["model.only.weight.values"].dtype == dtype
     assert entry.stored_bytes == 16 * 2 + 4
     x = torch.randn(3, 8)
@@ -187,12 +188,50 @@ def test_values_are_rounded_once_to_the_storage_dtype(dtype):
     assert close.ok, close
 
 
+@pytest.mark.parametrize("storage", [Storage("int8"), Storage("int4", 64)], ids=str)
+@pytest.mark.parametrize("pattern", ["nm", "bitmask"])
+def test_integers_are_stored_with_scales_and_unpack_to_what_the_op_computes(storage, pattern):
+    weight = torch.randn(16, 72, generator=torch.Generator().manual_seed(5))
+    if pattern == "nm":
+        half(weight)
+    else:
+        scattered(weight, 0.6)
+    entry, program = lower_one(weight, storage=storage)
+    assert entry.op == f"linear_{pattern}_{storage.kind}"
+    (stored,) = stored_weights(program, [entry]).values()
+    assert entry.stored_bytes == stored.nbytes < entry.dense_bytes / 2
+    x = torch.randn(3, 72, generator=torch.Generator().manual_seed(6))
+    got = program.module(check_guards=False)(x)
+    plain, exact = (nn.functional.linear(quantise_tokens(a), stored.unpack().to(a.dtype)) for a in (x, x.double()))
+    close = compare(got, plain, exact, factor=4.0)
+    assert close.ok, close
+
+
+@pytest.mark.parametrize(
+    ("storage", "why"),
+    [
+        (
+            Storage("int8"),
+            "only: a weight in row 2 is infinite or NaN and cannot be quantised; store",
+        ),
+        (Storage("int4", 32), "only: a weight in row 2 is infinite or NaN"),
+    ],
+    ids=str,
+)
+def test_a_weight_that_cannot_be_quantised_is_refused_by_name(storage, why):
+    weight = torch.randn(4, 32)
+    half(weight)
+    weight[2, weight[2].nonzero()[0]] = torch.inf
+    with pytest.raises(InputError, match=why):
+        lower_one(weight, storage=storage)
+
+
 def test_a_weight_too_large_for_fp16_is_refused_by_name():
     weight = torch.randn(4, 8)
     half(weight)
     weight[2, weight[2].nonzero()[0]] = 1e6
     with pytest.raises(InputError, match=r"only: 1e\+06 does not fit float16, .*; store the weights as fp32 or bf16"):
-        lower_one(weight, dtype=torch.float16)
+        lower_one(weight, storage=Storage("fp16"))
 
 
 class Fixed(nn.Module):

@@ -1,8 +1,8 @@
-"""Running parts: plainly, with a look inside, and in float64."""
+"""Running parts: plainly, with a look inside, with rounded activations, and in float64."""
 
 import torch
 from sparsify_export.passes.fx.partition import partition
-from sparsify_export.passes.fx.run import live_after, observe_part, run_part, run_part_float64, start
+from sparsify_export.passes.fx.run import live_after, observe_part, run_part, run_part_float64, run_part_rounded, start
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Block, Cached, Stack, export, stack, weights
@@ -55,6 +55,27 @@ def test_float64_takes_float32_values_and_weights_as_they_are():
         values.update(run_part_float64(part, values, params, parts.params))
     assert torch.equal(values[parts.outputs[0]], model.double()(X.double()))
     assert all(weight.dtype == torch.float32 for weight in params.values())
+
+
+def test_rounds_the_inputs_of_the_named_linears_and_no_others():
+    model = stack()
+    program = export(model, X)
+    parts, params = partition(program), weights(program)
+    seen = []
+
+    def coarse(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x.round()
+
+    values = start(parts, (X,))
+    for part in parts.parts:
+        values.update(run_part_rounded(part, values, params, parts.params, {"model.layers.1.down.weight": coarse}))
+    block = model.layers[1]
+    x = model.layers[0](model.first(X))
+    hidden = block.up(x).relu()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], hidden)
+    assert torch.equal(values[parts.outputs[0]], model.last(x + block.down(hidden.round())))
 
 
 def test_observes_exactly_the_inputs_of_the_linears_and_changes_nothing():

@@ -42,7 +42,59 @@ def _bitmask(rng, keep, dtype="f32"):
     return values, mask, np.concatenate([[0], keep.sum(axis=1).cumsum()]).astype(np.int64), dense
 
 
+def _pairs(codes):
+    """Two int4 codes a byte, along the last axis; the half behind an odd number is 0."""
+    halves = (codes + 8).astype(np.uint8)
+    halves = np.pad(halves, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
+    return halves[..., ::2] | halves[..., 1::2] << 4
+
+
+def _scales(rng, rows, cols, dtype, group):
+    """Scales as they are stored, and for every weight in float64."""
+    if dtype == "i8":
+        scales = rng.uniform(0.5, 2, rows).astype(np.float32)
+        return scales, np.repeat(scales.astype(np.float64)[:, None], cols, axis=1)
+    scales = rng.uniform(0.5, 2, (rows, -(-cols // group))).astype(np.float16)
+    return scales, np.repeat(scales.astype(np.float64), group, axis=1)[:, :cols]
+
+
+def _quantised_nm(rng, rows, cols, n, m, dtype, group=0):
+    """A random n:m weight in int8 or int4: what ``linear_nm`` takes besides x, and the weight dense in float64."""
+    most = 127 if dtype == "i8" else 7
+    _, indices, pattern = _nm(rng, rows, cols, n, m)
+    dense = np.where(pattern != 0, rng.integers(-most, most + 1, pattern.shape), 0)
+    codes = dense[pattern != 0].reshape(rows, cols // m * n)
+    scales, each = _scales(rng, rows, cols, dtype, group)
+    values = codes.astype(np.int8) if dtype == "i8" else _pairs(codes)
+    weight = {"values": values, "indices": indices, "n": n, "m": m, "scales": scales, "group": group}
+    return weight, dense * each
+
+
+def _quantised_bitmask(rng, keep, dtype, group=0):
+    """A random weight in int8 or int4 kept where ``keep``: what ``linear_bitmask`` takes, and the weight in float64."""
+    most = 127 if dtype == "i8" else 7
+    dense = np.where(keep, rng.integers(-most, most + 1, keep.shape), 0)
+    width = 64 if dtype == "i4" else max(keep.shape[1], 1)
+    rows = []
+    for codes, kept in zip(dense, keep, strict=True):
+        chunks = [codes[k : k + width][kept[k : k + width]] for k in range(0, len(kept), width)]
+        stored = [chunk.astype(np.int8) if dtype == "i8" else _pairs(chunk) for chunk in chunks]
+        rows.append(np.concatenate([np.empty(0, np.int8 if dtype == "i8" else np.uint8), *stored]))
+    values = np.concatenate([np.empty(0, np.int8 if dtype == "i8" else np.uint8), *rows])
+    starts = np.cumsum([0, *[len(row) for row in rows]]).astype(np.int64)
+    scales, each = _scales(rng, *keep.shape, dtype, group)
+    mask = np.packbits(keep, axis=1, bitorder="little")
+    weight = {"values": values, "mask": mask, "row_start": starts, "scales": scales, "group": group}
+    return weight, dense * each
+
+
 @pytest.fixture(scope="session")
 def pack():
-    """``pack.nm(rng, rows, cols, n, m, dtype)`` and ``pack.bitmask(rng, keep, dtype)``."""
-    return SimpleNamespace(nm=_nm, bitmask=_bitmask, index_bits=_index_bits)
+    """``pack.nm(rng, rows, cols, n, m, dtype)`` and ``pack.bitmask(rng, keep, dtype)``, and both quantised."""
+    return SimpleNamespace(
+        nm=_nm,
+        bitmask=_bitmask,
+        quantised_nm=_quantised_nm,
+        quantised_bitmask=_quantised_bitmask,
+        index_bits=_index_bits,
+    )
