@@ -20,6 +20,7 @@ TORCH: dict[int, torch.dtype] = {
 
 ONNX: dict[torch.dtype, int] = {dtype: kind for kind, dtype in TORCH.items()} | {
     torch.uint8: onnx.TensorProto.UINT8,
+    torch.int8: onnx.TensorProto.INT8,
     torch.int64: onnx.TensorProto.INT64,
 }
 

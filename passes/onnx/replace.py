@@ -185,7 +185,8 @@ def _rebuild(
 
 def _import_ops(proto: onnx.ModelProto, *, opset: int) -> None:
     """Say what the model needs now: our domain, and bodies for runtimes without our library."""
-    nodes = [n for graph in graphs(proto.graph) for n in graph.node] + [n for f in proto.functions for n in f.node]
+    nodes = [n for graph in graphs(proto.graph) for n in graph.node]
+    nodes += [n for function in proto.functions if function.domain != "sparsify" for n in function.node]
     own = [node for node in nodes if node.domain == "sparsify"]
     if not own:
         return

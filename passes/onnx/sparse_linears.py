@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...calibrate import masks, scores
 from ...calibrate.patterns import NM, Pattern, Unstructured, find_pattern
-from ..dialect import linear_bitmask, linear_nm
-from ..dialect.storage import to_storage
+from ..dialect.packed import Packed, pack, packed_bytes
+from ..dialect.storage import FLOATS, FP32, Storage
 from ..errors import InputError
 from ..pipeline import Recipe
 from .linears import LeftOut, Linear, gives_output
@@ -20,26 +20,6 @@ from .spool import Spool
 from .view import Model
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A weight in one of our formats.
-
-    Attributes:
-        op: name of the op that takes it.
-        tensors: its parts by the name of the op's input, in order.
-        attributes: of the node.
-    """
-
-    op: str
-    tensors: Mapping[str, Tensor]
-    attributes: Mapping[str, int]
-
-    @property
-    def nbytes(self) -> int:
-        """All parts together."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -51,10 +31,12 @@ class Sparse:
         pattern: the pattern of its zeros.
         sparsity: fraction of zeros, counted.
         retained: score that was kept; None where nothing was pruned.
-        op: ``linear_nm``, ``linear_bitmask``, or ``MatMul`` where only standard ops are wanted.
+        op: one of the dialect's ops, or ``MatMul`` where only standard ops are wanted.
+        storage: of the packed values, which says what the op does to its activations.
         attributes: of the sparse op.
         packed: its packed tensors, in the spool; those of a weight that several linears share are the same objects.
-        dense: the weight as the file will hold it, in the spool, float, the way round that the model had it.
+        dense: the weight as the file will hold it, in the spool, float, the way round that the model had it and
+            without the linear's factor; float32 where its packed form is quantised.
         stored_bytes: its weight in the file.
     """
 
@@ -63,27 +45,18 @@ class Sparse:
     sparsity: float
     retained: float | None
     op: str
+    storage: Storage
     attributes: Mapping[str, int]
     packed: tuple[onnx.TensorProto, ...]
     dense: onnx.TensorProto
     stored_bytes: int
 
-
-def pack(weight: Tensor, pattern: Pattern, dtype: torch.dtype) -> Packed:
-    """Pack ``[N, K]``, which has the pattern, as ``dtype``: the one place that knows which op takes what."""
-    if isinstance(pattern, NM):
-        values, indices = linear_nm.pack(weight, pattern, dtype)
-        return Packed(linear_nm.NAME, {"values": values, "indices": indices}, {"n": pattern.n, "m": pattern.m})
-    values, mask, row_start = linear_bitmask.pack(weight, dtype)
-    return Packed(linear_bitmask.NAME, {"values": values, "mask": mask, "row_start": row_start}, {})
-
-
-def packed_bytes(weight: Tensor, pattern: Pattern, dtype: torch.dtype) -> int:
-    """What ``pack`` would take."""
-    rows, columns = weight.shape
-    if isinstance(pattern, NM):
-        return linear_nm.packed_bytes(rows, columns, pattern, dtype)
-    return linear_bitmask.packed_bytes(rows, columns, int(weight.count_nonzero()), dtype)
+    @property
+    def note(self) -> str:
+        """What changed besides the weight; "" for nothing."""
+        if self.linear.note and self.storage.quantised:
+            return "its activations are rounded to 8 bits token by token, no longer all together"
+        return self.linear.note
 
 
 def choose(model: Model, linears: Sequence[Linear], recipe: Recipe) -> dict[str, str]:
@@ -121,7 +94,7 @@ def make_sparse(
     recipe: Recipe | None,
     norms: Mapping[str, Tensor],
     *,
-    dtype: torch.dtype,
+    storage: Storage,
     sparse_ops: bool,
     packed: Spool,
     dense: Spool,
@@ -130,24 +103,27 @@ def make_sparse(
     """Prune the weights that ``recipe`` asks for and pack all that are sparse; one weight in memory at a time.
 
     Before:  y = alpha x W^T + b                    W constant, in any form that ``weights`` reads
-    After:   the parts of y = sparsify.linear_nm(x, values, indices, b) or linear_bitmask, for ``replace_linears``
+    After:   the parts of y = sparsify.linear_nm(x, values, indices, b), or of another of our ops, for
+             ``replace_linears``
     Left alone: dense weights; linears that ``choose`` names; weights of which the packed form would not be smaller
         than what the file holds now, and those are not pruned either.
-    Numerics: the same products; values are rounded once to ``dtype``. Quantised weights are dequantised.
+    Numerics: the same products; values are rounded once to the storage. Quantised weights are dequantised first. With
+        int8 and int4 storage the activations are quantised too, each token by itself.
 
     Args:
         model: where the linears are from.
         linears: those that can be lowered.
         recipe: how to prune; None prunes nothing.
         norms: activation norms by the weight's name; empty scores the weights alone.
-        dtype: how packed values are stored; values that the model holds in 16 bits stay as they are.
+        storage: how packed values are stored; values that the model holds in 16 bits stay as they are unless this
+            is int8 or int4.
         sparse_ops: False keeps the ops and only sets weights to zero.
         packed: where packed tensors go.
         dense: where the same weights go unpacked.
         progress: told about every weight.
 
     Raises:
-        InputError: a weight or a norm holds NaN, or a value does not fit ``dtype``.
+        InputError: a weight or a norm holds NaN, or a value does not fit the storage.
     """
     reasons = choose(model, linears, recipe) if recipe is not None else {linear.path: "" for linear in linears}
     groups: dict[str, list[Linear]] = {}
@@ -160,7 +136,7 @@ def make_sparse(
         reason = next((reasons[linear.path] for linear in group if reasons[linear.path]), "")
         if not reason:
             try:
-                made = _make(group, recipe, norms.get(name), dtype, sparse_ops, packed, dense)
+                made = _make(group, recipe, norms.get(name), storage, sparse_ops, packed, dense)
             except ValueError as error:
                 raise InputError(f"{group[0].path}: {error}") from error
             if isinstance(made, str):
@@ -178,7 +154,7 @@ def _make(
     group: Sequence[Linear],
     recipe: Recipe | None,
     norm: Tensor | None,
-    dtype: torch.dtype,
+    storage: Storage,
     sparse_ops: bool,
     packed: Spool,
     dense: Spool,
@@ -210,27 +186,47 @@ def _make(
             return "--ops standard would write its quantised weight in float"
         proto = dense.add(source.value, weight if source.rows_first else weight.T)
         size = source.stored_bytes
-        return [Sparse(x, name, sparsity, retained, "MatMul", {}, (), proto, size) for x in group]
-    exact = all(math.frexp(linear.alpha)[0] == 0.5 for linear in group)  # a power of two: scaling rounds nothing
-    stored = dtype if weight.dtype is torch.float32 else weight.dtype
-    stored = stored if exact else torch.float32
-    if (size := packed_bytes(weight, pattern, stored)) >= source.stored_bytes:
+        return [Sparse(x, name, sparsity, retained, "MatMul", FP32, {}, (), proto, size) for x in group]
+    used = _storage(weight.dtype, [linear.alpha for linear in group], storage)
+    if isinstance(used, str):
+        return used
+    rows, columns = weight.shape
+    size = packed_bytes(rows, columns, int(weight.count_nonzero()), pattern, used)
+    if size >= source.stored_bytes:
         return f"packed it would take {size} bytes, now {source.stored_bytes}"
-    rounded = to_storage(weight, stored).to(weight.dtype)
-    proto = dense.add(source.value, rounded if source.rows_first else rounded.T)
     by_alpha: dict[float, tuple[Packed, tuple[onnx.TensorProto, ...]]] = {}
-    result = []
     for linear in group:
         if linear.alpha not in by_alpha:
-            parts = pack(weight * linear.alpha, pattern, stored)
+            parts = pack(weight.float() * linear.alpha, pattern, used)
             stem = source.name if not by_alpha else f"{source.name}.{len(by_alpha)}"
             by_alpha[linear.alpha] = parts, tuple(packed.add(f"{stem}.{n}", t) for n, t in parts.tensors.items())
+    if used.quantised:
+        (alpha,) = by_alpha
+        rounded = by_alpha[alpha][0].unpack() / alpha
+    else:  # not unpacked, so that a mistake in packing shows
+        rounded = weight.to(used.dtype).to(weight.dtype)
+    proto = dense.add(source.value, rounded if source.rows_first else rounded.T)
+    result = []
+    for linear in group:
         parts, protos = by_alpha[linear.alpha]
         kept = onnx.TensorProto()
         kept.CopyFrom(proto)
         kept.name = linear.weight.value or f"{linear.path}.dense"
-        result.append(Sparse(linear, name, sparsity, retained, parts.op, parts.attributes, protos, kept, parts.nbytes))
+        result.append(
+            Sparse(linear, name, sparsity, retained, parts.op, used, parts.attributes, protos, kept, parts.nbytes)
+        )
     return result
+
+
+def _storage(held: torch.dtype, alphas: Sequence[float], wanted: Storage) -> Storage | str:
+    """How to store a weight that the model holds as ``held`` and multiplies by ``alphas``; a reason if it cannot be."""
+    if wanted.quantised:
+        if len(set(alphas)) > 1:
+            return f"the linears that share its weight scale it differently, which {wanted.kind} cannot store"
+        return wanted if alphas[0] else "its factor is 0"
+    if any(math.frexp(alpha)[0] != 0.5 for alpha in alphas):  # only scaling by a power of two rounds nothing
+        return FP32
+    return wanted if held is torch.float32 else Storage(FLOATS[held])
 
 
 def _score(weight: Tensor, norm: Tensor | None, recipe: Recipe) -> Tensor:

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import torch
 from onnx import helper
 
-from .protos import ONNX, graphs, is_external, opened, remove
+from ..dialect.functions import QUANTISE_TOKENS
+from .functions import function_for
+from .protos import ONNX, TORCH, graphs, is_external, opened, remove
+from .replace import IR_WITH_FUNCTIONS
 from .sparse_linears import Sparse
 from .view import Model, Place, read_model
 
-DOUBLE = onnx.TensorProto.DOUBLE
+DOUBLE, FLOAT, BFLOAT16 = onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ def dense_twin(path: Path, written: onnx.ModelProto, linears: Sequence[Twin], *,
         path: the given model.
         written: the result, as written; tensors that both have are read from its file.
         linears: see ``twins``.
-        exact: compute these linears in float64; only their results are rounded.
+        exact: compute these linears in float64; only their results are rounded. Otherwise activations are rounded
+            where the ops round them (runtime/verify.py: expect says why).
 
     Returns:
         A model to be stored beside the result and the spool of dense weights.
@@ -84,7 +89,21 @@ def dense_twin(path: Path, written: onnx.ModelProto, linears: Sequence[Twin], *,
         if name in dense and name not in stored:
             stored.add(name)
             scopes[twin.first.graph].initializer.append(dense[name])
+    if any(twin.sparse.storage.quantised for twin in linears):
+        for graph in graphs(proto.graph):  # exchanged weights are float32, whatever the model noted down
+            remove(graph.value_info, lambda value: value.type.tensor_type.elem_type in TORCH)
+        if not exact:
+            _add_quantiser(proto, opset=model.opset)
     return proto
+
+
+def _add_quantiser(proto: onnx.ModelProto, *, opset: int) -> None:
+    """Let the model call ``quantise_tokens``."""
+    remove(proto.functions, lambda function: function.domain == "sparsify" and function.name == QUANTISE_TOKENS.name)
+    proto.functions.append(function_for(QUANTISE_TOKENS, opset, {}))
+    proto.ir_version = max(proto.ir_version, IR_WITH_FUNCTIONS)
+    if all(entry.domain != "sparsify" for entry in proto.opset_import):
+        proto.opset_import.append(helper.make_opsetid("sparsify", 1))
 
 
 def _scaling(twin: Twin) -> tuple[Place, ...]:
@@ -98,10 +117,28 @@ def _product(node: onnx.NodeProto, twin: Twin, *, exact: bool) -> Iterator[onnx.
     linear = twin.sparse.linear
     if not linear.weight.value:
         yield from _in_floats(twin, exact=exact)
-    elif exact:
-        yield from _in_doubles(node, ONNX[linear.weight.dtype])
+    elif exact or _rounds(twin.sparse):
+        yield from _on_copies(node, twin.sparse, exact=exact)
     else:
         yield node
+
+
+def _rounds(sparse: Sparse) -> bool:
+    """Whether the sparse op may round the activations that the model has."""
+    return sparse.storage.quantised or (sparse.storage.kind == "bf16" and sparse.linear.weight.dtype is torch.float32)
+
+
+def _copy(x: str, y: str, sparse: Sparse, *, exact: bool) -> Iterator[onnx.NodeProto]:
+    """The activations in float64; or in float32, rounded as the sparse op rounds them."""
+    if exact or not _rounds(sparse):
+        yield helper.make_node("Cast", [x], [y], to=DOUBLE if exact else FLOAT)
+        return
+    if sparse.storage.quantised:
+        yield helper.make_node("Cast", [x], [f"{y}.float"], to=FLOAT)
+        yield helper.make_node(QUANTISE_TOKENS.name, [f"{y}.float"], [y], domain="sparsify")
+    else:
+        yield helper.make_node("Cast", [x], [f"{y}.short"], to=BFLOAT16)
+        yield helper.make_node("Cast", [f"{y}.short"], [y], to=FLOAT)
 
 
 def _in_floats(twin: Twin, *, exact: bool) -> Iterator[onnx.NodeProto]:
@@ -111,7 +148,7 @@ def _in_floats(twin: Twin, *, exact: bool) -> Iterator[onnx.NodeProto]:
     y = (scaled[-1] if scaled else linear.nodes[0]).outputs[0].name
     kind = DOUBLE if exact else onnx.TensorProto.FLOAT
     stem = f"{linear.path}.twin"
-    yield helper.make_node("Cast", [linear.x.name], [f"{stem}.x"], to=kind)
+    yield from _copy(linear.x.name, f"{stem}.x", twin.sparse, exact=exact)
     yield from _after(linear.x.name, weight, f"{stem}.late")
     yield helper.make_node("Cast", [f"{stem}.late"], [f"{stem}.w"], to=kind)
     yield helper.make_node("MatMul", [f"{stem}.x", f"{stem}.w"], [f"{stem}.y"])
@@ -121,22 +158,24 @@ def _in_floats(twin: Twin, *, exact: bool) -> Iterator[onnx.NodeProto]:
         yield helper.make_node("Add", [out, twin.own_bias], [y])
 
 
-def _in_doubles(node: onnx.NodeProto, kind: int) -> Iterator[onnx.NodeProto]:
-    """MatMul, Gemm or FusedMatMul on float64 copies of its inputs."""
+def _on_copies(node: onnx.NodeProto, sparse: Sparse, *, exact: bool) -> Iterator[onnx.NodeProto]:
+    """MatMul, Gemm or FusedMatMul on float64 or float32 copies of its inputs."""
+    kind = DOUBLE if exact else FLOAT
     stem = f"{node.output[0]}.twin"
     inputs = [f"{stem}.{index}" if name else "" for index, name in enumerate(node.input)]
     yield from _after(node.input[0], node.input[1], f"{stem}.late")
-    for name, copy in zip(node.input, inputs, strict=True):
+    yield from _copy(node.input[0], inputs[0], sparse, exact=exact)
+    for name, copy in zip(node.input[1:], inputs[1:], strict=True):
         if name:
             late = f"{stem}.late" if name == node.input[1] else name
-            yield helper.make_node("Cast", [late], [copy], to=DOUBLE)
+            yield helper.make_node("Cast", [late], [copy], to=kind)
     y = f"{stem}.y"
     if node.op_type == "FusedMatMul":  # ONNX Runtime has it in float only
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         if attributes.get("transB"):
             yield helper.make_node("Transpose", [inputs[1]], [f"{stem}.t"], perm=[1, 0])
             inputs[1] = f"{stem}.t"
-        alpha = helper.make_tensor("", DOUBLE, [], [attributes.get("alpha", 1.0)])
+        alpha = helper.make_tensor("", kind, [], [attributes.get("alpha", 1.0)])
         yield helper.make_node("Constant", [], [f"{stem}.alpha"], value=alpha)
         yield helper.make_node("MatMul", inputs, [f"{stem}.product"])
         yield helper.make_node("Mul", [f"{stem}.product", f"{stem}.alpha"], [y])
@@ -146,7 +185,7 @@ def _in_doubles(node: onnx.NodeProto, kind: int) -> Iterator[onnx.NodeProto]:
         copy.name = ""
         copy.input[:], copy.output[:] = inputs, [y]
         yield copy
-    yield helper.make_node("Cast", [y], [node.output[0]], to=kind)
+    yield helper.make_node("Cast", [y], [node.output[0]], to=ONNX[sparse.linear.weight.dtype])
 
 
 def _after(x: str, weight: str, output: str) -> Iterator[onnx.NodeProto]:

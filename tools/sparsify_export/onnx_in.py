@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 from torch import Tensor
 
-from .compile import DTYPES, Console, Settings, plain
+from .compile import Console, Settings, plain
 from .passes.errors import InputError, VerificationError
 from .passes.onnx.index_inputs import head_sizes, index_bounds
 from .passes.onnx.linears import LeftOut, Linear, find_linears
@@ -71,7 +71,7 @@ def compile_onnx(
                 linears,
                 settings.recipe,
                 norms,
-                dtype=DTYPES[settings.dtype],
+                storage=settings.storage,
                 sparse_ops=lowering,
                 packed=packed,
                 dense=dense,
@@ -245,7 +245,7 @@ def _report(
             shape=entry.linear.weight.shape,
             pattern=entry.pattern,
             op=entry.op,
-            reason=entry.linear.note,
+            reason=entry.note,
             sparsity=entry.sparsity if pruned else None,
             retained_before=entry.retained,
             retained_after=entry.retained,

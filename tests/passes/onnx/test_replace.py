@@ -8,6 +8,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import MICROSOFT, build, dense, mlp, node, rng, saved, sparse_kn
 from sparsify_export.calibrate.patterns import NM, Unstructured
+from sparsify_export.passes.dialect.storage import FP32, Storage
 from sparsify_export.passes.equivalence import compare
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.onnx.linears import find_linears
@@ -19,13 +20,13 @@ from sparsify_export.passes.onnx.write import write_proto
 from sparsify_export.passes.pipeline import Recipe
 
 
-def lower(proto, tmp_path, recipe=None, dtype=torch.float32):
+def lower(proto, tmp_path, recipe=None, storage=FP32):
     """Lower a model; returns the result, what became of each linear, and what was left out."""
     path = saved(proto, tmp_path)
     model = read_model(path)
     linears, left = find_linears(model)
     packed, kept = (Spool(tmp_path / name, near=False) for name in ("packed", "dense"))
-    sparse, still = make_sparse(model, linears, recipe, {}, dtype=dtype, sparse_ops=True, packed=packed, dense=kept)
+    sparse, still = make_sparse(model, linears, recipe, {}, storage=storage, sparse_ops=True, packed=packed, dense=kept)
     replace_linears(model, sparse)
     out = tmp_path / "out.onnx"
     write_proto(model.proto, out, base=tmp_path, check=True)
@@ -112,7 +113,7 @@ def test_everything_that_is_said_about_a_model_stays(tmp_path):
         assert getattr(result.graph, name) == getattr(proto.graph, name), name
     assert [v.name for v in result.graph.value_info] == ["r0"]  # m0 is inside the sparse op now
     assert result.functions[0] == proto.functions[0]
-    assert [f.name for f in result.functions] == ["twice", "linear_nm"]
+    assert [f.name for f in result.functions] == ["twice", "linear_nm", "dense_linear", "nm_weight"]
     assert {(o.domain, o.version) for o in result.opset_import} == {("", 18), ("own", 1), ("sparsify", 1)}
     lowered, relu, *rest = result.graph.node
     assert (lowered.op_type, lowered.name, lowered.doc_string) == ("linear_nm", "fc0", "doc of MatMul")
@@ -223,7 +224,7 @@ def test_a_quantised_weight_is_lowered_only_where_that_is_smaller(tmp_path):
         nodes = [node("DequantizeLinear", ["w", "s"], ["v"]), node("MatMul", ["x", "v"], ["y"], name="fc")]
         weights = {"w": values, "s": np.full(32, 2.0**-7, np.float32)}
         proto = build(nodes, {"x": ["t", 64]}, ["y"], weights)
-        result, _, left = lower(proto, tmp_path, dtype=torch.bfloat16)
+        result, _, left = lower(proto, tmp_path, storage=Storage("bf16"))
         assert (ops(result) == ["linear_nm"]) is lowered
         assert lowered or left[0].reason == "packed it would take 2304 bytes, now 2176"
 
@@ -239,7 +240,7 @@ def test_a_value_too_large_for_the_storage_is_refused(tmp_path):
     weight = SPARSE.copy()
     weight[0, 0] = 1e6
     with pytest.raises(InputError, match="fc0: 1e\\+06 does not fit float16"):
-        lower(mlp(weight), tmp_path, dtype=torch.float16)
+        lower(mlp(weight), tmp_path, storage=Storage("fp16"))
 
 
 def test_metadata_is_added_and_its_own_replaced(tmp_path):
