@@ -30,6 +30,10 @@ from .target import Target
 
 SILENT = Console()
 
+LARGEST_UNPACKED = 1 << 30
+"""Bytes of dense float32 weights above which a result is not run without our kernels: ONNX Runtime then unpacks all
+of them before it starts, with 64-bit positions beside them."""
+
 
 def compile_onnx(
     source: str,
@@ -84,12 +88,22 @@ def compile_onnx(
             packed.file.unlink()
         with stages.run("verify"):
             console.progress("verifying", 0, 0)
-            verified = _verify(path, target, written, beside, feeds[0], dense.file, lowering=lowering)
+            ways, skipped = _ways(sparse, lowering=lowering)
+            verified = _verify(path, target, written, beside, feeds[0], dense.file, ways)
         with stages.run("measure"):
             console.progress("measuring", 0, 0)
             latency = compare_files(target.model, path, feeds[0]) if sparse and lowering else ()
         report = _report(
-            source, settings, sparse, [*left, *dense_still], verified, latency, stages, target.model, given_bytes
+            source,
+            settings,
+            sparse,
+            [*left, *dense_still],
+            verified,
+            skipped,
+            latency,
+            stages,
+            target.model,
+            given_bytes,
         )
         target.finish(None, report)
     except VerificationError:
@@ -206,6 +220,18 @@ def _write(model: Model, sparse: list[Sparse], out: Path, settings: Settings) ->
     return model.proto
 
 
+def _ways(sparse: Sequence[Sparse], *, lowering: bool) -> tuple[Sequence[tuple[str, bool]], str]:
+    """How the result is run to verify it, and a sentence on what is left out; "" for nothing."""
+    if not lowering:
+        return (("standard ops", False),), ""
+    shapes = {entry.linear.weight.name: entry.linear.weight.shape for entry in sparse}
+    size = sum(4 * rows * columns for rows, columns in shapes.values())
+    if size > LARGEST_UNPACKED:
+        skipped = f"not run without our kernels: its weights unpack to {size} bytes, more than {LARGEST_UNPACKED}"
+        return (("kernels", True),), skipped
+    return (("kernels", True), ("functions", False)), ""
+
+
 def _verify(
     source: Path,
     target: Target,
@@ -213,11 +239,9 @@ def _verify(
     beside: list[Twin],
     feed: Feed,
     dense: Path,
-    *,
-    lowering: bool,
+    ways: Sequence[tuple[str, bool]],
 ) -> list[Verified]:
     files = {exact: target.stage / f"twin{int(exact)}.onnx" for exact in (False, True)}
-    ways = (("kernels", True), ("functions", False)) if lowering else (("standard ops", False),)
     try:
         for exact, file in files.items():
             file.write_bytes(dense_twin(source, written, beside, exact=exact).SerializeToString())
@@ -233,6 +257,7 @@ def _report(
     sparse: Sequence[Sparse],
     left: Sequence[LeftOut],
     verified: Sequence[Verified],
+    skipped: str,
     latency: Sequence[Row],
     stages: Stages,
     out: Path,
@@ -274,6 +299,7 @@ def _report(
         dense_linear_bytes=sum(entry.dense_bytes for entry in linears if entry.lowered),
         stored_linear_bytes=sum(entry.stored_bytes for entry in linears if entry.lowered),
         given_bytes=given_bytes,
+        not_verified=skipped,
     )
 
 

@@ -85,6 +85,7 @@ class Report:
         dense_linear_bytes: all linears of the repeated layers in float32.
         stored_linear_bytes: the same as stored.
         given_bytes: the ONNX model that was given and its data; None for other sources.
+        not_verified: the way of running the file that was left out, and why; "" for none.
     """
 
     source: str
@@ -100,6 +101,7 @@ class Report:
     dense_linear_bytes: int
     stored_linear_bytes: int
     given_bytes: int | None = None
+    not_verified: str = ""
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
@@ -231,6 +233,8 @@ def _totals(report: Report) -> Table:
         table.add_row(
             f"verified with {entry['how']}", f"max error {entry['error']:.2e}, allowed {entry['allowed']:.2e}"
         )
+    if report.not_verified:
+        table.add_row("not verified", report.not_verified)
     return table
 
 
