@@ -19,6 +19,9 @@ from .linears import LeftOut, Linear, gives_output
 from .spool import Spool
 from .view import Model
 
+BFLOAT16_SINCE = 13
+"""The opset that brought Cast from and to bfloat16, which the bodies of our ops need."""
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -123,8 +126,14 @@ def make_sparse(
         progress: told about every weight.
 
     Raises:
-        InputError: a weight or a norm holds NaN, or a value does not fit the storage.
+        InputError: a weight or a norm holds NaN, a value does not fit the storage, or the model's opset is too old
+            for it.
     """
+    if sparse_ops and storage.kind == "bf16" and model.opset < BFLOAT16_SINCE:
+        raise InputError(
+            f"{model.path} uses ONNX opset {model.opset}, which cannot read bf16; "
+            f"want {BFLOAT16_SINCE} or newer, or fp16"
+        )
     reasons = choose(model, linears, recipe) if recipe is not None else {linear.path: "" for linear in linears}
     groups: dict[str, list[Linear]] = {}
     for linear in linears:

@@ -253,3 +253,9 @@ def test_metadata_is_added_and_its_own_replaced(tmp_path):
         "author": "someone",
         "sparsify.settings": '{"a": 1}',
     }
+
+
+def test_bf16_needs_an_opset_that_has_it(tmp_path):
+    with pytest.raises(InputError, match="uses ONNX opset 12, which cannot read bf16; want 13 or newer, or fp16"):
+        lower(mlp(SPARSE, opset=12), tmp_path, storage=Storage("bf16"))
+    lower(mlp(SPARSE, opset=13), tmp_path, storage=Storage("bf16"))
