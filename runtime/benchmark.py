@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -142,6 +143,15 @@ def compare_kernels(path: Path, *, repeats: int = 9, row_seconds: float = 5.0) -
     sides = [_workloads(open_session(path, kernels=kernels)) for kernels in (True, False)]
     names = tuple(name for name in ("prefill 128", "decode 64", "batch 1") if name in sides[0])
     return _measure_rows(sides, names, repeats, row_seconds, lambda stage, done, total: None)[0]
+
+
+def compare_files(path: Path, against: Path, feed: dict[str, Any], *, repeats: int = 9) -> tuple[Row, ...]:
+    """Measure a file in turns with another one on the same inputs."""
+    sessions = [open_session(file) for file in (path, against)]
+    names = [i.name for i in sessions[0].get_inputs()]
+    shape = ", ".join(f"{name} {list(feed[name].shape)}" for name in names[:1])
+    sides: list[dict[str, Run]] = [{shape: partial(session.run, None, feed)} for session in sessions]
+    return _measure_rows(sides, (shape,), repeats, 5.0, lambda stage, done, total: None)[0]
 
 
 def render(report: BenchReport) -> Table:

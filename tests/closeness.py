@@ -12,7 +12,9 @@ def assert_close(got, x, dense, bias=None, dtype="f32"):
     tokens the plain expression has x in bfloat16 too.
     """
     exact = x.astype(np.float64) @ dense.T
-    plain_x = (torch.from_numpy(x).bfloat16().float().numpy() if dtype == "bf16" and len(x) > 2 else x).astype(np.float32)
+    plain_x = (torch.from_numpy(x).bfloat16().float().numpy() if dtype == "bf16" and len(x) > 2 else x).astype(
+        np.float32
+    )
     baseline = exact
     for order in (range(x.shape[1]), reversed(range(x.shape[1]))):
         plain = np.zeros(exact.shape, np.float32)

@@ -228,7 +228,7 @@ scale_rows (codes, scales) => (weight)
 """)
 
 # storage.py: quantise_tokens. The sum of x * 0 is 0, or NaN for a token that is not finite; a maximum may skip a NaN.
-_QUANTISE_TOKENS = function("""
+QUANTISE_TOKENS = function("""
 quantise_tokens (x) => (y)
 {
     last = Constant <value_ints = [-1]> ()
@@ -255,7 +255,7 @@ _SHARED = {
     f.name: f
     for f in (
         _DENSE_LINEAR, _NM_WEIGHT, _MASK_BITS, _PLACES, _NIBBLE_PLACES, _SPREAD, _INT4_CODES, _SCALE_GROUPS,
-        _SCALE_ROWS, _QUANTISE_TOKENS,
+        _SCALE_ROWS, QUANTISE_TOKENS,
     )
 }  # fmt: skip
 

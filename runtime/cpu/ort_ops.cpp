@@ -251,6 +251,10 @@ void infer_shape(OrtShapeInferContext* context, size_t rows_from) {
   if (dims.empty() || weight_dims.empty()) return;  // rank not known
   std::vector<const char*> names(dims.size(), "");
   check(ort::GetSymbolicDimensions(api, x, names.data(), names.size()));
+  // The API writes down an unknown dimension without a name as the length -1, so then nothing is said.
+  for (size_t axis = 0; axis + 1 < dims.size(); ++axis) {
+    if (dims[axis] < 0 && *names[axis] == '\0') return;
+  }
   dims.back() = weight_dims[0];
   names.back() = "";
   struct Owned {

@@ -73,17 +73,19 @@ def compile_command(
     """Prune a model, verify it and write it as ONNX; with neither --nm nor --sparsity, only lower what is sparse.
 
     Args:
-        model: Hugging Face folder, hub id or .gguf file.
+        model: Hugging Face folder, hub id, .gguf file or .onnx file.
         out: OUT.onnx (weights go to OUT.onnx.data), or a folder.
         nm: keep N of every M neighbouring weights, e.g. 2:4.
         sparsity: fraction of zeros anywhere, between 0 and 1.
         effort: the recipe that fills in flags not given; fast is score and fold, original weights.
-        score: what ranks the weights; default ria.
+        score: what ranks the weights; default ria, of an .onnx file without calibration inputs from weights alone.
         ria_power: exponent of the activation norms in RIA.
-        permute: fold channel orders into neighbouring weights where the graph allows it; default fold.
+        permute: fold channel orders into neighbouring weights where the graph allows it; default fold, and none for an
+            .onnx file, which cannot be folded.
         skip: glob of module paths that stay dense; may be repeated.
         calibration: text file, JSONL with a text field, or self: text the model writes itself.
-        calibration_inputs: folder of .npz batches, for models that do not take text, and any other.
+        calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
+            is also verified and timed on them.
         samples: calibration windows; default 128 of a file, 32 of the model's own text.
         seq_len: tokens in a calibration window; default 2048 of a file, 512 of the model's own text.
         seed: of everything random.
@@ -112,22 +114,23 @@ def compile_command(
     _positive("--window", window, least=2)
     _positive("--windows", windows)
     pattern = compiler.parse_pattern(nm, sparsity)
+    is_onnx = model.endswith(".onnx")
     if pattern is None:
         _refuse_ignored(
             {
                 "--score": score,
                 "--permute": permute,
                 "--skip": skip or None,
-                "--samples": samples,
+                "--samples": None if is_onnx else samples,
                 "--seq-len": seq_len,
-                "--calibration-inputs": calibration_inputs,
+                "--calibration-inputs": None if is_onnx else calibration_inputs,  # an ONNX model is verified on them
             }
         )
     if ria_power < 0:
         raise InputError(f"--ria-power {ria_power:g} is negative; want 0 or more")
     recipe = None
     if pattern is not None:
-        recipe = Recipe(pattern, score or "ria", ria_power, permute or "fold", skip)
+        recipe = Recipe(pattern, score or "ria", ria_power, permute or ("none" if is_onnx else "fold"), skip)
     if group is not None and dtype != "int4":
         raise InputError(f"--group {group} has no effect without --dtype int4")
     if lower == "auto" and ops == "standard":
@@ -338,12 +341,13 @@ def _refuse_ignored(flags: dict[str, object]) -> None:
 
 def _settings_table(model: str, out: str, effort: str, settings: Any) -> Table:
     from .compile import plain
+    from .onnx_in import told
 
     table = Table("setting", "value", title="sparsify-export", title_justify="left")
     table.add_row("model", model)
     table.add_row("out", out)
     table.add_row("effort", effort)
-    for name, value in plain(settings).items():
+    for name, value in (told(settings) if model.endswith(".onnx") else plain(settings)).items():
         if value not in (None, []):
             table.add_row(name.replace("_", " "), str(value))
     return table

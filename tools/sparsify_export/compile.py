@@ -98,7 +98,7 @@ def compile_model(
     """Compile ``source`` to ``out``.
 
     Args:
-        source: Hugging Face folder, hub id or ``.gguf`` file.
+        source: Hugging Face folder, hub id, ``.gguf`` file or ``.onnx`` file; the last goes to ``compile_onnx``.
         out: a file ending in ``.onnx`` (weights go to ``OUT.data``, the report to ``OUT.report.json``), or a folder
             for ``model.onnx``, ``model.onnx.data``, tokenizer, configuration and ``report.json``.
         settings: what to make.
@@ -114,6 +114,12 @@ def compile_model(
         VerificationError: a fold or the finished file differs from the model; a finished file is kept as
             ``OUT.failed``.
     """
+    if source.endswith(".onnx"):
+        from .onnx_in import compile_onnx  # which imports this file
+
+        return compile_onnx(
+            source, out, settings, trust_remote_code=trust_remote_code, overwrite=overwrite, console=console
+        )
     target = Target.check(out, overwrite=overwrite)
     stages, timings = Stages(), Timings()
     with stages.run("load"):

@@ -1,6 +1,7 @@
 """What was gained and what was lost: the report of a compilation, as JSON and as tables."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from .passes.fx.rewrite import Lowered
 from .passes.pipeline import BlockReport
 from .runtime.benchmark import Row
 from .runtime.evaluate import Perplexity
+from .runtime.session import SPARSE_OPS
 from .runtime.verify import Verified
 from .stages import Stage
 
@@ -38,8 +40,8 @@ class LinearEntry:
         path: module path.
         shape: ``[out_features, in_features]``.
         pattern: the pattern of its zeros, or None.
-        op: what the file holds: one of the dialect's ops, or ``MatMul``.
-        reason: why it is a ``MatMul``, or was not pruned; "" otherwise.
+        op: what the file holds: one of the dialect's ops, ``MatMul``, or another op of an ONNX model given.
+        reason: why it is no sparse op, or was not pruned, or what changed besides its weight; "" otherwise.
         sparsity: fraction of zeros, counted; None where it was not pruned here.
         retained_before: score kept by the mask with the channels in their original order.
         retained_after: score kept as pruned.
@@ -58,6 +60,11 @@ class LinearEntry:
     dense_bytes: int
     stored_bytes: int
 
+    @property
+    def lowered(self) -> bool:
+        """Whether the file holds a sparse op for it."""
+        return self.op in SPARSE_OPS
+
 
 @dataclass(frozen=True)
 class Report:
@@ -70,13 +77,16 @@ class Report:
         blocks: path, error and folds of every block.
         verified: how the file was run, its error and the error allowed.
         evaluation: perplexity before and after, or None without ``--eval``.
-        latency: milliseconds with our kernels against the same file run by ONNX Runtime alone.
+        latency: milliseconds with our kernels, against the same file run by ONNX Runtime alone or, where an ONNX
+            model was given, against that.
         stages: seconds and peak memory.
         machine: the machine whose figures decided what was lowered; None where every weight that gets smaller was.
         pruning_seconds: what pruning was spent on.
         file_bytes: the model and its data.
         dense_linear_bytes: all linears of the repeated layers in float32.
         stored_linear_bytes: the same as stored.
+        given_bytes: the ONNX model that was given and its data; None for other sources.
+        not_verified: the way of running the file that was left out, and why; "" for none.
     """
 
     source: str
@@ -92,6 +102,8 @@ class Report:
     file_bytes: int
     dense_linear_bytes: int
     stored_linear_bytes: int
+    given_bytes: int | None = None
+    not_verified: str = ""
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
@@ -131,7 +143,7 @@ def build_report(
                 stored_bytes=entry.stored_bytes,
             )
         )
-    inside = [entry for entry in linears if entry.path in pruned] or [e for e in linears if e.op != "MatMul"]
+    inside = [entry for entry in linears if entry.path in pruned] or [e for e in linears if e.lowered]
     return Report(
         source=source,
         settings=settings,
@@ -152,7 +164,7 @@ def build_report(
 def render(report: Report) -> Group:
     """The report for a terminal: one line a block, every exception in full, the totals, and the proof."""
     parts: list[Any] = [_blocks(report)] if report.blocks else []
-    dense = [e for e in report.linears if e.op == "MatMul"]
+    dense = [e for e in report.linears if not e.lowered]
     if dense and report.settings["ops"] == "sparse":
         parts.append(_left_dense(dense))
     parts += [_totals(report), _stages(report)]
@@ -197,26 +209,30 @@ def _left_dense(entries: Sequence[LinearEntry]) -> Table:
 
 def _totals(report: Report) -> Table:
     table = Table("what", "figure", title="Result", title_justify="left")
-    lowered = [e for e in report.linears if e.op != "MatMul"]
+    lowered = [e for e in report.linears if e.lowered]
     table.add_row("linears lowered to sparse ops", f"{len(lowered)} of {len(report.linears)}")
+    for note, count in Counter(e.reason for e in lowered if e.reason and report.given_bytes is not None).items():
+        table.add_row(f"{count} of these", note)
     if report.dense_linear_bytes:
         ratio = report.stored_linear_bytes / report.dense_linear_bytes
         sizes = f"{_mb(report.stored_linear_bytes)} of {_mb(report.dense_linear_bytes)} dense fp32"
         gain = "" if ratio < 1 else ": no gain"
         table.add_row("their weights", f"{sizes} ({ratio:.3f}x{gain})")
+    if (kept := _retained(report)) is not None:
+        table.add_row("score kept", f"{kept:.3f} of that of the pruned weights")
     if lowered and report.settings["dtype"] in ("int8", "int4"):
         table.add_row("their activations", "quantised to 8 bits, each token by itself")
     if report.machine is not None:
         table.add_row(
             "lowered where it is faster on", f"{report.machine['processor']}, {report.machine['threads']} threads"
         )
-    table.add_row("file", _mb(report.file_bytes))
+    given = "" if report.given_bytes is None else f", the model given {_mb(report.given_bytes)}"
+    table.add_row("file", _mb(report.file_bytes) + given)
+    against = "same file without our kernels" if report.given_bytes is None else "the model given"
     for row in report.latency:
         if row.against is not None and row.ratio is not None:
             gain = f"{row.ratio:.2f}x" if row.ratio >= NO_GAIN else f"{row.ratio:.2f}x: no gain"
-            table.add_row(
-                row.name, f"{row.model.p50:.1f} ms, same file without our kernels {row.against.p50:.1f} ms ({gain})"
-            )
+            table.add_row(row.name, f"{row.model.p50:.1f} ms, {against} {row.against.p50:.1f} ms ({gain})")
     if report.evaluation:
         dense, result = report.evaluation.dense, report.evaluation.result
         where = f"{result.windows} windows of {result.window} tokens"
@@ -225,7 +241,16 @@ def _totals(report: Report) -> Table:
         table.add_row(
             f"verified with {entry['how']}", f"max error {entry['error']:.2e}, allowed {entry['allowed']:.2e}"
         )
+    if report.not_verified:
+        table.add_row("not verified", report.not_verified)
     return table
+
+
+def _retained(report: Report) -> float | None:
+    """The mean over the weights that were pruned without blocks to tell about; None where there are none."""
+    own = [e for e in report.linears if e.retained_after is not None and not report.blocks]
+    weights = sum(e.shape[0] * e.shape[1] for e in own)
+    return sum((e.retained_after or 0) * e.shape[0] * e.shape[1] for e in own) / weights if weights else None
 
 
 def _stages(report: Report) -> Text:

@@ -61,16 +61,13 @@ class Target:
         except OSError as error:
             raise InputError(f"{self.out} cannot be written: {error.strerror}") from error
 
-    def finish(self, pretrained: Pretrained, report: Report) -> None:
-        """Add what belongs beside the model and move everything into place."""
+    def finish(self, pretrained: Pretrained | None, report: Report) -> None:
+        """Add what belongs beside the model and move everything into place; an ONNX model has nothing beside it."""
         try:
             if self.folder:
                 report.save(self.stage / "report.json")
-                pretrained.model.config.save_pretrained(self.stage)
-                if pretrained.kind == "causal":
-                    pretrained.model.generation_config.save_pretrained(self.stage)
-                if pretrained.tokenizer is not None:
-                    pretrained.tokenizer.save_pretrained(self.stage)
+                if pretrained is not None:
+                    self._configure(pretrained)
                 if self.out.exists():
                     shutil.rmtree(self.out)
                 self.stage.rename(self.out)
@@ -81,6 +78,13 @@ class Target:
             self.stage.rmdir()
         except OSError as error:
             raise InputError(f"{self.out} cannot be written: {error.strerror}") from error
+
+    def _configure(self, pretrained: Pretrained) -> None:
+        pretrained.model.config.save_pretrained(self.stage)
+        if pretrained.kind == "causal":
+            pretrained.model.generation_config.save_pretrained(self.stage)
+        if pretrained.tokenizer is not None:
+            pretrained.tokenizer.save_pretrained(self.stage)
 
     def fail(self) -> None:
         """Keep the artifact that failed its verification, under a name that says so."""

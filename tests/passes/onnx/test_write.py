@@ -1,6 +1,7 @@
 """Files that are whole or not there, aligned, and read by the checker."""
 
 import errno
+import resource
 
 import numpy as np
 import onnx
@@ -12,7 +13,8 @@ from onnx.external_data_helper import ExternalDataInfo
 from sparsify_export.passes.equivalence import compare
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.onnx import write
-from sparsify_export.passes.onnx.write import ALIGNMENT, INLINE, write_model
+from sparsify_export.passes.onnx.protos import external
+from sparsify_export.passes.onnx.write import ALIGNMENT, INLINE, write_model, write_proto
 
 
 def weight(rows: int, columns: int, fill: float | None = None) -> np.ndarray:
@@ -167,3 +169,57 @@ def test_writing_twice_gives_identical_bytes(tmp_path):
         (tmp_path / name).mkdir()
         write_model(small(A, B, C), tmp_path / name / "m.onnx", [])
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_a_model_of_another_tool_keeps_all_but_its_initializers(tmp_path):
+    inner = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["t"])],
+        "body",
+        [],
+        [onnx.helper.make_tensor_value_info("t", 1, None)],
+        [onnx.numpy_helper.from_array(A, "w")],
+    )
+    words = onnx.helper.make_tensor("words", onnx.TensorProto.STRING, [200], [b"0123456789"] * 200)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", 1, [3, 16]), onnx.helper.make_tensor_value_info("c", 9, [])],
+        [onnx.helper.make_tensor_value_info("y", 1, [3, 17])],
+        [words, onnx.numpy_helper.from_array(C, "small")],
+    )
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, size_threshold=0, location="in.data")
+    loaded = onnx.load(tmp_path / "in.onnx", load_external_data=False)
+    (tmp_path / "out").mkdir()
+    write_proto(loaded, tmp_path / "out" / "m.onnx", base=tmp_path, check=False)
+    (tmp_path / "in.data").unlink()  # small tensors that lay outside came along, inside the model
+    got = onnx.load(tmp_path / "out" / "m.onnx")
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in got.graph.initializer}
+    assert np.array_equal(arrays["small"], C)
+    assert arrays["words"].tolist() == ["0123456789"] * 200
+    branches = [attribute.g for attribute in got.graph.node[0].attribute]
+    assert all(np.array_equal(onnx.numpy_helper.to_array(g.initializer[0]), A) for g in branches)
+
+
+@pytest.mark.slow
+def test_more_than_two_gigabytes_are_written_without_being_read_at_once(tmp_path):
+    rows, columns = 17, 1 << 25  # 2.1 GB, as a hole in the file
+    file = tmp_path / "big.data"
+    with file.open("wb") as out:
+        out.truncate(4 * rows * columns)
+    tensors = []
+    for row in range(rows):
+        proto = onnx.TensorProto(name=f"w{row}", data_type=1, dims=[1, columns])
+        tensors.append(external(proto, file.name, 4 * row * columns, 4 * columns))
+    sums = [onnx.helper.make_node("Gather", [f"w{row}", "i"], [f"y{row}"], axis=1) for row in range(rows)]
+    outputs = [onnx.helper.make_tensor_value_info(f"y{row}", 1, [1, 1]) for row in range(rows)]
+    index = onnx.helper.make_tensor_value_info("i", 7, [1])
+    graph = onnx.helper.make_graph(sums, "g", [index], outputs, tensors)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write_proto(model, tmp_path / "m.onnx", base=tmp_path, check=True)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB; the file's own pages are counted too
+    assert grown < 600 * 1024
+    assert (tmp_path / "m.onnx").stat().st_size < 10_000
+    assert (tmp_path / "m.onnx.data").stat().st_size == 4 * rows * columns
+    (tmp_path / "m.onnx.data").unlink()

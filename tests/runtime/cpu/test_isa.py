@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 from sparsify_export import _native
 
-ALL = ["avx512bf16", "avx512vnni", "avx512", "avx2", "portable"]  # fastest first: a machine that has one has those behind it
+ALL = [
+    "avx512bf16",
+    "avx512vnni",
+    "avx512",
+    "avx2",
+    "portable",
+]  # fastest first: a machine that has one has those behind it
 FILES = ["test_linear.py", "test_quantised.py", "test_pairwise_max_sum.py"]
 
 
@@ -34,4 +40,7 @@ def test_the_variable_is_obeyed():
 
 def test_an_instruction_set_that_is_not_there_is_an_error():
     done = _run("amx", "-c", "from sparsify_export import _native; _native.isa()")
-    assert "SPARSIFY_ISA must be avx512bf16, avx512vnni, avx512, avx2 or portable, and one that this machine has" in done.stderr
+    assert (
+        "SPARSIFY_ISA must be avx512bf16, avx512vnni, avx512, avx2 or portable, and one that this machine has"
+        in done.stderr
+    )

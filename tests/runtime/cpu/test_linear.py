@@ -151,7 +151,9 @@ def test_torch_tensors_of_every_type(pack):
     direct = _native.linear_nm(x, half, indices, 2, 4)
     assert np.array_equal(direct, _native.linear_nm(x, half.view(torch.uint16), indices, 2, 4))
     one = np.ascontiguousarray(x[:1])  # with more tokens, AVX-512 BF16 rounds them too
-    assert np.array_equal(_native.linear_nm(one, half, indices, 2, 4), _native.linear_nm(one, half.float(), indices, 2, 4))
+    assert np.array_equal(
+        _native.linear_nm(one, half, indices, 2, 4), _native.linear_nm(one, half.float(), indices, 2, 4)
+    )
 
 
 def test_writes_out_and_nothing_around_it(pack):

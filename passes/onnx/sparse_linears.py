@@ -1,0 +1,257 @@
+"""Prune the linears of an ONNX model where that was asked for, and replace those with sparse weights by our ops."""
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+import torch
+from torch import Tensor
+
+from ...calibrate import masks, scores
+from ...calibrate.patterns import NM, Pattern, Unstructured, find_pattern
+from ..dialect.packed import Packed, pack, packed_bytes
+from ..dialect.storage import FLOATS, FP32, Storage
+from ..errors import InputError
+from ..pipeline import Recipe
+from .linears import LeftOut, Linear, gives_output
+from .spool import Spool
+from .view import Model
+
+BFLOAT16_SINCE = 13
+"""The opset that brought Cast from and to bfloat16, which the bodies of our ops need."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A linear whose weight is sparse now, and what the file will hold.
+
+    Attributes:
+        linear: the linear as found.
+        pattern: the pattern of its zeros.
+        sparsity: fraction of zeros, counted.
+        retained: score that was kept; None where nothing was pruned.
+        op: one of the dialect's ops, or ``MatMul`` where only standard ops are wanted.
+        storage: of the packed values, which says what the op does to its activations.
+        attributes: of the sparse op.
+        packed: its packed tensors, in the spool; those of a weight that several linears share are the same objects.
+        dense: the weight as the file will hold it, in the spool, float, the way round that the model had it and
+            without the linear's factor; float32 where its packed form is quantised.
+        stored_bytes: its weight in the file.
+    """
+
+    linear: Linear
+    pattern: str
+    sparsity: float
+    retained: float | None
+    op: str
+    storage: Storage
+    attributes: Mapping[str, int]
+    packed: tuple[onnx.TensorProto, ...]
+    dense: onnx.TensorProto
+    stored_bytes: int
+
+    @property
+    def note(self) -> str:
+        """What changed besides the weight; "" for nothing."""
+        if self.linear.note and self.storage.quantised:
+            return "its activations are rounded to 8 bits token by token, no longer all together"
+        return self.linear.note
+
+
+def choose(model: Model, linears: Sequence[Linear], recipe: Recipe) -> dict[str, str]:
+    """Why each linear is not pruned, by path; "" for those that will be.
+
+    What gives the model's output (the head) is left alone, as in every model that this tool prunes, unless there is
+    nothing else.
+
+    Raises:
+        InputError: nothing is left, or ``--skip`` matches nothing.
+    """
+    for glob in recipe.skip:
+        if not any(fnmatch.fnmatchcase(linear.path, glob) for linear in linears):
+            known = f", e.g. {linears[0].path}" if linears else ""
+            raise InputError(f"--skip {glob} matches none of the {len(linears)} linears{known}")
+    reasons = {linear.path: _why_not(linear, recipe) for linear in linears}
+    outputs = model.outputs()
+    heads = [linear.path for linear in linears if not reasons[linear.path] and gives_output(linear, outputs)]
+    if len(heads) < sum(not reason for reason in reasons.values()):
+        reasons |= {path: "it gives the model's output, which is not pruned" for path in heads}
+    return reasons
+
+
+def _why_not(linear: Linear, recipe: Recipe) -> str:
+    if any(fnmatch.fnmatchcase(linear.path, glob) for glob in recipe.skip):
+        return "skipped by --skip"
+    if isinstance(recipe.pattern, NM) and linear.weight.shape[1] % recipe.pattern.m:
+        return f"in_features {linear.weight.shape[1]} is not a multiple of {recipe.pattern.m}"
+    return ""
+
+
+def make_sparse(
+    model: Model,
+    linears: Sequence[Linear],
+    recipe: Recipe | None,
+    norms: Mapping[str, Tensor],
+    *,
+    storage: Storage,
+    sparse_ops: bool,
+    packed: Spool,
+    dense: Spool,
+    progress: Progress = lambda stage, done, total: None,
+) -> tuple[list[Sparse], list[LeftOut]]:
+    """Prune the weights that ``recipe`` asks for and pack all that are sparse; one weight in memory at a time.
+
+    Before:  y = alpha x W^T + b                    W constant, in any form that ``weights`` reads
+    After:   the parts of y = sparsify.linear_nm(x, values, indices, b), or of another of our ops, for
+             ``replace_linears``
+    Left alone: dense weights; linears that ``choose`` names; weights of which the packed form would not be smaller
+        than what the file holds now, and those are not pruned either.
+    Numerics: the same products; values are rounded once to the storage. Quantised weights are dequantised first. With
+        int8 and int4 storage the activations are quantised too, each token by itself.
+
+    Args:
+        model: where the linears are from.
+        linears: those that can be lowered.
+        recipe: how to prune; None prunes nothing.
+        norms: activation norms by the weight's name; empty scores the weights alone.
+        storage: how packed values are stored; values that the model holds in 16 bits stay as they are unless this
+            is int8 or int4.
+        sparse_ops: False keeps the ops and only sets weights to zero.
+        packed: where packed tensors go.
+        dense: where the same weights go unpacked.
+        progress: told about every weight.
+
+    Raises:
+        InputError: a weight or a norm holds NaN, a value does not fit the storage, or the model's opset is too old
+            for it.
+    """
+    if sparse_ops and storage.kind == "bf16" and model.opset < BFLOAT16_SINCE:
+        raise InputError(
+            f"{model.path} uses ONNX opset {model.opset}, which cannot read bf16; "
+            f"want {BFLOAT16_SINCE} or newer, or fp16"
+        )
+    reasons = choose(model, linears, recipe) if recipe is not None else {linear.path: "" for linear in linears}
+    groups: dict[str, list[Linear]] = {}
+    for linear in linears:
+        groups.setdefault(linear.weight.name, []).append(linear)
+    done: list[Sparse] = []
+    left: list[LeftOut] = []
+    for index, (name, group) in enumerate(groups.items()):
+        progress("pruning" if recipe else "lowering", index, len(groups))
+        reason = next((reasons[linear.path] for linear in group if reasons[linear.path]), "")
+        if not reason:
+            try:
+                made = _make(group, recipe, norms.get(name), storage, sparse_ops, packed, dense)
+            except ValueError as error:
+                raise InputError(f"{group[0].path}: {error}") from error
+            if isinstance(made, str):
+                reason = made
+            else:
+                done += made
+        left += [LeftOut(x.path, x.op, x.weight.shape, x.weight.stored_bytes, reason) for x in group if reason]
+    if recipe is not None and not done:
+        example = f"; {left[0].path}: {left[0].reason}" if left else ""
+        raise InputError(f"no linear of {model.path} can be pruned{example}")
+    return done, left
+
+
+def _make(
+    group: Sequence[Linear],
+    recipe: Recipe | None,
+    norm: Tensor | None,
+    storage: Storage,
+    sparse_ops: bool,
+    packed: Spool,
+    dense: Spool,
+) -> list[Sparse] | str:
+    """One weight and the linears that share it; a reason if it stays as it is."""
+    source = group[0].weight
+    weight = source.read()
+    if not bool(weight.isfinite().all()):
+        raise ValueError("its weight holds NaN or infinity")
+    retained = None
+    pattern: Pattern | None
+    if recipe is None:
+        pattern = find_pattern(weight)
+        if pattern is None:
+            return "the weight is dense" if bool(weight.any()) else "the weight is zero everywhere"
+    else:
+        score = _score(weight, norm, recipe)
+        keep = _keep(score, recipe)
+        retained = masks.retained(score, keep)
+        weight = torch.where(keep, weight, 0.0)  # literal +0.0, never -0.0
+        pattern = recipe.pattern
+        del score, keep
+    sparsity = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+    name = _text(pattern)
+    if not sparse_ops:
+        if recipe is None:
+            return "--ops standard"
+        if source.quantised:
+            return "--ops standard would write its quantised weight in float"
+        proto = dense.add(source.value, weight if source.rows_first else weight.T)
+        size = source.stored_bytes
+        return [Sparse(x, name, sparsity, retained, "MatMul", FP32, {}, (), proto, size) for x in group]
+    used = _storage(weight.dtype, [linear.alpha for linear in group], storage)
+    if isinstance(used, str):
+        return used
+    rows, columns = weight.shape
+    size = packed_bytes(rows, columns, int(weight.count_nonzero()), pattern, used)
+    if size >= source.stored_bytes:
+        return f"packed it would take {size} bytes, now {source.stored_bytes}"
+    by_alpha: dict[float, tuple[Packed, tuple[onnx.TensorProto, ...]]] = {}
+    for linear in group:
+        if linear.alpha not in by_alpha:
+            parts = pack(weight.float() * linear.alpha, pattern, used)
+            stem = source.name if not by_alpha else f"{source.name}.{len(by_alpha)}"
+            by_alpha[linear.alpha] = parts, tuple(packed.add(f"{stem}.{n}", t) for n, t in parts.tensors.items())
+    if used.quantised:
+        (alpha,) = by_alpha
+        rounded = by_alpha[alpha][0].unpack() / alpha
+    else:  # not unpacked, so that a mistake in packing shows
+        rounded = weight.to(used.dtype).to(weight.dtype)
+    proto = dense.add(source.value, rounded if source.rows_first else rounded.T)
+    result = []
+    for linear in group:
+        parts, protos = by_alpha[linear.alpha]
+        kept = onnx.TensorProto()
+        kept.CopyFrom(proto)
+        kept.name = linear.weight.value or f"{linear.path}.dense"
+        result.append(
+            Sparse(linear, name, sparsity, retained, parts.op, used, parts.attributes, protos, kept, parts.nbytes)
+        )
+    return result
+
+
+def _storage(held: torch.dtype, alphas: Sequence[float], wanted: Storage) -> Storage | str:
+    """How to store a weight that the model holds as ``held`` and multiplies by ``alphas``; a reason if it cannot be."""
+    if wanted.quantised:
+        if len(set(alphas)) > 1:
+            return f"the linears that share its weight scale it differently, which {wanted.kind} cannot store"
+        return wanted if alphas[0] else "its factor is 0"
+    if any(math.frexp(alpha)[0] != 0.5 for alpha in alphas):  # only scaling by a power of two rounds nothing
+        return FP32
+    return wanted if held is torch.float32 else Storage(FLOATS[held])
+
+
+def _score(weight: Tensor, norm: Tensor | None, recipe: Recipe) -> Tensor:
+    if recipe.score == "magnitude":
+        return scores.magnitude(weight)
+    if norm is None:  # only RIA means something without activations: a weight's share of its row and of its column
+        return scores.ria(weight, torch.ones(weight.shape[1]), power=0.0)
+    return scores.wanda(weight, norm) if recipe.score == "wanda" else scores.ria(weight, norm, recipe.ria_power)
+
+
+def _keep(score: Tensor, recipe: Recipe) -> Tensor:
+    if isinstance(recipe.pattern, NM):
+        return masks.nm_keep_mask(score, recipe.pattern)
+    group = {"ria": scores.RIA_GROUP, "wanda": scores.WANDA_GROUP, "magnitude": scores.MAGNITUDE_GROUP}
+    return masks.fraction_keep_mask(score, recipe.pattern.sparsity, group[recipe.score])
+
+
+def _text(pattern: Pattern) -> str:
+    return f"{pattern.sparsity:.1%} zeros" if isinstance(pattern, Unstructured) else str(pattern)

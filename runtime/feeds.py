@@ -1,0 +1,136 @@
+"""Inputs for an ONNX model that nobody told us about: from ``.npz`` files, or made up from the shapes it declares."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]
+
+from ..passes.errors import InputError
+from ..passes.frontend.batches import load_npz
+
+Feed: TypeAlias = dict[str, Any]
+"""Arrays by input name."""
+
+LENGTH = 16
+"""How long an axis is made that the model leaves open; a picture's sides are longer, see ``SIDE``."""
+SIDE = 224
+NUMPY = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+def read_feeds(folder: Path, session: Any, sizes: Mapping[str, int], *, samples: int | None) -> list[Feed]:
+    """Read one feed from every ``.npz`` file, arrays named like the model's inputs; a KV cache may be left out.
+
+    Args:
+        folder: where the files are; they are taken in the order of their names.
+        session: an ONNX Runtime session of the model.
+        sizes: what is known about open axes, by their names.
+        samples: how many files at most; None for all.
+
+    Returns:
+        Arrays in the types that the model wants.
+
+    Raises:
+        InputError: there is no such file, or one lacks an input or does not fit it.
+    """
+    files = sorted(folder.glob("*.npz"))
+    if not files:
+        raise InputError(f"{folder} holds no .npz file; want one a batch, with arrays named like the model's inputs")
+    feeds = []
+    for file in files[:samples]:
+        arrays = {name: tensor.numpy() for name, tensor in load_npz(file).items()}
+        feed: Feed = {}
+        for value in session.get_inputs():
+            if value.name in arrays:
+                feed[value.name] = arrays[value.name].astype(_dtype(value))
+            elif any(_is_past(dim) for dim in value.shape):
+                batch = len(next(iter(arrays.values()))) if arrays else 1
+                feed[value.name] = np.zeros(_shape(value, batch, sizes), _dtype(value))
+            else:
+                raise InputError(f"{file} lacks {value.name}; it holds {', '.join(arrays) or 'nothing'}")
+        feeds.append(feed)
+    return feeds
+
+
+def make_feed(session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int], *, seed: int) -> Feed:
+    """Make up one batch of one sample.
+
+    Floats are normal random numbers. Integers that choose rows of a table are random rows of it; others are ones,
+    which for a mask means that everything counts. An axis called ``past...`` is empty, other open axes hold
+    ``LENGTH`` entries.
+
+    Args:
+        session: an ONNX Runtime session of the model.
+        bounds: for inputs that index a table, how many rows it has.
+        sizes: what is known about open axes, by their names.
+        seed: of the random numbers.
+
+    Raises:
+        InputError: an input is of a type that cannot be made up.
+    """
+    rng = np.random.default_rng(seed)
+    feed: Feed = {}
+    for value in session.get_inputs():
+        shape, dtype = _shape(value, 1, sizes), _dtype(value)
+        if np.issubdtype(dtype, np.floating):
+            feed[value.name] = rng.standard_normal(shape).astype(dtype)
+        elif value.name in bounds:
+            feed[value.name] = rng.integers(0, bounds[value.name], shape).astype(dtype)
+        else:
+            feed[value.name] = np.ones(shape, dtype)
+    return feed
+
+
+def try_feed(session: Any, feed: Feed, source: str) -> None:
+    """Run the given model once, so that what cannot run is refused before any work is done.
+
+    Raises:
+        InputError: ONNX Runtime cannot run the model on these inputs.
+    """
+    try:
+        options = ort.RunOptions()
+        options.log_severity_level = 4  # what is wrong arrives as an exception; on the terminal it stands once
+        session.run(None, feed, options)
+    except Exception as error:  # its exceptions have no common base class of their own
+        said = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
+        raise InputError(f"cannot run the model on {source}: {said}") from error
+
+
+def _dtype(value: Any) -> Any:
+    if value.type not in NUMPY:
+        raise InputError(f"input {value.name} is a {value.type}, which cannot be fed; want numbers")
+    return NUMPY[value.type]
+
+
+def _shape(value: Any, batch: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    picture = len(value.shape) == 4 and value.type.startswith("tensor(float") and not any(map(_is_past, value.shape))
+    size = SIDE if picture else LENGTH
+    return tuple(sizes.get(dim) or _size(dim, batch, axis, size) for axis, dim in enumerate(value.shape))
+
+
+def _size(dim: int | str | None, batch: int, axis: int, open_size: int) -> int:
+    """``past_sequence_length + 1`` is 1: the parts of a sum are sized one by one."""
+    if isinstance(dim, int):
+        return dim
+    if dim is None or "batch" in dim.lower():
+        return batch if axis == 0 or dim is not None else open_size
+    parts = [part.strip() for part in dim.split("+")]
+    if parts == [dim] and axis == 0 and not _is_past(dim):
+        return batch
+    return sum(int(p) if re.fullmatch(r"\d+", p) else 0 if _is_past(p) else open_size for p in parts)
+
+
+def _is_past(dim: int | str | None) -> bool:
+    return isinstance(dim, str) and "past" in dim.lower() and "+" not in dim

@@ -1,0 +1,308 @@
+"""The compiler for ``.onnx`` input: a model that another tool exported in, the same model with sparse ops out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import Tensor
+
+from .compile import Console, Settings, plain
+from .passes.errors import InputError, VerificationError
+from .passes.onnx.index_inputs import head_sizes, index_bounds
+from .passes.onnx.linears import LeftOut, Linear, find_linears
+from .passes.onnx.protos import location
+from .passes.onnx.replace import describe, exchange_weights, replace_linears
+from .passes.onnx.sparse_linears import Sparse, choose, make_sparse
+from .passes.onnx.spool import Spool
+from .passes.onnx.twin import Twin, dense_twin, twins
+from .passes.onnx.view import Model, external_tensors, read_model
+from .passes.onnx.write import write_proto
+from .report import LinearEntry, Report
+from .runtime.benchmark import Row, compare_files
+from .runtime.feeds import Feed, make_feed, read_feeds, try_feed
+from .runtime.observe_onnx import observe
+from .runtime.session import open_session
+from .runtime.verify import Verified
+from .runtime.verify_onnx import verify_onnx
+from .stages import Stages
+from .target import Target
+
+SILENT = Console()
+
+LARGEST_UNPACKED = 1 << 30
+"""Bytes of dense float32 weights above which a result is not run without our kernels: ONNX Runtime then unpacks all
+of them before it starts, with 64-bit positions beside them."""
+
+
+def compile_onnx(
+    source: str,
+    out: str,
+    settings: Settings,
+    *,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    console: Console = SILENT,
+) -> Report:
+    """Compile the ONNX model ``source`` to ``out``; arguments and results as ``compile_model``.
+
+    Raises:
+        InputError: bad input; nothing was written.
+        VerificationError: the finished file differs from the dense model with the same weights; it is kept as
+            ``OUT.failed``.
+    """
+    _check(settings, trust_remote_code)
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(f"{source} does not exist")
+    target = Target.check(out, overwrite=overwrite)
+    stages = Stages()
+    with stages.run("load"):
+        console.progress("loading", 0, 0)
+        model = read_model(path)
+        _check_names(model, target)
+        given_bytes = _given_bytes(model)
+        linears, left = find_linears(model)
+        feeds = _feeds(model, linears, settings)
+    norms = _norms(model, linears, feeds, settings, stages, console)
+    target.open()
+    try:
+        lowering = settings.ops == "sparse"
+        packed, dense = Spool(target.stage / "packed", near=False), Spool(target.stage / "dense", near=lowering)
+        with stages.run("prune" if settings.recipe else "lower"):
+            sparse, dense_still = make_sparse(
+                model,
+                linears,
+                settings.recipe,
+                norms,
+                storage=settings.storage,
+                sparse_ops=lowering,
+                packed=packed,
+                dense=dense,
+                progress=console.progress,
+            )
+        with stages.run("write"):
+            console.progress("writing", 0, 0)
+            beside = twins(model, sparse)
+            written = _write(model, sparse, target.model, settings)
+            packed.file.unlink()
+        with stages.run("verify"):
+            console.progress("verifying", 0, 0)
+            ways, skipped = _ways(sparse, lowering=lowering)
+            verified = _verify(path, target, written, beside, feeds[0], dense.file, ways)
+        with stages.run("measure"):
+            console.progress("measuring", 0, 0)
+            latency = compare_files(target.model, path, feeds[0]) if sparse and lowering else ()
+        report = _report(
+            source,
+            settings,
+            sparse,
+            [*left, *dense_still],
+            verified,
+            skipped,
+            latency,
+            stages,
+            target.model,
+            given_bytes,
+        )
+        target.finish(None, report)
+    except VerificationError:
+        target.fail()
+        raise
+    except BaseException:
+        target.discard()
+        raise
+    return report
+
+
+def _check(settings: Settings, trust_remote_code: bool) -> None:
+    """A flag that has no meaning for an ONNX model is refused rather than ignored."""
+    recipe, calibration = settings.recipe, settings.calibration
+    if recipe is not None and recipe.permute == "fold":
+        raise InputError(
+            "--permute fold needs the traced model and cannot be had for an .onnx file, which is pruned in the order "
+            "of channels that it has; leave it out"
+        )
+    if calibration.text != "self":
+        raise InputError(
+            "--calibration reads text, for which an .onnx file has no tokenizer; give --calibration-inputs"
+        )
+    no_inputs = calibration.inputs is None
+    refused = {
+        "--eval has no meaning for an .onnx file; evaluate the result with sparsify-export eval": settings.evaluate,
+        "--windows has no meaning for an .onnx file, which is not evaluated": settings.windows,
+        "--trust-remote-code has no meaning for an .onnx file, which holds no code": trust_remote_code or None,
+        "--seq-len has no meaning for an .onnx file; its calibration inputs have the length they have": (
+            calibration.length
+        ),
+        "--samples has no effect without --calibration-inputs": calibration.samples if no_inputs else None,
+        "--score wanda ranks weights by their inputs; give --calibration-inputs": (
+            True if no_inputs and recipe is not None and recipe.score == "wanda" else None
+        ),
+        f"--ria-power {recipe.ria_power if recipe else 0:g} has no effect without --calibration-inputs": (
+            True if no_inputs and recipe is not None and recipe.ria_power != type(recipe).ria_power else None
+        ),
+    }
+    for sentence, given in refused.items():
+        if given is not None:
+            raise InputError(sentence)
+
+
+def told(settings: Settings) -> dict[str, Any]:
+    """The settings that decide something here, as JSON-able values."""
+    values = plain(settings)
+    if settings.calibration.inputs is None:
+        values |= {"calibration": None, "ria_power": 0.0 if values["score"] == "ria" else None}
+    elif values["score"] != "ria":
+        values["ria_power"] = None
+    return values
+
+
+def _check_names(model: Model, target: Target) -> None:
+    """The result's files must not be those that the given model is still read from."""
+    if target.out.resolve() == model.path.resolve():
+        return
+    final = target.out / target.model.name if target.folder else target.out
+    mine = {final.resolve(), final.with_name(final.name + ".data").resolve()}
+    for tensor in external_tensors(model.proto):
+        file = model.folder / location(tensor)["location"]
+        if file.resolve() in mine:
+            raise InputError(f"{target.out} would overwrite {file}, which holds weights of {model.path}")
+
+
+def _feeds(model: Model, linears: Sequence[Linear], settings: Settings) -> list[Feed]:
+    """What the model is observed, verified and timed on; it is run once to know that it can be."""
+    session = open_session(model.path)
+    folder = settings.calibration.inputs
+    if folder is not None:
+        feeds = read_feeds(folder, session, head_sizes(model, linears), samples=settings.calibration.samples)
+        try_feed(session, feeds[0], f"the first batch of {folder}")
+        return feeds
+    feed = make_feed(session, index_bounds(model), head_sizes(model, linears), seed=settings.calibration.seed)
+    try_feed(session, feed, "inputs made up from its shapes; give --calibration-inputs FOLDER")
+    return [feed]
+
+
+def _norms(
+    model: Model, linears: Sequence[Linear], feeds: list[Feed], settings: Settings, stages: Stages, console: Console
+) -> Mapping[str, Tensor]:
+    """Activation norms by the weight's name; of linears that share a weight, all inputs together."""
+    recipe = settings.recipe
+    if recipe is None or settings.calibration.inputs is None or recipe.score == "magnitude":
+        return {}
+    reasons = choose(model, linears, recipe)
+    chosen = [linear for linear in linears if not reasons[linear.path]]
+    if inside := [linear.path for linear in chosen if linear.place.graph]:
+        raise InputError(
+            f"{inside[0]} is inside a branch or loop of {model.path}, where its input cannot be observed; "
+            f"give --skip {inside[0]!r}, or leave --calibration-inputs out"
+        )
+    wanted = {linear.x.name: linear.weight.shape[1] for linear in chosen}
+    with stages.run("observe"):
+        seen = observe(model.path, wanted, feeds, progress=console.progress)
+    squares: dict[str, Tensor] = {}
+    for linear in chosen:
+        try:
+            own = seen[linear.x.name].norm().double() ** 2
+        except ValueError as error:
+            raise InputError(f"{linear.path}: {error}") from error
+        squares[linear.weight.name] = squares.get(linear.weight.name, 0.0) + own
+    return {name: total.sqrt().float() for name, total in squares.items()}
+
+
+def _write(model: Model, sparse: list[Sparse], out: Path, settings: Settings) -> onnx.ModelProto:
+    if settings.ops == "sparse":
+        replace_linears(model, sparse)
+    else:
+        exchange_weights(model, sparse)
+    describe(model, {"onnx_source": str(model.path), "settings": told(settings)})
+    write_proto(model.proto, out, base=model.folder, check=model.valid)
+    return model.proto
+
+
+def _ways(sparse: Sequence[Sparse], *, lowering: bool) -> tuple[Sequence[tuple[str, bool]], str]:
+    """How the result is run to verify it, and a sentence on what is left out; "" for nothing."""
+    if not lowering:
+        return (("standard ops", False),), ""
+    shapes = {entry.linear.weight.name: entry.linear.weight.shape for entry in sparse}
+    size = sum(4 * rows * columns for rows, columns in shapes.values())
+    if size > LARGEST_UNPACKED:
+        skipped = f"not run without our kernels: its weights unpack to {size} bytes, more than {LARGEST_UNPACKED}"
+        return (("kernels", True),), skipped
+    return (("kernels", True), ("functions", False)), ""
+
+
+def _verify(
+    source: Path,
+    target: Target,
+    written: onnx.ModelProto,
+    beside: list[Twin],
+    feed: Feed,
+    dense: Path,
+    ways: Sequence[tuple[str, bool]],
+) -> list[Verified]:
+    files = {exact: target.stage / f"twin{int(exact)}.onnx" for exact in (False, True)}
+    try:
+        for exact, file in files.items():
+            file.write_bytes(dense_twin(source, written, beside, exact=exact).SerializeToString())
+        return verify_onnx(target.model, files[False], files[True], feed, ways=ways)
+    finally:  # an artifact that is kept because it failed is kept without them
+        for file in (*files.values(), dense):
+            file.unlink(missing_ok=True)
+
+
+def _report(
+    source: str,
+    settings: Settings,
+    sparse: Sequence[Sparse],
+    left: Sequence[LeftOut],
+    verified: Sequence[Verified],
+    skipped: str,
+    latency: Sequence[Row],
+    stages: Stages,
+    out: Path,
+    given_bytes: int,
+) -> Report:
+    pruned = settings.recipe is not None
+    linears = [
+        LinearEntry(
+            path=entry.linear.path,
+            shape=entry.linear.weight.shape,
+            pattern=entry.pattern,
+            op=entry.op,
+            reason=entry.note,
+            sparsity=entry.sparsity if pruned else None,
+            retained_before=entry.retained,
+            retained_after=entry.retained,
+            dense_bytes=4 * entry.linear.weight.shape[0] * entry.linear.weight.shape[1],
+            stored_bytes=entry.stored_bytes,
+        )
+        for entry in sparse
+    ]
+    linears += [
+        LinearEntry(
+            x.path, x.shape, None, x.op, x.reason, None, None, None, 4 * x.shape[0] * x.shape[1], x.stored_bytes
+        )
+        for x in left
+    ]
+    return Report(
+        source=source,
+        settings=told(settings),
+        linears=tuple(linears),
+        blocks=(),
+        verified=tuple({"how": v.how, "error": v.closeness.error, "allowed": v.closeness.budget} for v in verified),
+        evaluation=None,
+        latency=tuple(latency),
+        stages=tuple(stages.done),
+        pruning_seconds={},
+        file_bytes=sum(file.stat().st_size for file in (out, out.with_name(out.name + ".data"))),
+        dense_linear_bytes=sum(entry.dense_bytes for entry in linears if entry.lowered),
+        stored_linear_bytes=sum(entry.stored_bytes for entry in linears if entry.lowered),
+        given_bytes=given_bytes,
+        not_verified=skipped,
+    )
+
+
+def _given_bytes(model: Model) -> int:
+    files = {model.folder / location(tensor)["location"] for tensor in external_tensors(model.proto)}
+    return sum(file.stat().st_size for file in (model.path, *files))
