@@ -19,6 +19,7 @@ from sparsify_export.passes.fx.partition import Partition, partition
 from sparsify_export.passes.fx.rewrite import Lowered, lower_linears, stored_weights
 from sparsify_export.passes.lower import to_onnx
 from sparsify_export.passes.pipeline import BlockReport, Recipe, prune
+from sparsify_export.runtime.inspection import sparse_weights
 from transformers.pytorch_utils import Conv1D
 
 VOCABULARY = 96
@@ -149,3 +150,18 @@ def load_into(model: Any, params: dict[str, torch.Tensor]) -> None:
         name = key.removeprefix("model.")
         if name in state:
             state[name].copy_(value.t() if name in transposed else value)
+
+
+def stored_linears(path: Path, rows: Callable[[str], int]) -> dict[str, torch.Tensor]:
+    """The dense form of every sparse weight of a file by module path; linears that are one op there are taken apart.
+
+    Args:
+        path: the file.
+        rows: module path of a linear to its out_features.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for info, weight in sparse_weights(path):
+        module, _, names = info.path.rpartition(".")
+        paths = [f"{module}.{name}" for name in names.split("+")]
+        found.update(zip(paths, weight.split([rows(linear) for linear in paths]), strict=True))
+    return found

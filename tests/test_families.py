@@ -6,7 +6,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
-from families import CAUSAL, FAMILIES, GROUPED, VOCABULARY, compile_family
+from families import CAUSAL, FAMILIES, GROUPED, VOCABULARY, compile_family, stored_linears
 from sparsify_export import compile as compiler
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.passes.dialect.packed import op_name
@@ -17,7 +17,7 @@ from sparsify_export.passes.frontend.load import describe
 from sparsify_export.passes.frontend.trace import trace
 from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import partition
-from sparsify_export.runtime.inspection import check_pattern, sparse_weights
+from sparsify_export.runtime.inspection import check_pattern
 from sparsify_export.runtime.session import CausalSession, open_session, sparse_runs
 from sparsify_export.runtime.verify import expect, verify
 
@@ -49,12 +49,7 @@ def test_file_holds_exactly_2_of_4_and_kept_weights_bit_for_bit(family):
     count = check_pattern(compiled.path, NM(2, 4))
     assert count.weights == FAMILIES[name].ops
     linears = {linear.path: linear for part in compiled.parts.blocks for linear in part.linears}
-    stored = {}
-    for info, weight in sparse_weights(compiled.path):
-        module, _, names = info.path.rpartition(".")
-        paths = [f"{module}.{name}" for name in names.split("+")]  # linears that read the same input are one
-        rows = [linears[path].out_features for path in paths]
-        stored.update(zip(paths, weight.split(rows), strict=True))
+    stored = stored_linears(compiled.path, lambda path: linears[path].out_features)
     assert stored.keys() == linears.keys()
     for path, weight in stored.items():
         source = compiled.source[linears[path].weight]
@@ -78,8 +73,8 @@ def test_every_storage_is_verified_against_its_own_rounding(name, pattern, stora
     expected = expect(compiled.parts, stored, compiled.probe, dict.fromkeys(compiled.packed, storage.activations))
     for result in verify(compiled.path, compiled.traced, expected):
         assert result.closeness.error < 0.05 * expected.exact.abs().max()
-    weights = {info.path: weight for info, weight in sparse_weights(compiled.path)}
     linears = {linear.path: linear for part in compiled.parts.blocks for linear in part.linears}
+    weights = stored_linears(compiled.path, lambda path: linears[path].out_features)
     assert weights.keys() == linears.keys()
     for path, weight in weights.items():
         assert torch.equal(weight, stored[linears[path].weight])
