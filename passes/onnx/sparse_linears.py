@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...calibrate import masks, scores
 from ...calibrate.patterns import NM, Pattern, Unstructured, find_pattern
+from ..cost import Worth
 from ..dialect.packed import Packed, pack, packed_bytes
 from ..dialect.storage import FLOATS, FP32, Storage
 from ..errors import InputError
@@ -101,6 +102,7 @@ def make_sparse(
     sparse_ops: bool,
     packed: Spool,
     dense: Spool,
+    worth: Worth | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> tuple[list[Sparse], list[LeftOut]]:
     """Prune the weights that ``recipe`` asks for and pack all that are sparse; one weight in memory at a time.
@@ -109,7 +111,7 @@ def make_sparse(
     After:   the parts of y = sparsify.linear_nm(x, values, indices, b), or of another of our ops, for
              ``replace_linears``
     Left alone: dense weights; linears that ``choose`` names; weights of which the packed form would not be smaller
-        than what the file holds now, and those are not pruned either.
+        than what the file holds now or, by ``worth``, slower, and those are not pruned either.
     Numerics: the same products; values are rounded once to the storage. Quantised weights are dequantised first. With
         int8 and int4 storage the activations are quantised too, each token by itself.
 
@@ -123,6 +125,7 @@ def make_sparse(
         sparse_ops: False keeps the ops and only sets weights to zero.
         packed: where packed tensors go.
         dense: where the same weights go unpacked.
+        worth: asked for every weight that could be lowered, as in ``fx.rewrite``; None lowers all of them.
         progress: told about every weight.
 
     Raises:
@@ -145,7 +148,7 @@ def make_sparse(
         reason = next((reasons[linear.path] for linear in group if reasons[linear.path]), "")
         if not reason:
             try:
-                made = _make(group, recipe, norms.get(name), storage, sparse_ops, packed, dense)
+                made = _make(group, recipe, norms.get(name), storage, sparse_ops, packed, dense, worth)
             except ValueError as error:
                 raise InputError(f"{group[0].path}: {error}") from error
             if isinstance(made, str):
@@ -167,6 +170,7 @@ def _make(
     sparse_ops: bool,
     packed: Spool,
     dense: Spool,
+    worth: Worth | None,
 ) -> list[Sparse] | str:
     """One weight and the linears that share it; a reason if it stays as it is."""
     source = group[0].weight
@@ -200,9 +204,12 @@ def _make(
     if isinstance(used, str):
         return used
     rows, columns = weight.shape
-    size = packed_bytes(rows, columns, int(weight.count_nonzero()), pattern, used)
+    nonzeros = int(weight.count_nonzero())
+    size = packed_bytes(rows, columns, nonzeros, pattern, used)
     if size >= source.stored_bytes:
         return f"packed it would take {size} bytes, now {source.stored_bytes}"
+    if worth is not None and (slower := worth(pattern, rows, columns, nonzeros)):
+        return slower
     by_alpha: dict[float, tuple[Packed, tuple[onnx.TensorProto, ...]]] = {}
     for linear in group:
         if linear.alpha not in by_alpha:

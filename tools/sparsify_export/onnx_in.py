@@ -21,6 +21,7 @@ from .passes.onnx.write import write_proto
 from .report import LinearEntry, Report
 from .runtime.benchmark import Row, compare_files
 from .runtime.feeds import Feed, make_feed, read_feeds, try_feed
+from .runtime.machine import this_machine
 from .runtime.observe_onnx import observe
 from .runtime.session import open_session
 from .runtime.verify import Verified
@@ -68,6 +69,8 @@ def compile_onnx(
     target.open()
     try:
         lowering = settings.ops == "sparse"
+        machine = this_machine() if settings.lower_for is not None else None
+        worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
         packed, dense = Spool(target.stage / "packed", near=False), Spool(target.stage / "dense", near=lowering)
         with stages.run("prune" if settings.recipe else "lower"):
             sparse, dense_still = make_sparse(
@@ -79,6 +82,7 @@ def compile_onnx(
                 sparse_ops=lowering,
                 packed=packed,
                 dense=dense,
+                worth=worth,
                 progress=console.progress,
             )
         with stages.run("write"):
@@ -104,6 +108,7 @@ def compile_onnx(
             stages,
             target.model,
             given_bytes,
+            machine.key if machine else None,
         )
         target.finish(None, report)
     except VerificationError:
@@ -262,6 +267,7 @@ def _report(
     stages: Stages,
     out: Path,
     given_bytes: int,
+    machine: Mapping[str, Any] | None,
 ) -> Report:
     pruned = settings.recipe is not None
     linears = [
@@ -288,6 +294,7 @@ def _report(
     return Report(
         source=source,
         settings=told(settings),
+        machine=machine,
         linears=tuple(linears),
         blocks=(),
         verified=tuple({"how": v.how, "error": v.closeness.error, "allowed": v.closeness.budget} for v in verified),
