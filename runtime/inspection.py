@@ -107,7 +107,8 @@ def check_pattern(path: Path, nm: NM) -> PatternCount:
 def render(linears: list[LinearInfo]) -> Table:
     """The table that the command line shows."""
     table = Table("linear", "op", "shape", "pattern", "dense", "stored", "left dense because")
-    table.columns[0].overflow = "fold"  # a path cut short names no layer
+    table.columns[0].overflow = "fold"  # a path cut short names no layer ...
+    table.columns[1].min_width = max((len(x.op) for x in linears), default=0)  # ... nor does an op
     for x in linears:
         shape = " x ".join(map(str, x.shape))
         table.add_row(x.path, x.op, shape, x.pattern or "-", _kib(x.dense_bytes), _kib(x.stored_bytes), x.reason)

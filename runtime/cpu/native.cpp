@@ -202,7 +202,8 @@ void check_weight(const Floats& weight) {
   if (weight.ndim() != 2) refuse_if("weight must be 2-d [N, K], got " + show(shape_of(weight)));
 }
 
-nb::tuple packed_nm(Floats weight, int n, int m, const std::string& dtype, int64_t group, std::optional<Values> scales) {
+nb::tuple packed_nm(Floats weight, int n, int m, const std::string& dtype, int64_t group,
+                    std::optional<Values> scales) {
   check_weight(weight);
   const int64_t rows = int64_t(weight.shape(0)), cols = int64_t(weight.shape(1));
   const DType type = type_named(dtype);

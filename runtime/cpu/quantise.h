@@ -7,7 +7,7 @@
 // Every instruction set compiles its own copy; see half.h.
 namespace sparsify { namespace {
 
-// Rounds to the nearest integer, ties to even, for |value| below 2^22: behind 1.5 * 2^23 a float32 has no fraction left.
+// Rounds to the nearest integer, ties to even, for |value| below 2^22: at 1.5 * 2^23 a float32 has no fraction left.
 [[maybe_unused]] int32_t nearest(float value) {
   const float shifted = value + 12582912.0f;
   int32_t bits;

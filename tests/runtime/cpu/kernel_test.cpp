@@ -256,7 +256,8 @@ int main() {
           for (const int64_t groups : {1, 7, 33}) test_nm(*kernels, n, m, type, tokens, rows, groups);
       for (const int percent : {0, 10, 50, 100})
         for (const int64_t rows : {0, 1, 5, 18})
-          for (const int64_t cols : {0, 1, 31, 32, 33, 64, 65, 100}) test_bitmask(*kernels, percent, type, tokens, rows, cols);
+          for (const int64_t cols : {0, 1, 31, 32, 33, 64, 65, 100})
+            test_bitmask(*kernels, percent, type, tokens, rows, cols);
     }
   for (const DType type : {DType::f32, DType::i8, DType::i4}) {  // more than one panel, group and chunk
     test_nm(*kernels, 2, 4, type, 1100, 70, 150);
