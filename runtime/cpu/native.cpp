@@ -242,7 +242,7 @@ nb::object dense_nm(Values values, Bytes indices, int n, int m, std::optional<Va
   const NmWeight w = nm_weight(values, indices, n, m, given, group, in_features, nullptr);
   float* dense;
   nb::object result = new_array<float>({w.rows, w.cols}, nb::dtype<float>(), &dense);
-  refuse_if(released([&] { return unpack_nm(w, dense, thread_pool()); }));
+  released([&] { unpack_nm(w, dense, thread_pool()); });
   return result;
 }
 

@@ -185,19 +185,15 @@ std::string too_many(const float* dense, const NmWeight& w) {
 }
 
 template <class Weight>
-std::string unpack(const Weight& w, float* dense, const Parallel& parallel) {
-  return for_rows(w.rows, w.cols, parallel, [&](int64_t row) -> std::string {
+void unpack(const Weight& w, float* dense, const Parallel& parallel) {
+  for_rows(w.rows, w.cols, parallel, [&](int64_t row) -> std::string {
     float* to = dense + row * w.cols;
     for (int64_t k = 0; k < w.cols; ++k) to[k] = 0.0f;
     KeptRow kept;
     unpack_row(w, row, kept);
     const RowScales scales = row_scales(w, row);
-    int64_t before = -1;
     for (size_t i = 0; i < kept.weight.size(); ++i) {
       const int64_t column = kept.column[i];
-      if (column <= before)
-        return "two packed values have the same place, or a group is not in order, in row " + std::to_string(row);
-      before = column;
       to[column] = is_quantised(w.type) ? kept.weight[i] * scales.at(column) : kept.weight[i];
     }
     return "";
@@ -300,9 +296,7 @@ std::string pack_bitmask(const float* dense, const BitmaskWeight& w, void* value
   });
 }
 
-std::string unpack_nm(const NmWeight& w, float* dense, const Parallel& parallel) {
-  return unpack(w, dense, parallel);
-}
+void unpack_nm(const NmWeight& w, float* dense, const Parallel& parallel) { unpack(w, dense, parallel); }
 
 void unpack_bitmask(const BitmaskWeight& w, float* dense, const Parallel& parallel) { unpack(w, dense, parallel); }
 

@@ -28,8 +28,8 @@ void find_mask(const float* dense, int64_t rows, int64_t cols, DType type, uint8
 // Second pass: writes the values of `w`, which holds all the rest.
 std::string pack_bitmask(const float* dense, const BitmaskWeight& w, void* values, const Parallel& parallel);
 
-// The dense weight, of a weight that has passed formats.h. Refuses N:M groups whose positions do not ascend.
-std::string unpack_nm(const NmWeight& w, float* dense, const Parallel& parallel);
+// The dense weight, of a weight that has passed formats.h.
+void unpack_nm(const NmWeight& w, float* dense, const Parallel& parallel);
 void unpack_bitmask(const BitmaskWeight& w, float* dense, const Parallel& parallel);
 
 }  // namespace sparsify

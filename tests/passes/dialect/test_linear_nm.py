@@ -75,7 +75,7 @@ def test_index_bits(m, bits):
 def test_two_values_in_one_place_are_refused():
     values, indices = linear_nm.pack(torch.tensor([[0.0, 1, 0, 2], [3, 0, 0, 4]]), NM(2, 4), torch.float32)
     indices[1] = 0
-    with pytest.raises(ValueError, match="two packed values have the same place, or a group is not in order, in row 1"):
+    with pytest.raises(ValueError, match="indices must ascend inside a group, got 0 after 0 in row 1 at value 1"):
         linear_nm.unpack(values, indices, NM(2, 4))
 
 
