@@ -11,7 +11,9 @@ from onnx import TensorProto, helper
 from onnx_models import FLOAT, MICROSOFT, build, dense, mlp, node, rng, saved, sparse_kn
 from sparsify_export import onnx_in
 from sparsify_export.cli import main
+from sparsify_export.passes.cost import Speed
 from sparsify_export.passes.onnx import sparse_linears
+from sparsify_export.runtime import machine
 
 
 def compiled(source, out, *flags):
@@ -71,6 +73,18 @@ def test_weights_that_are_sparse_already_are_lowered_as_they_are(tmp_path):
         ("linear_nm", "2:4", "", None),
         ("MatMul", None, "the weight is dense", None),
     ]
+
+
+def test_auto_leaves_dense_what_this_machine_runs_slower(tmp_path, monkeypatch):
+    quick, slow = (Speed(0.0, (figure,) * 3, (figure,) * 3) for figure in (1e-9, 2e-9))
+    monkeypatch.setattr(machine, "measure_dense", lambda: quick)
+    monkeypatch.setattr(machine, "measure_sparse", lambda pattern, storage: slow)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = saved(mlp(sparse_kn(64, 64), dense(64, 32)), tmp_path, "given.onnx")
+    report = compiled(given, tmp_path / "o.onnx", "--lower", "auto", "--lower-for", "16")
+    assert [entry["op"] for entry in report["linears"]] == ["MatMul", "MatMul"]
+    assert any("for 16 tokens here" in entry["reason"] for entry in report["linears"])
+    assert report["machine"]["threads"] >= 1
 
 
 def test_a_dense_model_comes_out_dense_and_what_came_out_goes_in_again(given, tmp_path):
