@@ -1,7 +1,7 @@
 // Picks the instruction set, once per process.
 //
-// SPARSIFY_ISA=avx512bf16|avx512vnni|avx512|avx2|portable overrides the choice. It exists for the tests, which run every version that
-// this machine can run; it is not a setting.
+// SPARSIFY_ISA=avx512bf16|avx512vnni|avx512|avx2|portable overrides the choice. It exists for the tests, which run every
+// version that this machine can run; it is not a setting.
 #include <cstdlib>
 #include <cstring>
 

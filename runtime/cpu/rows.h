@@ -63,18 +63,23 @@ inline int nm_position(const uint8_t* indices, int bits, int64_t i) {
   return indices[i * bits / 8] >> (i * bits % 8) & ((1 << bits) - 1);
 }
 
+// `kept` values at `from`, of any type but i4.
+template <class V, class Weight>
+const float* row_floats(const Weight& w, int64_t row, const char* from, int64_t kept, float* room) {
+  switch (w.type) {
+    case DType::f16: to_float<V, DType::f16>(from, kept, 1.0f, room); return room;
+    case DType::bf16: to_float<V, DType::bf16>(from, kept, 1.0f, room); return room;
+    case DType::i8: to_float<V, DType::i8>(from, kept, static_cast<const float*>(w.scales)[row], room); return room;
+    default: return reinterpret_cast<const float*>(from);
+  }
+}
+
 // Row `row` of W, its kept values as float32: in place, or in `room` [kept_per_row].
 template <class V>
 const float* row_values(const NmWeight& w, int64_t row, float* room) {
   const int64_t kept = w.kept_per_row();
   const char* from = static_cast<const char*>(w.values) + row * w.value_bytes_per_row();
-  switch (w.type) {
-    case DType::f32: return reinterpret_cast<const float*>(from);
-    case DType::f16: to_float<V, DType::f16>(from, kept, 1.0f, room); return room;
-    case DType::bf16: to_float<V, DType::bf16>(from, kept, 1.0f, room); return room;
-    case DType::i8: to_float<V, DType::i8>(from, kept, static_cast<const float*>(w.scales)[row], room); return room;
-    case DType::i4: break;
-  }
+  if (w.type != DType::i4) return row_floats<V>(w, row, from, kept, room);
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(from);
   const int64_t groups = (w.cols + w.group - 1) / w.group;
   if (w.group % w.m == 0) {  // whole groups of m under each scale
@@ -95,13 +100,7 @@ template <class V>
 const float* row_values(const BitmaskWeight& w, int64_t row, float* room) {
   const int64_t begin = w.row_start[row], kept = w.row_start[row + 1] - begin;
   const char* from = static_cast<const char*>(w.values) + (w.type == DType::i4 ? begin : begin * int64_t(byte_size(w.type)));
-  switch (w.type) {
-    case DType::f32: return reinterpret_cast<const float*>(from);
-    case DType::f16: to_float<V, DType::f16>(from, kept, 1.0f, room); return room;
-    case DType::bf16: to_float<V, DType::bf16>(from, kept, 1.0f, room); return room;
-    case DType::i8: to_float<V, DType::i8>(from, kept, static_cast<const float*>(w.scales)[row], room); return room;
-    case DType::i4: break;
-  }
+  if (w.type != DType::i4) return row_floats<V>(w, row, from, kept, room);
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(from);
   const uint8_t* mask = w.mask + row * w.mask_bytes_per_row();
   const int64_t groups = (w.cols + w.group - 1) / w.group;
