@@ -5,7 +5,9 @@
 // rows so that they are read in order from the level 1 (a, b) and level 2 cache (all of b's panel).
 // Sums over 128 rows are float32, their total float64: always the same order, however many threads there are.
 #pragma once
-#include "tile.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "unrolled.h"
 
 namespace sparsify { namespace {
 

@@ -4,17 +4,12 @@
 
 namespace sparsify { namespace {
 
-struct PanelBf16 {
+struct PanelBf16 : FloatSums {
   static constexpr int64_t kColumns = 32;
-  using Sum = __m512;
 
   const float* x;
   int64_t cols;
 
-  static Sum zero() { return _mm512_setzero_ps(); }
-  static Sum from_bits(__m512i v) { return _mm512_castsi512_ps(v); }
-  static __m512i to_bits(Sum v) { return _mm512_castps_si512(v); }
-  static __m512i add(__m512i a, __m512i b) { return to_bits(_mm512_add_ps(from_bits(a), from_bits(b))); }
   static __m512i permute(__m512i places, __m512i v) { return _mm512_permutexvar_epi16(places, v); }
   static Sum multiply_add(Sum sum, __m512i x, __m512i w) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w); }
 

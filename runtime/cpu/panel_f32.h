@@ -5,17 +5,12 @@
 
 namespace sparsify { namespace {
 
-struct PanelF32 {
+struct PanelF32 : FloatSums {
   static constexpr int64_t kColumns = 16;
-  using Sum = __m512;
 
   const float* x;
   int64_t cols;
 
-  static Sum zero() { return _mm512_setzero_ps(); }
-  static Sum from_bits(__m512i v) { return _mm512_castsi512_ps(v); }
-  static __m512i to_bits(Sum v) { return _mm512_castps_si512(v); }
-  static __m512i add(__m512i a, __m512i b) { return to_bits(_mm512_add_ps(from_bits(a), from_bits(b))); }
   static __m512i permute(__m512i places, __m512i v) { return _mm512_permutexvar_epi32(places, v); }
   static Sum multiply_add(Sum sum, __m512i x, __m512i w) { return _mm512_fmadd_ps(from_bits(x), from_bits(w), sum); }
 
@@ -83,7 +78,7 @@ struct PanelF32 {
 
 [[maybe_unused]] void linear_panels_f32(const NmWeight& w, const float* x, int64_t tokens, const float* bias, float* y,
                                         const Parallel& parallel) {
-  const PanelF32 element{x, w.cols};
+  const PanelF32 element{{}, x, w.cols};
   Scratch<char> packed = scratch<char>(panel_layout<PanelF32>(tokens, w.cols).bytes());
   pack_panels(element, tokens, w.cols, packed.get(), parallel);
   linear_panels(element, w, packed.get(), tokens, bias, y, parallel);

@@ -18,7 +18,7 @@ namespace sparsify { namespace {
 
 constexpr int64_t kBlockFloats = 8192;  // of a tile: 32 of 48 KiB of the level 1 cache, and the rest for W and sums
 constexpr int64_t kChunkRows = 128;      // rows of W that share a block of a tile while it is in cache
-constexpr int64_t kPanelTokens = 1024;  // tokens transposed at a time: bounds the scratch memory
+constexpr int64_t kMostTokens = 1024;  // tokens transposed at a time: bounds the scratch memory
 
 // T vectors of sums for one row of W, each kept kChains times so that enough FMAs are in flight when T is small.
 template <class V, int T>
@@ -240,8 +240,8 @@ void linear_tiled(const Weight& w, const float* x, int64_t tokens, const float* 
                   const Parallel& parallel) {
   using Chunks = TiledChunks<V, std::make_integer_sequence<int, V::kTileVectors>>;
   const bool is_24 = has_24_codes(w);
-  for (int64_t start = 0; start < tokens; start += kPanelTokens) {
-    const Tiles<V> tiles{tokens - start < kPanelTokens ? tokens - start : kPanelTokens, w.cols};
+  for (int64_t start = 0; start < tokens; start += kMostTokens) {
+    const Tiles<V> tiles{tokens - start < kMostTokens ? tokens - start : kMostTokens, w.cols};
     const float* panel_x = x + start * w.cols;
     float* panel_y = y + start * w.rows;
     Scratch<float> packed = scratch<float>(tiles.floats());
