@@ -38,7 +38,7 @@ sys.path.append(str(Path(__file__).parent))  # behind the installed package, who
 
 from kernel_bench import report
 from kernel_bench.measure import Bench, Result
-from kernel_bench.packing import DTYPES, measure_packing, packing_table
+from kernel_bench.packing import measure_packing, packing_table
 from kernel_bench.rows import OPPONENTS, TYPES, Row, over_sparsity, over_tokens, required
 
 SHAPES = ["4096x4096", "11008x4096", "576x576", "192x576", "1536x576", "576x1536"]
@@ -48,7 +48,7 @@ SHAPES = ["4096x4096", "11008x4096", "576x576", "192x576", "1536x576", "576x1536
 USELESS = {
     "rows": ("format", "type", "tokens", "nm", "sparsity", "group", "gigabytes"),
     "plot": ("format", "type", "tokens", "nm", "sparsity", "group", "gigabytes"),
-    "pack": ("tokens", "group", "against", "deepsparse", "seconds", "megabytes"),
+    "pack": ("tokens", "against", "deepsparse", "seconds", "megabytes"),
     "": ("gigabytes",),
 }
 DEFAULTS = {
@@ -104,9 +104,7 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
 
     if "all" in args.type:
-        args.type = list(DTYPES) if args.pack else list(TYPES)
-    if args.pack and not set(args.type) <= set(DTYPES):
-        made.error(f"--pack takes the types {', '.join(DTYPES)}")
+        args.type = list(TYPES)
     chosen = SHAPES if args.shape == ["all"] else args.shape or (SHAPES[:2] if args.rows else SHAPES[:1])
     try:
         args.shape = [(int(rows), int(cols)) for rows, cols in (shape.split("x") for shape in chosen)]

@@ -205,7 +205,9 @@ def test_the_tool_measures_every_row_against_every_opponent():
 def test_the_tool_times_packing():
     printed = run_tool(*("--pack", "--shape", "64x128", "--gigabytes", "0.0001", "--type", "all", "--threads", "1"))
     assert [line["kernel"] for line in printed["packing"]] == [
-        f"{pattern} {type}" for pattern in ("2:4", "bitmask 50%") for type in ("f32", "bf16", "f16")
+        f"{pattern} {type}"
+        for pattern in ("2:4", "bitmask 50%")
+        for type in ("f32", "bf16", "f16", "i8", "i4 group 32")
     ]
     assert all(line["seconds"] > 0 and line["bytes"] == 98304 for line in printed["packing"])
 

@@ -6,10 +6,9 @@ import torch
 from kernel_bench.layers import random_weight
 from kernel_bench.rows import Row
 from sparsify_export import _native
-from sparsify_export.calibrate.patterns import NM
-from sparsify_export.passes.dialect import linear_bitmask, linear_nm
-
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+from sparsify_export.calibrate.patterns import NM, Unstructured
+from sparsify_export.passes.dialect.packed import pack
+from sparsify_export.passes.dialect.storage import Storage
 
 
 def measure_packing(row: Row, gigabytes: float, threads: int) -> dict:
@@ -18,13 +17,12 @@ def measure_packing(row: Row, gigabytes: float, threads: int) -> dict:
     _native.set_num_threads(threads)
     weight = torch.from_numpy(random_weight(row)[0])
     count = max(1, round(gigabytes * 1e9 / weight.nbytes))
-    dtype = DTYPES[row.type]
+    pattern = NM(*row.nm) if row.format == "nm" else Unstructured(row.sparsity)
+    kind = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "i4": "int4"}[row.type]
+    storage = Storage(kind, row.group if row.type == "i4" else 0)
     start = time.perf_counter()
     for _ in range(count):
-        if row.format == "nm":
-            linear_nm.pack(weight, NM(*row.nm), dtype)
-        else:
-            linear_bitmask.pack(weight, dtype)
+        pack(weight, pattern, storage)
     seconds = time.perf_counter() - start
     packed = count * weight.nbytes
     return {
