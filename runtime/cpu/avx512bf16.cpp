@@ -9,7 +9,7 @@ constexpr int64_t kDecodeTokens = 2;  // with so few, memory is the limit and th
 void linear_nm(const NmWeight& w, const float* x, int64_t tokens, const float* bias, float* y, const Parallel& parallel) {
   if (w.n != 2 || w.m != 4 || w.type != DType::bf16 || tokens <= kDecodeTokens || w.rows == 0)
     return kAvx512Vnni.linear_nm(w, x, tokens, bias, y, parallel);
-  const PanelBf16 element{{}, x, w.cols};
+  const PanelBf16 element{x, w.cols};
   Scratch<char> packed = scratch<char>(panel_layout<PanelBf16>(tokens, w.cols).bytes());
   pack_panels(element, tokens, w.cols, packed.get(), parallel);
   linear_panels(element, w, packed.get(), tokens, bias, y, parallel);

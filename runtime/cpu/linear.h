@@ -1,7 +1,7 @@
 // y = x W^T + bias for one vector instruction set V: which kernel, and how the work is cut into tasks.
 //
 //   few tokens     columns in the lanes (decode_nm.h, decode_bitmask.h): limited by memory
-//   some, 2:4      columns in the lanes of many rows and tokens (panel.h, AVX-512 only)
+//   some, 2:4      columns in the lanes, two rows at a time (row_pairs.h, AVX-512 only)
 //   many           tokens in the lanes (tile.h): limited by the level 1 cache
 //
 // The choice and the cuts depend on the shape only, never on the number of threads.
@@ -16,14 +16,14 @@
 #include "row_tasks.h"
 #include "tile.h"
 #ifdef __AVX512F__
-#include "panel_f32.h"
+#include "row_pairs.h"
 #endif
 
 namespace sparsify { namespace {
 
 constexpr int64_t kDecodeTokens = 8;
 #ifdef __AVX512F__
-constexpr int64_t kDecodeTokens24 = 2, kTileTokens24 = 48;  // panels in between, as measured
+constexpr int64_t kDecodeTokens24 = 2, kTileTokens24 = 28;  // row pairs in between, as measured
 #endif
 
 template <class V, DType type>
@@ -65,7 +65,7 @@ void linear_float(const Weight& w, const float* x, int64_t tokens, const float* 
 #ifdef __AVX512F__
   if constexpr (std::is_same_v<Weight, NmWeight>)
     if (w.n == 2 && w.m == 4 && tokens > kDecodeTokens24 && tokens < kTileTokens24)
-      return linear_panels_f32(w, x, tokens, bias, y, parallel);
+      return linear_row_pairs(w, x, tokens, bias, y, parallel);
 #endif
   if (tokens > kDecodeTokens) return linear_tiled<V>(w, x, tokens, bias, y, parallel);
   for_row_tasks(w.rows, weight_bytes(w), parallel, [&](int64_t row, int64_t row_last) {

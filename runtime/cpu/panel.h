@@ -1,6 +1,6 @@
 // 2:4 with many tokens on AVX-512: the columns in the lanes, the activations permuted to where the weights are.
 //
-//   x        64 bytes of one token: C columns (16 float32, 32 bfloat16 or 64 8-bit codes)
+//   x        64 bytes of one token: C columns (32 bfloat16 or 64 8-bit codes)
 //   weights  the C / 2 kept values of row r in the lower half of a register, those of row r + 4 in the upper
 //   places   which column of x each of them takes
 //   sum     += weights * permute(x, places)            one permute and one multiply-add for two rows of C columns
@@ -9,7 +9,7 @@
 // three ports that permutes and multiply-adds share: 1.5 pairs a cycle, each worth 2 C dense multiply-adds. Weights and
 // places are unpacked once for a block of columns and kPanelTokenBlock tokens. Sums over the lanes come last.
 //
-// E, the element, is one of the structs of panel_f32.h, panel_bf16.h and panel_i8.h.
+// E, the element, is one of the structs of panel_bf16.h and panel_i8.h.
 #pragma once
 #include <immintrin.h>
 
@@ -39,15 +39,6 @@ struct HalfRow {
     values = static_cast<const char*>(w.values) + row * w.value_bytes_per_row() + step * 32;
     codes = w.indices + row * w.index_bytes_per_row() + step * 8 / int64_t(byte_size(w.type));
   }
-};
-
-// What the elements that are summed in float32 share.
-struct FloatSums {
-  using Sum = __m512;
-  static Sum zero() { return _mm512_setzero_ps(); }
-  static Sum from_bits(__m512i v) { return _mm512_castsi512_ps(v); }
-  static __m512i to_bits(Sum v) { return _mm512_castps_si512(v); }
-  static __m512i add(__m512i a, __m512i b) { return to_bits(_mm512_add_ps(from_bits(a), from_bits(b))); }
 };
 
 struct alignas(64) PanelBlock {

@@ -4,8 +4,13 @@
 
 namespace sparsify { namespace {
 
-struct PanelBf16 : FloatSums {
+struct PanelBf16 {
   static constexpr int64_t kColumns = 32;
+  using Sum = __m512;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum from_bits(__m512i v) { return _mm512_castsi512_ps(v); }
+  static __m512i to_bits(Sum v) { return _mm512_castps_si512(v); }
+  static __m512i add(__m512i a, __m512i b) { return to_bits(_mm512_add_ps(from_bits(a), from_bits(b))); }
 
   const float* x;
   int64_t cols;
