@@ -219,6 +219,8 @@ void tiled_chunk(const WalkedRow* walked, int64_t count, int64_t cols, const flo
     const float* ahead = tile + (k + columns) * kStride;  // the tile's next block, fetched a share with each row
     const int64_t share = kBlock * kStride / count / 16 * 16 + 16;
     for (int64_t i = 0; i < count; ++i) {
+      if (i + 2 < count)  // from the level 2 cache, where the block before has put them
+        unrolled<3>([&](auto line) SPARSIFY_INLINE { __builtin_prefetch(rows[i + 2].values + line * 16, 0, 3); });
       walk_block<V, T>(rows[i], k, columns, tile + k * kStride, c + i * kStride);
       for (int64_t p = 0; p < share; p += 16) prefetch(ahead + i * share + p);
     }
@@ -255,12 +257,13 @@ void linear_tiled(const Weight& w, const float* x, int64_t tokens, const float* 
     };
     parallel_for(parallel, tiles.count() * column_parts, pack);
 
-    // A task is a chunk of rows for one tile; small layers get small chunks so that every thread has work.
+    // A task is a chunk of rows for one tile, all tiles of a chunk in a row: its weights come from memory once. Small
+    // layers get small chunks so that every thread has work.
     int64_t chunk = kChunkRows;
     while (chunk > V::kLanes && (w.rows + chunk - 1) / chunk * tiles.count() < 16) chunk /= 2;
     const int64_t chunks = (w.rows + chunk - 1) / chunk;
     auto compute = [&](int64_t task) {
-      const int64_t tile = task / chunks, row = task % chunks * chunk;
+      const int64_t tile = task % tiles.count(), row = task / tiles.count() * chunk;
       const int64_t count = row + chunk < w.rows ? chunk : w.rows - row;
       thread_local KeptScratch<float> values_room, c_room;
       thread_local KeptScratch<uint64_t> words_room;
