@@ -43,7 +43,7 @@ types: setup
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p sparsify_export
 
 test: lint types
-	$(BIN)/pytest -m "not slow and not gpu" --cov=sparsify_export --cov-report=term:skip-covered
+	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist worksteal --cov=sparsify_export --cov-report=term:skip-covered
 
 slow: setup $(VENV)/smollm2
 	$(BIN)/pytest -m slow

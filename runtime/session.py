@@ -106,7 +106,7 @@ class CausalSession:
         """Check the names of inputs and outputs.
 
         Raises:
-            InputError: the file is not a causal language model with a KV cache.
+            InputError: the file is not a causal language model with a KV cache, or leaves the cache's sizes open.
         """
         inputs = {i.name: i for i in session.get_inputs()}
         outputs = {o.name: o for o in session.get_outputs()}
@@ -122,6 +122,9 @@ class CausalSession:
         self.session = session
         self.vocabulary = int(outputs["logits"].shape[-1])
         self._shapes = [tuple(inputs[name].shape) for name in self._past]
+        for name, (_, heads, _, size) in zip(self._past, self._shapes, strict=True):
+            if not (isinstance(heads, int) and isinstance(size, int)):
+                raise InputError(f"{name} is {list(inputs[name].shape)}; want numbers for its heads and their size")
 
     def empty_past(self, batch: int) -> Past:
         """A cache of length 0."""

@@ -1,7 +1,14 @@
 """Settings for all tests."""
 
+import os
+
 import hypothesis
+import torch
 
 # The same examples on every run; and no deadline, since a busy machine is not a bug.
 hypothesis.settings.register_profile("sparsify", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("sparsify")
+
+# Workers side by side (pytest -n) share the cores; of several threads each, they wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)

@@ -71,3 +71,61 @@ def mlp(*weights: np.ndarray, opset: int = 18, ir: int = 8) -> onnx.ModelProto:
         ]
         x = f"r{i}"
     return build(nodes, {"x": ["batch", weights[0].shape[0]]}, [x], stored, opset=opset, ir=ir)
+
+
+def genai(folder):
+    """Two layers as onnxruntime-genai's builder writes them."""
+    width, heads, vocabulary = 64, 4, 48
+    nodes = [
+        node("Gather", ["embed", "input_ids"], ["h"]),
+        node("ReduceSum", ["attention_mask", "one"], ["sum"], keepdims=0),
+        node("Sub", ["sum", "unit"], ["last"]),
+        node("Cast", ["last"], ["seqlens"], to=TensorProto.INT32),
+        node("Shape", ["attention_mask"], ["shape"]),
+        node("Gather", ["shape", "axis"], ["total64"], axis=0),
+        node("Cast", ["total64"], ["total"], to=TensorProto.INT32),
+        node("SimplifiedLayerNormalization", ["h", "norm"], ["n0"], axis=-1, epsilon=1e-5, stash_type=1),
+        node("MatMul", ["n0", "w_qkv"], ["qkv"], name="/attn/qkv_proj/MatMul"),
+        node(
+            "GroupQueryAttention",
+            ["qkv", "", "", "past_key_values.0.key", "past_key_values.0.value", "seqlens", "total"],
+            ["a", "present.0.key", "present.0.value"],
+            num_heads=heads,
+            kv_num_heads=2,
+            domain=MICROSOFT,
+        ),
+        node("MatMul", ["a", "w_o"], ["o"], name="/attn/o_proj/MatMul"),
+        node(
+            "SkipSimplifiedLayerNormalization", ["h", "o", "norm"], ["n1", "", "", "s"], epsilon=1e-5, domain=MICROSOFT
+        ),
+        node("MatMul", ["n1", "w_up"], ["u"], name="/mlp/up_proj/MatMul"),
+        node("Sigmoid", ["u"], ["g"]),
+        node("Mul", ["u", "g"], ["m"]),
+        node("MatMul", ["m", "w_down"], ["d"], name="/mlp/down_proj/MatMul"),
+        node("SkipSimplifiedLayerNormalization", ["s", "d", "norm"], ["n2"], epsilon=1e-5, domain=MICROSOFT),
+        node("MatMul", ["n2", "w_head"], ["logits"], name="/lm_head/MatMul"),
+    ]
+    weights = {
+        "embed": dense(vocabulary, width) * 7,
+        "norm": np.ones(width, np.float32),
+        "w_qkv": dense(width, 2 * width, 1),
+        "w_o": dense(width, width, 2),
+        "w_up": dense(width, 128, 3),
+        "w_down": dense(128, width, 4),
+        "w_head": dense(width, vocabulary, 5),
+        "one": np.array([1]),
+        "unit": np.array([1]),
+        "axis": np.array(1),
+    }
+    cache = ["batch_size", 2, "past_sequence_length", "kv_cache_dim"]
+    inputs = {"input_ids": ["batch_size", "sequence_length"], "attention_mask": ["batch_size", "total_sequence_length"]}
+    pasts = {f"past_key_values.0.{name}": cache for name in ("key", "value")}
+    outputs = ["logits", "present.0.key", "present.0.value"]
+    proto = build(nodes, inputs | pasts, outputs, weights, opset=21, ir=10)
+    for value in proto.graph.input[:2]:
+        value.type.tensor_type.elem_type = TensorProto.INT64
+    del proto.graph.output[:]
+    proto.graph.output.extend(
+        helper.make_tensor_value_info(n, FLOAT, [None] * (3 if n == "logits" else 4)) for n in outputs
+    )
+    return saved(proto, folder, "genai.onnx")

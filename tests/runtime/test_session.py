@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from onnx_models import genai
 from sparsify_export import runtime
 from sparsify_export.passes.equivalence import compare
 from sparsify_export.passes.errors import InputError
@@ -102,3 +103,9 @@ def test_library_path(monkeypatch, tmp_path):
     monkeypatch.setattr(runtime._native, "__file__", str(tmp_path / "_native.so"))
     with pytest.raises(FileNotFoundError, match=r"libsparsify_ort\.so is missing; reinstall"):
         runtime.library_path()
+
+
+def test_a_cache_of_unknown_head_size_is_refused(tmp_path):
+    session = open_session(genai(tmp_path))
+    with pytest.raises(InputError, match=r"past_key_values\.0\.key is .*'kv_cache_dim'.*; want numbers"):
+        CausalSession(session)
