@@ -19,8 +19,10 @@ namespace sparsify { namespace {
 constexpr int64_t kSlab = 32;            // columns: a register of values and 4 bytes of codes of each row
 constexpr int64_t kBlockSlabs = 16;      // of a block of columns: 32 KiB of x for 16 tokens
 constexpr int64_t kGroupTokens = 16;     // tokens multiplied at once; the last group may be smaller
-constexpr int64_t kStripRows = 32;       // rows that share a block of x while it is in cache
-constexpr int64_t kTaskRows = 256;       // rows in a task: strips after the first are fetched ahead
+constexpr int64_t kStripRows = 32;       // most rows that share a block of x while it is in cache
+constexpr int64_t kTaskRows = 256;       // rows in a task, 8 strips: those after the first are fetched ahead
+constexpr int64_t kLeastTaskRows = 64;
+constexpr int64_t kPackFloats = 1 << 16;  // of x laid out by one task: less is over before another thread wakes up
 
 struct PairRow {
   const float* values;
@@ -207,16 +209,22 @@ inline void pair_strip(const NmWeight& w, const PairLayout& layout, const float*
                                        const Parallel& parallel) {
   const PairLayout layout{tokens, w.cols};
   Scratch<float> packed = scratch<float>(layout.floats());
-  auto pack = [&](int64_t block) { pack_pairs(layout, x, block * kBlockSlabs, packed.get()); };
-  parallel_for(parallel, (layout.slabs() + kBlockSlabs - 1) / kBlockSlabs, pack);
+  const int64_t blocks = (layout.slabs() + kBlockSlabs - 1) / kBlockSlabs;
+  const int64_t each = kPackFloats / (kBlockSlabs * kSlab * layout.padded()) + 1;
+  auto pack = [&](int64_t task) {
+    for (int64_t block = task * each; block < blocks && block < (task + 1) * each; ++block)
+      pack_pairs(layout, x, block * kBlockSlabs, packed.get());
+  };
+  parallel_for(parallel, (blocks + each - 1) / each, pack);
 
   int64_t task_rows = kTaskRows;  // small layers get small tasks so that every thread has work
-  while (task_rows > kStripRows && (w.rows + task_rows - 1) / task_rows < 16) task_rows /= 2;
+  while (task_rows > kLeastTaskRows && (w.rows + task_rows - 1) / task_rows < 16) task_rows /= 2;
+  const int64_t strip = task_rows / 8;
   auto task = [&](int64_t index) {
     const int64_t end = (index + 1) * task_rows < w.rows ? (index + 1) * task_rows : w.rows;
-    for (int64_t row = index * task_rows; row < end; row += kStripRows) {
-      const int64_t row_last = row + kStripRows < end ? row + kStripRows : end;
-      const int64_t next_last = row_last + kStripRows < end ? row_last + kStripRows : end;
+    for (int64_t row = index * task_rows; row < end; row += strip) {
+      const int64_t row_last = row + strip < end ? row + strip : end;
+      const int64_t next_last = row_last + strip < end ? row_last + strip : end;
       const char* const values = static_cast<const char*>(w.values);
       const char* const codes = reinterpret_cast<const char*>(w.indices);
       pair_strip(w, layout, packed.get(), row, row_last,
