@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Group
 from rich.table import Table
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .passes.frontend.trace import PREFIX
 from .passes.fx.rewrite import Lowered
-from .passes.pipeline import BlockReport
+from .passes.recipe import BlockReport
 from .runtime.benchmark import Row
 from .runtime.evaluate import Perplexity
 from .runtime.session import SPARSE_OPS
@@ -47,6 +47,9 @@ class LinearEntry:
         retained_after: score kept as pruned.
         dense_bytes: its weight in float32.
         stored_bytes: its weight in the file.
+        error_before: relative error of its output with the original weights under the score's mask; None where no
+            weights were updated. See ``passes.recipe.LinearReport``.
+        error_after: the same with the weights as pruned.
     """
 
     path: str
@@ -59,6 +62,8 @@ class LinearEntry:
     retained_after: float | None
     dense_bytes: int
     stored_bytes: int
+    error_before: float | None = None
+    error_after: float | None = None
 
     @property
     def lowered(self) -> bool:
@@ -141,6 +146,8 @@ def build_report(
                 retained_after=linear.retained_after if linear else None,
                 dense_bytes=entry.dense_bytes,
                 stored_bytes=entry.stored_bytes,
+                error_before=linear.error_before if linear else None,
+                error_after=linear.error_after if linear else None,
             )
         )
     inside = [entry for entry in linears if entry.path in pruned] or [e for e in linears if e.lowered]
@@ -173,7 +180,9 @@ def render(report: Report) -> Group:
 
 def _blocks(report: Report) -> Table:
     table = Table(title="Pruned blocks", title_justify="left")
-    for name in ("block", "linears", "pattern", "retained", "folded", "folds", "error", "bytes"):
+    updated = any(e.error_after is not None for e in report.linears)
+    layers = ("masked", "updated") if updated else ()
+    for name in ("block", "linears", "pattern", "retained", "folded", "folds", *layers, "error", "bytes"):
         table.add_column(name, justify="left" if name in ("block", "pattern") else "right", no_wrap=name == "block")
     for block in report.blocks:
         own = [e for e in report.linears if e.path.startswith(f"{block['path']}.") and e.sparsity is not None]
@@ -190,10 +199,17 @@ def _blocks(report: Report) -> Table:
             f"{before:.3f}",
             f"{after:.3f}",
             str(len(block["folds"])),
+            *([_mean_error(own, "error_before"), _mean_error(own, "error_after")] if updated else []),
             f"{block['error']:.3f}",
             f"{stored:.3f}x",
         )
     return table
+
+
+def _mean_error(linears: Sequence[LinearEntry], name: Literal["error_before", "error_after"]) -> str:
+    """The mean relative error of the outputs of a block's linears, squared, over those that were updated."""
+    errors = [error for error in (getattr(entry, name) for entry in linears) if error is not None]
+    return f"{sum(errors) / len(errors):.3f}" if errors else ""
 
 
 def _left_dense(entries: Sequence[LinearEntry]) -> Table:
