@@ -121,6 +121,22 @@ def test_eval_bench_inspect_and_generate_take_what_was_written(exported, text, c
     assert json.loads(capsys.readouterr().out)["rows"]
 
 
+def test_simulate_takes_folders_and_files(folder, exported, capsys, monkeypatch):
+    monkeypatch.setattr(cli.terminal, "width", 200)
+    found = {}
+    for model in (folder, exported):
+        assert main(["simulate", str(model), "--json", "--tokens", "1000"]) == 0
+        found[model] = {entry["path"]: entry for entry in json.loads(capsys.readouterr().out)}
+    path = "model.layers.1.mlp.down_proj"
+    assert found[folder][path] == {"path": path, "shape": [64, 128], "zeros": 0.0, "dense": 2000, "sparse": 2000}
+    assert found[exported][path]["zeros"] == 0.5
+    assert found[exported][path]["dense"] == 2000
+    assert main(["simulate", str(exported), "--paper-compat"]) == 0
+    assert "model.layers.*.mlp.down_proj" in capsys.readouterr().out
+    assert main(["simulate", str(exported), "--paper-compat", "--tokens", "2"]) == 2
+    assert "--tokens 2 cannot be had with --paper-compat" in capsys.readouterr().err
+
+
 def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, capsys):
     out = tmp_path / "dense.onnx"
     assert main([str(folder), "--quiet", "-o", str(out)]) == 0
