@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..calibrate import masks, scores
-from ..calibrate.patterns import NM, Group, Pattern
+from ..calibrate.patterns import NM, Group, Pattern, Unstructured
 from ..calibrate.statistics import ActNorm
 from .errors import InputError
 from .frontend.batches import Batch
@@ -31,6 +31,7 @@ class Block:
         names: outer placeholder name to parameter key.
         recipe: how to prune.
         reasons: why a linear stays dense, by path; "" for those that are pruned.
+        given: masks to use as they are, by weight key; empty where the score makes them.
         cache: (past, present) names that carry the KV cache.
         shared: names that more than one part reads.
         note: told what the user should know.
@@ -41,6 +42,7 @@ class Block:
     names: Mapping[str, str]
     recipe: Recipe
     reasons: Mapping[str, str]
+    given: Mapping[str, Tensor]
     cache: tuple[tuple[str, str], ...]
     shared: frozenset[str]
     note: Note
@@ -119,12 +121,18 @@ def score_linear(block: Block, linear: Linear, params: Mapping[str, Tensor], obs
 
 
 def allocate(block: Block) -> dict[str, Pattern]:
-    """The zeros that each weight is to have, by key: the same for all."""
-    return {linear.weight: block.recipe.pattern for linear in block.pruned}
+    """The zeros that each weight is to have, by key: the same for all, or those that its given mask has."""
+    pattern = block.recipe.pattern
+    if block.given and not isinstance(pattern, NM):
+        kept = {x.weight: int(block.given[x.weight].sum()) / block.given[x.weight].numel() for x in block.pruned}
+        return {key: Unstructured(1 - fraction) for key, fraction in kept.items()}
+    return {linear.weight: pattern for linear in block.pruned}
 
 
-def mask(block: Block, score: Tensor, pattern: Pattern) -> Tensor:
-    """The keep mask of one weight."""
+def mask(block: Block, key: str, score: Tensor, pattern: Pattern) -> Tensor:
+    """The keep mask of one weight: the given one, or that of the best scores."""
+    if block.given:
+        return block.given[key]
     if isinstance(pattern, NM):
         return masks.nm_keep_mask(score, pattern)
     return masks.fraction_keep_mask(score, pattern.sparsity, GROUPS[block.recipe.score])

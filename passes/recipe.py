@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..calibrate.patterns import Pattern
+from .given_masks import GivenMasks
 
 Score = Literal["ria", "wanda", "magnitude"]
 Update = Literal["none"]
@@ -27,6 +28,8 @@ class Recipe:
         permute: fold channel orders where the graph allows it (N:M only), or not at all.
         skip: glob patterns of module paths that stay dense.
         update: how the surviving weights make up for those that are gone.
+        given: masks to use as they are, instead of those that the score would make; linears without one stay dense.
+            They are for the order of channels that the model has, so ``permute`` must be ``none``.
     """
 
     pattern: Pattern
@@ -35,6 +38,7 @@ class Recipe:
     permute: Literal["fold", "none"] = "fold"
     skip: tuple[str, ...] = ()
     update: Update = "none"
+    given: GivenMasks | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from families import VOCABULARY, random_model
 from safetensors.torch import load_file, save_file
 from sparsify_export import cli
 from sparsify_export.cli import main
 from sparsify_export.passes.cost import Speed
 from sparsify_export.runtime import machine
+from sparsify_export.runtime.inspection import sparse_weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -211,6 +213,27 @@ def test_skip_leaves_layers_dense_and_reports_them(folder, text, tmp_path):
     skipped = [e for e in linears if e["reason"] == "skipped by --skip"]
     assert [e["path"] for e in skipped] == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     assert all(e["op"] == "MatMul" for e in skipped)
+
+
+def test_given_masks_are_compiled_and_flags_they_overrule_are_refused(folder, text, tmp_path, capsys):
+    path = "model.layers.1.mlp.down_proj"
+    keep = torch.zeros(64, 128, dtype=torch.bool)
+    keep.view(64, 32, 4)[..., 1:3] = True
+    save_file({f"{path}.weight": keep}, tmp_path / "masks.safetensors")
+    out = tmp_path / "model.onnx"
+    arguments = [str(folder), "--mask", str(tmp_path / "masks.safetensors")]
+    for flags, said in [
+        (["--sparsity", "0.5"], "--sparsity has no effect with --mask"),
+        (["--score", "wanda"], "--score has no effect with --mask"),
+        (["--permute", "fold"], "--permute fold would move the weights"),
+    ]:
+        assert said in refused(capsys, out, *arguments, *flags)
+    assert "is an ONNX model" in refused(capsys, out, "m.onnx", *arguments[1:])
+    assert main([*arguments, "--calibration", str(text), *SHORT, "-o", str(out)]) == 0
+    (found,) = sparse_weights(out)
+    assert (found[0].path, found[0].op) == (path, "linear_nm")
+    dense = load_file(folder / "model.safetensors")[f"{path}.weight"]
+    assert torch.equal(found[1], torch.where(keep, dense, 0.0))
 
 
 def test_standard_ops_write_plain_matmul_with_zeros(folder, tmp_path, capsys):

@@ -53,6 +53,7 @@ def compile_command(
     ria_power: float = 0.5,
     permute: Literal["fold", "none"] | None = None,
     skip: tuple[str, ...] = (),
+    mask: Path | None = None,
     calibration: str = "self",
     calibration_inputs: Path | None = None,
     samples: int | None = None,
@@ -83,6 +84,8 @@ def compile_command(
         permute: fold channel orders into neighbouring weights where the graph allows it; default fold, and none for an
             .onnx file, which cannot be folded.
         skip: glob of module paths that stay dense; may be repeated.
+        mask: .safetensors file of keep masks (bool or uint8, [out_features, in_features], named by module path) to
+            prune by instead of a score; with --nm they are checked, linears without one stay dense.
         calibration: text file, JSONL with a text field, or self: text the model writes itself.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
             is also verified and timed on them.
@@ -113,7 +116,8 @@ def compile_command(
     _positive("--seq-len", seq_len, least=2)
     _positive("--window", window, least=2)
     _positive("--windows", windows)
-    pattern = compiler.parse_pattern(nm, sparsity)
+    given = _masks(mask, sparsity=sparsity, score=score, permute=permute, model=model)
+    pattern = compiler.parse_pattern(nm, sparsity) or (given.pattern if given else None)
     is_onnx = model.endswith(".onnx")
     if pattern is None:
         _refuse_ignored(
@@ -130,7 +134,8 @@ def compile_command(
         raise InputError(f"--ria-power {ria_power:g} is negative; want 0 or more")
     recipe = None
     if pattern is not None:
-        recipe = Recipe(pattern, score or "ria", ria_power, permute or ("none" if is_onnx else "fold"), skip)
+        fold = permute or ("none" if is_onnx or given else "fold")
+        recipe = Recipe(pattern, score or "ria", ria_power, fold, skip, given=given)
     if group is not None and dtype != "int4":
         raise InputError(f"--group {group} has no effect without --dtype int4")
     if lower == "auto" and ops == "standard":
@@ -385,6 +390,22 @@ def _refuse_ignored(flags: dict[str, object]) -> None:
     """A flag without effect is a mistake somewhere, so it is refused rather than ignored."""
     if given := [flag for flag, value in flags.items() if value is not None]:
         raise InputError(f"{given[0]} has no effect without --nm or --sparsity, since nothing is pruned")
+
+
+def _masks(file: Path | None, *, sparsity: float | None, score: str | None, permute: str | None, model: str) -> Any:
+    """The given masks, or None; flags that they leave without effect are refused."""
+    from .passes.given_masks import read_masks
+
+    if file is None:
+        return None
+    if sparsity is not None or score is not None:
+        flag = "--sparsity" if sparsity is not None else "--score"
+        raise InputError(f"{flag} has no effect with --mask, which says what goes; leave one of them out")
+    if permute == "fold":
+        raise InputError("--permute fold would move the weights away from their --mask; leave it out")
+    if model.endswith(".onnx"):
+        raise InputError(f"--mask is for the linears of a traced model, and {model} is an ONNX model")
+    return read_masks(file)
 
 
 def _settings_table(model: str, out: str, effort: str, settings: Any) -> Table:

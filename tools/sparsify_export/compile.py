@@ -338,6 +338,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "ria_power": recipe.ria_power if recipe else None,
         "permute": recipe.permute if recipe else None,
         "skip": list(recipe.skip) if recipe else [],
+        "mask": str(recipe.given.file) if recipe and recipe.given else None,
         "calibration": str(settings.calibration.inputs or settings.calibration.text),
         "samples": settings.calibration.samples,
         "seq_len": settings.calibration.length,
