@@ -115,6 +115,8 @@ def test_auto_leaves_dense_what_this_machine_runs_slower(folder, text, tmp_path,
 def test_eval_bench_inspect_and_generate_take_what_was_written(exported, text, capsys):
     assert main(["eval", str(exported), "--text", str(text), "--window", "32"]) == 0
     assert "18 windows of 32 tokens" in capsys.readouterr().out
+    assert main(["eval", str(exported)]) == 2
+    assert "give --text FILE, --exact, or both" in capsys.readouterr().err
     assert main(["inspect", str(exported)]) == 0
     assert "2:4" in capsys.readouterr().out
     assert main(["generate", str(exported), "--prompt", "w1 w2 w3", "--max-new-tokens", "5"]) == 0
@@ -144,9 +146,11 @@ def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, cap
     assert main([str(folder), "--quiet", "-o", str(out)]) == 0
     found = []
     for model in (folder, out):
-        assert main(["eval", str(model), "--text", str(text), "--window", "64", "--json"]) == 0
-        found.append(json.loads(capsys.readouterr().out)["perplexity"])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+        assert main(["eval", str(model), "--text", str(text), "--exact", "--window", "64", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=1e-5)
+    assert found[0]["exact"] == found[1]["exact"]
+    assert found[0]["exact"]["scores"].keys() == {"copying", "brackets", "arithmetic"}
 
 
 @pytest.mark.parametrize(

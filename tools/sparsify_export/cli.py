@@ -97,7 +97,7 @@ def compile_command(
         ops: sparse ops, or standard MatMul with zeros.
         lower: sparse ops for every weight that gets smaller, or (auto) not for those that this machine runs slower.
         lower_for: tokens in a call that --lower auto decides for; default 1, decoding.
-        eval_: text file to measure perplexity on, before and after.
+        eval_: text file to measure perplexity on, before and after; exact answers are counted as well.
         window: tokens in an evaluation window.
         windows: evaluation windows at most.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -169,18 +169,20 @@ def eval_command(
     model: str,
     /,
     *,
-    text: Path,
+    text: Path | None = None,
+    exact: Annotated[bool, Parameter(negative="")] = False,
     window: int = 2048,
     windows: int | None = None,
     tokenizer: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Perplexity of a model or an exported file over non-overlapping windows of a text.
+    """Perplexity of a model or an exported file over non-overlapping windows of a text, and exact answers.
 
     Args:
         model: an .onnx file, a folder this tool wrote, a Hugging Face folder, hub id or .gguf file.
-        text: plain text, or JSONL with a text field.
+        text: plain text, or JSONL with a text field, to measure perplexity on.
+        exact: count exactly right answers to small problems: copying, brackets, arithmetic.
         window: tokens in a window.
         windows: windows at most; default all of the text.
         tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
@@ -194,10 +196,13 @@ def eval_command(
 
     _positive("--window", window, least=2)
     _positive("--windows", windows)
+    if text is None and not exact:
+        raise InputError("there is nothing to evaluate; give --text FILE, --exact, or both")
     with _progress(quiet=json) as console:
-        result = frontdoor.evaluate(
+        result, answers = frontdoor.evaluate(
             model,
             text,
+            exact=exact,
             window=window,
             windows=windows,
             tokenizer=tokenizer,
@@ -205,10 +210,13 @@ def eval_command(
             progress=console.progress,
         )
     if json:
-        terminal.print_json(dumps(asdict(result)))
-    else:
+        terminal.print_json(dumps((asdict(result) if result else {}) | ({"exact": asdict(answers)} if answers else {})))
+        return DONE
+    if result:
         where = f"{result.windows} windows of {result.window} tokens"
         terminal.print(f"perplexity {result.perplexity:.2f} over {where}", highlight=False)
+    if answers:
+        terminal.print(f"exact answers: {answers}", highlight=False)
     return DONE
 
 

@@ -16,6 +16,7 @@ from .passes.frontend.trace import trace
 from .passes.fx.canonical import canonicalise, parameter_names
 from .passes.fx.linears import find_linears
 from .runtime.evaluate import Perplexity, onnx_logits, perplexity, torch_logits
+from .runtime.exact import ExactAnswers, exact_answers
 from .runtime.generate import Generation
 from .runtime.generate import generate as run_generate
 from .runtime.inspection import weights as file_weights
@@ -26,18 +27,19 @@ from .simulator import simulate as run_simulator
 
 def evaluate(
     model: str,
-    text: Path,
+    text: Path | None,
     *,
+    exact: bool,
     window: int,
     windows: int | None,
     tokenizer: str | None,
     trust_remote_code: bool,
     progress: Callable[[str, int, int], None],
-) -> Perplexity:
-    """Perplexity of an exported file or of a pretrained model, by the same code.
+) -> tuple[Perplexity | None, ExactAnswers | None]:
+    """Perplexity on ``text`` and exact answers of an exported file or of a pretrained model, by the same code.
 
     Raises:
-        InputError: see ``load``, ``open_session``, ``read_windows`` and ``perplexity``.
+        InputError: see ``load``, ``open_session``, ``read_windows``, ``perplexity`` and ``exact_answers``.
     """
     if is_export(Path(model)):
         logits = onnx_logits(CausalSession(open_session(Path(model))))
@@ -49,7 +51,14 @@ def evaluate(
         logits, words = torch_logits(pretrained.model), pretrained.tokenizer
         if tokenizer is not None:
             words = load_tokenizer(tokenizer)
-    return perplexity(logits, read_windows(text, words, samples=windows, length=window), progress=progress)
+    if words is None:
+        raise InputError(f"{model} has no tokenizer; give --tokenizer")
+    found = answers = None
+    if text is not None:
+        found = perplexity(logits, read_windows(text, words, samples=windows, length=window), progress=progress)
+    if exact:
+        answers = exact_answers(logits, words, progress=progress)
+    return found, answers
 
 
 def generate(
