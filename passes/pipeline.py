@@ -7,14 +7,14 @@ The passes over a block, in the order in which each may rely on those before it:
 3. permute: channel orders that keep the most score, folded into the block's own weights and checked;
 4. allocate: the zeros that each weight is to have;
 5. mask: zeros where the score is lowest, or where a given mask has them;
-6. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
+6. update: the surviving weights make up for those that are gone, whose choice may be part of it;
+7. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
 """
 
 import fnmatch
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 
-import torch
 from torch import Tensor
 
 from ..calibrate import masks
@@ -28,6 +28,7 @@ from .fx.run import Values, live_after, run_part, start
 from .given_masks import masks_by_weight
 from .permute import permute
 from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings
+from .update import update_block
 
 
 def prune(
@@ -104,9 +105,10 @@ def _prune_block(
     patterns = allocate(block)
     with timings.stage("mask"):
         keep = {key: mask(block, key, s, patterns[key]) for key, s in score.items()}
-        after = {key: masks.retained(s, keep[key]) for key, s in score.items()}
-        for key, kept in keep.items():
-            params[key] = torch.where(kept, params[key], 0.0)  # literal +0.0, never -0.0
+    with timings.stage("update"):
+        done = update_block(block, params, keep, patterns, observed)
+        after = {key: masks.retained(score[key], updated.keep) for key, updated in done.items()}
+        params.update({key: updated.weight for key, updated in done.items()})
     with timings.stage("propagate"):
         error = propagate(block, params, states, observed.outputs)
         check.update(run_part(block.part, check, params, block.names))
@@ -118,7 +120,10 @@ def _prune_block(
             continue
         key = linear.weight
         zeros = 1 - int(params[key].count_nonzero()) / params[key].numel()
-        linears.append(LinearReport(linear.path, shape, str(patterns[key]), "", before[key], after[key], zeros))
+        errors = done[key].error_before, done[key].error_after
+        linears.append(
+            LinearReport(linear.path, shape, str(patterns[key]), "", before[key], after[key], zeros, *errors)
+        )
     return BlockReport(block.part.path, tuple(linears), tuple(folds), error)
 
 

@@ -19,8 +19,8 @@ COUNT = 50
 
 SHOTS = 4
 SYMBOLS = "abcdefghkmnpqrstuvwxyz23456789"
-COPIED, DEPTH, BELOW = 8, 3, 10
-OPENING, CLOSING = "([{", ")]}"
+COPIED, DEEPEST, BELOW = 8, 3, 20
+OPENING, CLOSING = "([{<", ")]}>"
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,19 @@ class ExactAnswers:
 
 
 def make_problems(*, count: int = COUNT, seed: int = 0) -> list[Problem]:
-    """The same ``count`` problems of each task for every model; each task has its own few solved ones in front."""
+    """The same ``count`` different problems of each task for every model, with a few solved ones in front.
+
+    There are 84 bracket problems, so ``count`` is 80 at most.
+    """
     made = []
     for task, make in (("copying", _copying), ("brackets", _brackets), ("arithmetic", _arithmetic)):
         draw = random.Random(f"{task} {seed}")
-        shots = "".join("{}{}\n".format(*make(draw)) for _ in range(SHOTS))
-        for _ in range(count):
-            question, answer = make(draw)
-            made.append(Problem(task, shots + question, answer))
+        different: dict[str, str] = {}
+        while len(different) < SHOTS + count:
+            different.update([make(draw)])
+        solved, asked = list(different.items())[:SHOTS], list(different.items())[SHOTS:]
+        shots = "".join(f"{question}{answer}\n" for question, answer in solved)
+        made += [Problem(task, shots + question, answer) for question, answer in asked]
     return made
 
 
@@ -130,7 +135,7 @@ def _copying(draw: random.Random) -> tuple[str, str]:
 
 
 def _brackets(draw: random.Random) -> tuple[str, str]:
-    opened = [draw.randrange(len(OPENING)) for _ in range(DEPTH)]
+    opened = [draw.randrange(len(OPENING)) for _ in range(draw.randint(1, DEEPEST))]
     return (
         " ".join(OPENING[kind] for kind in opened) + " ->",
         "".join(f" {CLOSING[kind]}" for kind in reversed(opened)),

@@ -29,14 +29,14 @@ def write(tmp_path):
     return save
 
 
-def pruned(file, pattern=None):
+def pruned(file, pattern=None, **how):
     """The weights after pruning by a file, those before, and every linear's report."""
     given = read_masks(file)
     program = export(stack(), torch.randn(3, 5, 8))
     params = weights(program)
     before = dict(params)
     batches = [Batch((torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(3)),), None)]
-    recipe = Recipe(pattern or given.pattern, permute="none", given=given)
+    recipe = Recipe(pattern or given.pattern, permute="none", given=given, **how)
     blocks = prune(partition(program), params, recipe, batches)
     return params, before, {linear.path: linear for block in blocks for linear in block.linears}
 
@@ -64,6 +64,17 @@ def test_any_mask_is_taken_and_counted(write):
     assert torch.equal(params[f"model.{UP}.weight"] != 0, keep)
     assert reports[UP].sparsity == 6 / 128
     assert reports[DOWN].reason == "masks.safetensors keeps all of it"
+
+
+@pytest.mark.parametrize("update", ["sparsegpt", "admm", "cg", "admm-cg"])
+def test_an_update_keeps_the_masks_and_lowers_the_error(write, update):
+    keep = {UP: two_of_four(16, 8, 0), DOWN: two_of_four(8, 16, 1)}
+    params, before, reports = pruned(write(dict(keep)), update=update)
+    for path, mask in keep.items():
+        weight = params[f"model.{path}.weight"]
+        assert not weight[~mask].any()
+        assert not torch.equal(weight[mask], before[f"model.{path}.weight"][mask])
+        assert reports[path].error_after < reports[path].error_before
 
 
 def test_the_whole_file_is_one_fraction(write):

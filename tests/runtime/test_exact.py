@@ -7,7 +7,7 @@ import torch
 from sparsify_export.passes.errors import InputError
 from sparsify_export.runtime.exact import ExactAnswers, exact_answers, make_problems
 
-PAIRS = {"(": ")", "[": "]", "{": "}"}
+PAIRS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 
 class Letters:

@@ -230,10 +230,11 @@ def test_given_masks_are_compiled_and_flags_they_overrule_are_refused(folder, te
         (["--sparsity", "0.5"], "--sparsity has no effect with --mask"),
         (["--score", "wanda"], "--score has no effect with --mask"),
         (["--permute", "fold"], "--permute fold would move the weights"),
+        (["--mask-from", "update"], "--mask-from update has no effect with --mask"),
     ]:
         assert said in refused(capsys, out, *arguments, *flags)
-    assert "is an ONNX model" in refused(capsys, out, "m.onnx", *arguments[1:])
-    assert main([*arguments, "--calibration", str(text), *SHORT, "-o", str(out)]) == 0
+    assert "cannot be had for an .onnx file" in refused(capsys, out, "m.onnx", *arguments[1:])
+    assert main([*arguments, "--effort", "fast", "--calibration", str(text), *SHORT, "-o", str(out)]) == 0
     (found,) = sparse_weights(out)
     assert (found[0].path, found[0].op) == (path, "linear_nm")
     dense = load_file(folder / "model.safetensors")[f"{path}.weight"]
@@ -261,6 +262,11 @@ def test_standard_ops_write_plain_matmul_with_zeros(folder, tmp_path, capsys):
         (["--nm", "2:4", "--samples", "0"], "--samples 0"),
         (["--nm", "2:4", "--ria-power", "-1"], "negative"),
         (["--nm", "2:4", "--effort", "huge"], "huge"),
+        (["--nm", "2:4", "--damping", "2"], "--damping 2 is out of range; want 0 to 1"),
+        (["--nm", "2:4", "--effort", "fast", "--damping", "0.1"], "--damping 0.1 has no effect without an update"),
+        (["--nm", "2:4", "--update", "none", "--mask-from", "score"], "--mask-from score has no effect without"),
+        (["--nm", "2:4", "--update", "cg", "--mask-from", "update"], "--update cg does not choose a mask"),
+        (["--update", "cg"], "--update has no effect without --nm"),
         (["--nm", "2:4", "--skip", "*.no_such_layer"], "matches none of the 14 linears"),
         (["--nm", "3:7"], "64 is not a multiple of 7"),
         (["--score", "wanda"], "has no effect without --nm"),

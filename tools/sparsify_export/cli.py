@@ -48,12 +48,15 @@ def compile_command(
     out: Annotated[str, Parameter(name=["--output", "-o"])],
     nm: str | None = None,
     sparsity: float | None = None,
-    effort: Literal["fast"] = "fast",
+    effort: Literal["fast", "balanced"] | None = None,
     score: Literal["ria", "wanda", "magnitude"] | None = None,
     ria_power: float = 0.5,
     permute: Literal["fold", "none"] | None = None,
     skip: tuple[str, ...] = (),
     mask: Path | None = None,
+    update: Literal["none", "sparsegpt", "admm", "cg", "admm-cg"] | None = None,
+    mask_from: Literal["update", "score"] | None = None,
+    damping: float | None = None,
     calibration: str = "self",
     calibration_inputs: Path | None = None,
     samples: int | None = None,
@@ -78,7 +81,8 @@ def compile_command(
         out: OUT.onnx (weights go to OUT.onnx.data), or a folder.
         nm: keep N of every M neighbouring weights, e.g. 2:4.
         sparsity: fraction of zeros anywhere, between 0 and 1.
-        effort: the recipe that fills in flags not given; fast is score and fold, original weights.
+        effort: the recipe that fills in flags not given; fast is score and fold, original weights; balanced, the
+            default, is fold and the best update of the weights without gradients. An .onnx file has fast only.
         score: what ranks the weights; default ria, of an .onnx file without calibration inputs from weights alone.
         ria_power: exponent of the activation norms in RIA.
         permute: fold channel orders into neighbouring weights where the graph allows it; default fold, and none for an
@@ -86,6 +90,10 @@ def compile_command(
         skip: glob of module paths that stay dense; may be repeated.
         mask: .safetensors file of keep masks (bool or uint8, [out_features, in_features], named by module path) to
             prune by instead of a score; with --nm they are checked, linears without one stay dense.
+        update: how the surviving weights make up for those that are gone: not at all, SparseGPT's sweep, ADMM with
+            gradual zeros, conjugate gradients on the score's mask, or ADMM and then conjugate gradients.
+        mask_from: whether the update chooses the mask as it goes, its default, or keeps that of the score.
+        damping: added to the diagonal of the update's Hessian, as a fraction of its mean; default the method's own.
         calibration: text file, JSONL with a text field, or self: text the model writes itself.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
             is also verified and timed on them.
@@ -105,8 +113,9 @@ def compile_command(
         quiet: print nothing but errors.
     """
     from . import compile as compiler
+    from .effort import Flags, effort_of, make_recipe
     from .passes.dialect.storage import Storage
-    from .passes.recipe import Recipe
+    from .passes.given_masks import read_masks
     from .report import render
 
     if out.endswith((".plan", ".engine")):
@@ -116,26 +125,26 @@ def compile_command(
     _positive("--seq-len", seq_len, least=2)
     _positive("--window", window, least=2)
     _positive("--windows", windows)
-    given = _masks(mask, sparsity=sparsity, score=score, permute=permute, model=model)
-    pattern = compiler.parse_pattern(nm, sparsity) or (given.pattern if given else None)
+    pattern = compiler.parse_pattern(nm, sparsity)
+    given = read_masks(mask) if mask is not None else None
     is_onnx = model.endswith(".onnx")
-    if pattern is None:
+    if pattern is None and given is None:
         _refuse_ignored(
             {
                 "--score": score,
                 "--permute": permute,
                 "--skip": skip or None,
+                "--effort": effort,
+                "--update": update,
+                "--mask-from": mask_from,
+                "--damping": damping,
                 "--samples": None if is_onnx else samples,
                 "--seq-len": seq_len,
                 "--calibration-inputs": None if is_onnx else calibration_inputs,  # an ONNX model is verified on them
             }
         )
-    if ria_power < 0:
-        raise InputError(f"--ria-power {ria_power:g} is negative; want 0 or more")
-    recipe = None
-    if pattern is not None:
-        fold = permute or ("none" if is_onnx or given else "fold")
-        recipe = Recipe(pattern, score or "ria", ria_power, fold, skip, given=given)
+    flags = Flags(effort, score, ria_power, permute, skip, update, mask_from, damping, given)
+    recipe = make_recipe(pattern, flags, onnx=is_onnx) if pattern or given else None
     if group is not None and dtype != "int4":
         raise InputError(f"--group {group} has no effect without --dtype int4")
     if lower == "auto" and ops == "standard":
@@ -149,7 +158,8 @@ def compile_command(
     settings = compiler.Settings(recipe, source, storage, ops, tokens, eval_, window, windows)
     with _progress(quiet) as console:
         if not quiet:
-            terminal.print(_settings_table(model, out, effort, settings))
+            chosen = effort_of(flags, onnx=is_onnx) if recipe else None
+            terminal.print(_settings_table(model, out, chosen, settings))
         report = compiler.compile_model(
             model,
             out,
@@ -400,30 +410,15 @@ def _refuse_ignored(flags: dict[str, object]) -> None:
         raise InputError(f"{given[0]} has no effect without --nm or --sparsity, since nothing is pruned")
 
 
-def _masks(file: Path | None, *, sparsity: float | None, score: str | None, permute: str | None, model: str) -> Any:
-    """The given masks, or None; flags that they leave without effect are refused."""
-    from .passes.given_masks import read_masks
-
-    if file is None:
-        return None
-    if sparsity is not None or score is not None:
-        flag = "--sparsity" if sparsity is not None else "--score"
-        raise InputError(f"{flag} has no effect with --mask, which says what goes; leave one of them out")
-    if permute == "fold":
-        raise InputError("--permute fold would move the weights away from their --mask; leave it out")
-    if model.endswith(".onnx"):
-        raise InputError(f"--mask is for the linears of a traced model, and {model} is an ONNX model")
-    return read_masks(file)
-
-
-def _settings_table(model: str, out: str, effort: str, settings: Any) -> Table:
+def _settings_table(model: str, out: str, effort: str | None, settings: Any) -> Table:
     from .compile import plain
     from .onnx_in import told
 
     table = Table("setting", "value", title="sparsify-export", title_justify="left")
     table.add_row("model", model)
     table.add_row("out", out)
-    table.add_row("effort", effort)
+    if effort is not None:
+        table.add_row("effort", effort)
     for name, value in (told(settings) if model.endswith(".onnx") else plain(settings)).items():
         if value not in (None, []):
             table.add_row(name.replace("_", " "), str(value))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .calibrate.patterns import NM, Pattern, Unstructured
+from .calibrate.update import DAMPING
 from .passes.dialect.packed import Packed
 from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError, VerificationError
@@ -142,7 +143,14 @@ def compile_model(
         with stages.run("prune"):
             cache = cache_pairs(traced, parts)
             blocks = prune(
-                parts, params, settings.recipe, batches, cache=cache, progress=console.progress, timings=timings
+                parts,
+                params,
+                settings.recipe,
+                batches,
+                cache=cache,
+                progress=console.progress,
+                note=console.note,
+                timings=timings,
             )
         store(traced, params)
     with stages.run("lower"):
@@ -336,6 +344,12 @@ def _evaluate(logits: Logits, pretrained: Pretrained, settings: Settings) -> tup
     return perplexity(logits, windows), exact_answers(logits, pretrained.tokenizer, limit=limit)
 
 
+def _damping(recipe: Recipe) -> float | None:
+    if recipe.update == "none" or recipe.damping is not None:
+        return recipe.damping
+    return DAMPING[recipe.update]
+
+
 def plain(settings: Settings) -> dict[str, Any]:
     """The settings as JSON-able values."""
     recipe = settings.recipe
@@ -346,6 +360,9 @@ def plain(settings: Settings) -> dict[str, Any]:
         "permute": recipe.permute if recipe else None,
         "skip": list(recipe.skip) if recipe else [],
         "mask": str(recipe.given.file) if recipe and recipe.given else None,
+        "update": recipe.update if recipe else None,
+        "mask_from": recipe.mask_from if recipe and recipe.update != "none" else None,
+        "damping": _damping(recipe) if recipe else None,
         "calibration": str(settings.calibration.inputs or settings.calibration.text),
         "samples": settings.calibration.samples,
         "seq_len": settings.calibration.length,
