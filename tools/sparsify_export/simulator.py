@@ -135,7 +135,11 @@ def by_projection(found: Iterable[Cycles]) -> dict[str, list[Cycles]]:
 
 def render(found: Iterable[Cycles]) -> Table:
     """The table that the command line shows: mean cycles of each projection, and the total."""
-    table = Table("projection", "linears", "shape", "zeros", "dense cycles", "sparse cycles", "speed-up")
+    table = Table(
+        *("projection", "linears", "shape", "zeros", "dense", "sparse", "speed-up"),
+        title="Simulated cycles of one call, mean of the linears",
+        title_justify="left",
+    )
     table.columns[0].overflow = "fold"
     everything: list[Cycles] = []
     for name, group in by_projection(found).items():
