@@ -87,7 +87,7 @@ def main(
             continue
         finished.append(json.loads(ran.stdout.splitlines()[-1]))
         with (out / "cells.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(finished[-1]) + "\n")
+            lines.write("\n" + json.dumps(finished[-1]))  # in front: the line before may have been cut short
     rows = table(cells, finished)
     write(rows, out)
     screen.print(render(rows))

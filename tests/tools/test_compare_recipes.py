@@ -97,7 +97,7 @@ def test_finished_cells_are_read_and_others_run(base, tmp_path, monkeypatch, cap
     figures = {"mean_nll": 3.0, "perplexity": 20.1, "exact": {"copying": 0.5, "brackets": 0.25, "arithmetic": 0}}
     figures |= {"error": 0.1, "zeros": 0.5, "learned": 0, "seconds": 1.0, "peak_bytes": 10**9, "windows": 3}
     lines = [json.dumps({"cell": asdict(base), **figures}), '{"cell": {"mod']  # the second was cut short
-    (tmp_path / "cells.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "cells.jsonl").write_text("\n".join(lines))
     ran = []
 
     def run(line, **_):

@@ -103,7 +103,8 @@ def split_pattern(text: str) -> tuple[Any, Storage]:
     if storage not in ("", "int4", "int8"):
         raise InputError(f"--patterns {text}: {storage} is no storage; want int4 or int8 behind the +")
     try:
-        pattern = parse_pattern(zeros, None) if ":" in zeros else parse_pattern(None, float(zeros))
+        fraction = None if ":" in zeros else float(zeros)
     except ValueError as error:
         raise InputError(f"--patterns {text}: want N:M or a fraction of zeros") from error
+    pattern = parse_pattern(zeros if fraction is None else None, fraction)
     return pattern, FP32 if not storage else Storage(storage, 128 if storage == "int4" else 0)  # type: ignore[arg-type]

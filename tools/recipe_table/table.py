@@ -33,12 +33,14 @@ def table(cells: Sequence[Cell], finished: Sequence[Mapping[str, Any]]) -> list[
     """The rows in the order of the plan; those that are not finished are left out."""
     by_cell = {json.dumps(done["cell"], sort_keys=True): done for done in finished}
     rows: list[dict[str, Any]] = []
+    dense: float | None = None
     for cell in cells:
         done = by_cell.get(json.dumps(asdict(cell), sort_keys=True))
         if done is None:
             continue
         figures = {name: value for name, value in done.items() if name not in ("cell", "exact")}
-        dense = rows[0]["mean_nll"] if rows and rows[0]["method"] == DENSE else None
+        if cell.method == DENSE:
+            dense = done["mean_nll"]
         varied = f"{cell.varied} {cell.value:g}" if cell.value is not None else ""
         row = {"method": cell.method, "pattern": cell.pattern, "varied": varied, **figures, **done["exact"]}
         row["dln"] = None if dense is None else row["mean_nll"] - dense
