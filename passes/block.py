@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..calibrate import masks, scores
 from ..calibrate.hessian import Hessian
-from ..calibrate.patterns import Group, Pattern
+from ..calibrate.patterns import NM, Group, Pattern, Unstructured
 from ..calibrate.statistics import ActNorm
 from .errors import InputError
 from .frontend.batches import Batch
@@ -32,6 +32,7 @@ class Block:
         names: outer placeholder name to parameter key.
         recipe: how to prune.
         reasons: why a linear stays dense, by path; "" for those that are pruned.
+        given: masks to use as they are, by weight key; empty where the score makes them.
         cache: (past, present) names that carry the KV cache.
         shared: names that more than one part reads.
         note: told what the user should know.
@@ -42,6 +43,7 @@ class Block:
     names: Mapping[str, str]
     recipe: Recipe
     reasons: Mapping[str, str]
+    given: Mapping[str, Tensor]
     cache: tuple[tuple[str, str], ...]
     shared: frozenset[str]
     note: Note
@@ -124,13 +126,17 @@ def score_linear(block: Block, linear: Linear, params: Mapping[str, Tensor], obs
 
 
 def allocate(block: Block) -> dict[str, Pattern]:
-    """The zeros that each weight is to have, by key: the same for all."""
-    return {linear.weight: block.recipe.pattern for linear in block.pruned}
+    """The zeros that each weight is to have, by key: the same for all, or those that its given mask has."""
+    pattern = block.recipe.pattern
+    if block.given and not isinstance(pattern, NM):
+        kept = {x.weight: int(block.given[x.weight].sum()) / block.given[x.weight].numel() for x in block.pruned}
+        return {key: Unstructured(1 - fraction) for key, fraction in kept.items()}
+    return {linear.weight: pattern for linear in block.pruned}
 
 
-def mask(block: Block, score: Tensor, pattern: Pattern) -> Tensor:
-    """The keep mask of one weight."""
-    return masks.keep_mask(score, pattern, GROUPS[block.recipe.score])
+def mask(block: Block, key: str, score: Tensor, pattern: Pattern) -> Tensor:
+    """The keep mask of one weight: the given one, or that of the best scores."""
+    return block.given[key] if block.given else masks.keep_mask(score, pattern, GROUPS[block.recipe.score])
 
 
 def propagate(block: Block, params: Mapping[str, Tensor], states: list[Values], dense: list[Values]) -> float:

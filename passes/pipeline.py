@@ -6,14 +6,14 @@ The passes over a block, in the order in which each may rely on those before it:
 2. score: how much each weight matters;
 3. permute: channel orders that keep the most score, folded into the block's own weights and checked;
 4. allocate: the zeros that each weight is to have;
-5. mask: zeros where the score is lowest;
+5. mask: zeros where the score is lowest, or where a given mask has them;
 6. update: the surviving weights make up for those that are gone, whose choice may be part of it;
 7. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
 """
 
 import fnmatch
 from collections import Counter
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
 from torch import Tensor
 
@@ -22,8 +22,10 @@ from ..calibrate.patterns import NM
 from .block import Block, allocate, mask, observe, propagate, score_linear
 from .errors import InputError
 from .frontend.batches import Batch
+from .fx.linears import Linear
 from .fx.partition import Partition
 from .fx.run import Values, live_after, run_part, start
+from .given_masks import masks_by_weight
 from .permute import permute
 from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings
 from .update import update_block
@@ -53,12 +55,14 @@ def prune(
         timings: seconds per stage are added here.
 
     Raises:
-        InputError: nothing can be pruned, ``skip`` matches nothing, weights or activations hold NaN, or the batches
-            hold nothing but padding.
+        InputError: nothing can be pruned, ``skip`` matches nothing, a given mask does not fit, weights or activations
+            hold NaN, or the batches hold nothing but padding.
         VerificationError: a fold changed what its block computes.
     """
     timings = timings or Timings()
-    reasons = _reasons(partition, recipe)
+    linears = [linear for part in partition.blocks for linear in part.linears]
+    given = masks_by_weight(recipe.given, linears, recipe.pattern) if recipe.given else {}
+    reasons = _reasons(linears, recipe, given)
     alive = live_after(partition)
     readers = Counter(name for part in partition.parts for name in part.inputs)
     shared = frozenset(name for name, count in readers.items() if count > 1)
@@ -67,7 +71,7 @@ def prune(
     reports: list[BlockReport] = []
     for index, part in enumerate(partition.parts):
         if part.path:
-            block = Block(part, partition.params, recipe, reasons, tuple(cache), shared, note, timings)
+            block = Block(part, partition.params, recipe, reasons, given, tuple(cache), shared, note, timings)
             reports.append(_prune_block(block, params, states, batches, check))
             progress("pruning", len(reports), len(partition.blocks))
         elif not reports:  # the prologue; what follows the last block is nobody's input
@@ -96,11 +100,11 @@ def _prune_block(
         observed = observe(block, params, states, batches)
     with timings.stage("score"):
         score = {linear.weight: score_linear(block, linear, params, observed) for linear in block.pruned}
-        before = {key: masks.retained(s, mask(block, s, block.recipe.pattern)) for key, s in score.items()}
+        before = {key: masks.retained(s, mask(block, key, s, block.recipe.pattern)) for key, s in score.items()}
     folds = permute(block, params, score, observed, check)
     patterns = allocate(block)
     with timings.stage("mask"):
-        keep = {key: mask(block, s, patterns[key]) for key, s in score.items()}
+        keep = {key: mask(block, key, s, patterns[key]) for key, s in score.items()}
     with timings.stage("update"):
         done = update_block(block, params, keep, patterns, observed)
         after = {key: masks.retained(score[key], updated.keep) for key, updated in done.items()}
@@ -123,9 +127,8 @@ def _prune_block(
     return BlockReport(block.part.path, tuple(linears), tuple(folds), error)
 
 
-def _reasons(partition: Partition, recipe: Recipe) -> dict[str, str]:
+def _reasons(linears: Sequence[Linear], recipe: Recipe, given: Mapping[str, Tensor]) -> dict[str, str]:
     """Why each linear stays dense, by path; "" for those that will be pruned."""
-    linears = [linear for part in partition.blocks for linear in part.linears]
     for glob in recipe.skip:
         if not any(fnmatch.fnmatchcase(linear.path, glob) for linear in linears):
             raise InputError(f"--skip {glob} matches none of the {len(linears)} linears, e.g. {linears[0].path}")
@@ -134,6 +137,10 @@ def _reasons(partition: Partition, recipe: Recipe) -> dict[str, str]:
         reasons[linear.path] = ""
         if any(fnmatch.fnmatchcase(linear.path, glob) for glob in recipe.skip):
             reasons[linear.path] = "skipped by --skip"
+        elif recipe.given and linear.weight not in given:
+            reasons[linear.path] = f"{recipe.given.file.name} has no mask for it"
+        elif recipe.given and bool(given[linear.weight].all()):
+            reasons[linear.path] = f"{recipe.given.file.name} keeps all of it"
         elif isinstance(recipe.pattern, NM) and linear.in_features % recipe.pattern.m:
             reasons[linear.path] = f"in_features {linear.in_features} is not a multiple of {recipe.pattern.m}"
     if all(reasons.values()):

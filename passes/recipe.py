@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..calibrate.patterns import Pattern
+from .given_masks import GivenMasks
 
 Score = Literal["ria", "wanda", "magnitude"]
 Update = Literal["none", "sparsegpt", "admm", "cg", "admm-cg"]
@@ -31,6 +32,9 @@ class Recipe:
         mask_from: whether the update chooses the mask as it goes, or takes that of the score. Without an update,
             and with ``cg``, which wants a mask, it is ``score``.
         damping: added to the diagonal of the Hessian, as a fraction of its mean; None for the update's own.
+        given: masks to use as they are, instead of those that the score would make; linears without one stay dense.
+            They are for the order of channels that the model has and for no other, so ``permute`` must be ``none``
+            and ``mask_from`` ``score``.
     """
 
     pattern: Pattern
@@ -41,6 +45,7 @@ class Recipe:
     update: Update = "none"
     mask_from: MaskFrom = "score"
     damping: float | None = None
+    given: GivenMasks | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,19 @@ def sparse_weights(path: Path) -> Iterator[tuple[LinearInfo, Tensor]]:
     Raises:
         InputError: the file is missing, damaged, or not ONNX.
     """
+    for info, weight in weights(path):
+        if info.pattern is not None:
+            yield info, weight
+
+
+def weights(path: Path) -> Iterator[tuple[LinearInfo, Tensor]]:
+    """As ``sparse_weights``, with the dense ones too; what has more than two axes is left out.
+
+    Raises:
+        InputError: the file is missing, damaged, or not ONNX.
+    """
     for info, weight in _linears(path, packed=True):
-        if info.pattern is not None and weight is not None:
+        if weight is not None:
             yield info, weight
 
 

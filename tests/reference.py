@@ -94,6 +94,44 @@ def best_retained_nm(score: torch.Tensor, n: int, m: int) -> float:
     return max(retained_nm(score[:, order], n, m) for order in partitions(list(range(score.shape[1])), m))
 
 
+def accelerator_cycles(keep: list[list[bool]], is_global: list[bool], tokens: int, *, published: bool) -> int:
+    """Cycles of one split, multiplier by multiplier; see tools/sparsify_export/simulator.py."""
+    rows, columns = len(keep), len(keep[0])
+    count = sum(is_global)
+    lengths = [sum(keep[i][j] for j in range(columns) if not is_global[j]) for i in range(rows)]
+    work = rows * count + sum(lengths)
+    dense = 64 * rows * count // work if work else 0
+    if count and sum(lengths):
+        dense = min(max(dense, 1), 63)
+    if published:
+        in_dense = math.ceil(columns * count / (64 * dense)) if count else 0
+        return max(in_dense, math.ceil(sum(lengths) / (64 * (64 - dense))) if sum(lengths) else 0)
+    in_dense = in_sparse = 0
+    for first in range(0, rows, 64):
+        if count:
+            in_dense += tokens * math.ceil(count / dense)
+        if longest := max(lengths[first : first + 64]):
+            in_sparse += tokens * math.ceil(longest / (64 - dense))
+    others = columns - count
+    bits = min(rows * others, sum(lengths) * (others - 1).bit_length()) if others > 1 and sum(lengths) else 0
+    return max(in_dense, in_sparse, math.ceil((rows * count + sum(lengths) + bits / 8) / 153.6))
+
+
+def accelerator_best(keep: list[list[bool]], *, published: bool, tokens: int = 1) -> int:
+    """The fewest cycles of the splits that are tried, the whole matrix at once (of one patch, as published)."""
+    rows, columns = len(keep), len(keep[0])
+    heights = [sum(row[j] for row in keep) for j in range(columns)]
+    tried = [] if published else [[True] * columns, [False] * columns]
+    tenths = 5
+    for _ in range(5):
+        tried.append([height * 10 > tenths * rows for height in heights])
+        share = sum(h for h, is_global in zip(heights, tried[-1], strict=True) if is_global) / max(1, sum(heights))
+        if 0.4 < share < 0.6:
+            break
+        tenths += 1 if share >= 0.6 else -1
+    return min(accelerator_cycles(keep, split, tokens, published=published) for split in tried)
+
+
 def hessian(x: torch.Tensor) -> torch.Tensor:
     """``2/n`` times the sum over tokens of ``x_i x_j``, for ``x [tokens, C]``."""
     columns = x.double().T.tolist()

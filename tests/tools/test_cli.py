@@ -12,47 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from families import VOCABULARY, random_model
 from safetensors.torch import load_file, save_file
 from sparsify_export import cli
 from sparsify_export.cli import main
 from sparsify_export.passes.cost import Speed
 from sparsify_export.runtime import machine
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from sparsify_export.runtime.inspection import sparse_weights
 
-WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
 SHORT = ["--samples", "4", "--seq-len", "32", "--quiet"]
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A tiny Llama with a tokenizer of 96 words."""
-    path = tmp_path_factory.mktemp("model") / "llama"
-    random_model("llama").save_pretrained(path)
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    """A tiny model of images, which is compiled in half the time of one that writes text."""
-    path = tmp_path_factory.mktemp("model") / "vit"
-    random_model("vit").save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(np.random.default_rng(0).choice(WORDS, 600)))
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +90,8 @@ def test_auto_leaves_dense_what_this_machine_runs_slower(folder, text, tmp_path,
 def test_eval_bench_inspect_and_generate_take_what_was_written(exported, text, capsys):
     assert main(["eval", str(exported), "--text", str(text), "--window", "32"]) == 0
     assert "18 windows of 32 tokens" in capsys.readouterr().out
+    assert main(["eval", str(exported)]) == 2
+    assert "give --text FILE, --exact, or both" in capsys.readouterr().err
     assert main(["inspect", str(exported)]) == 0
     assert "2:4" in capsys.readouterr().out
     assert main(["generate", str(exported), "--prompt", "w1 w2 w3", "--max-new-tokens", "5"]) == 0
@@ -129,14 +100,32 @@ def test_eval_bench_inspect_and_generate_take_what_was_written(exported, text, c
     assert json.loads(capsys.readouterr().out)["rows"]
 
 
+def test_simulate_takes_folders_and_files(folder, exported, capsys, monkeypatch):
+    monkeypatch.setattr(cli.terminal, "width", 200)
+    found = {}
+    for model in (folder, exported):
+        assert main(["simulate", str(model), "--json", "--tokens", "1000"]) == 0
+        found[model] = {entry["path"]: entry for entry in json.loads(capsys.readouterr().out)}
+    path = "model.layers.1.mlp.down_proj"
+    assert found[folder][path] == {"path": path, "shape": [64, 128], "zeros": 0.0, "dense": 2000, "sparse": 2000}
+    assert found[exported][path]["zeros"] == 0.5
+    assert found[exported][path]["dense"] == 2000
+    assert main(["simulate", str(exported), "--paper-compat"]) == 0
+    assert "model.layers.*.mlp.down_proj" in capsys.readouterr().out
+    assert main(["simulate", str(exported), "--paper-compat", "--tokens", "2"]) == 2
+    assert "--tokens 2 cannot be had with --paper-compat" in capsys.readouterr().err
+
+
 def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, capsys):
     out = tmp_path / "dense.onnx"
     assert main([str(folder), "--quiet", "-o", str(out)]) == 0
     found = []
     for model in (folder, out):
-        assert main(["eval", str(model), "--text", str(text), "--window", "64", "--json"]) == 0
-        found.append(json.loads(capsys.readouterr().out)["perplexity"])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+        assert main(["eval", str(model), "--text", str(text), "--exact", "--window", "64", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=1e-5)
+    assert found[0]["exact"] == found[1]["exact"]
+    assert found[0]["exact"]["scores"].keys() == {"copying", "brackets", "arithmetic"}
 
 
 @pytest.mark.parametrize(
@@ -202,6 +191,28 @@ def test_skip_leaves_layers_dense_and_reports_them(folder, text, tmp_path):
     skipped = [e for e in linears if e["reason"] == "skipped by --skip"]
     assert [e["path"] for e in skipped] == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     assert all(e["op"] == "MatMul" for e in skipped)
+
+
+def test_given_masks_are_compiled_and_flags_they_overrule_are_refused(folder, text, tmp_path, capsys):
+    path = "model.layers.1.mlp.down_proj"
+    keep = torch.zeros(64, 128, dtype=torch.bool)
+    keep.view(64, 32, 4)[..., 1:3] = True
+    save_file({f"{path}.weight": keep}, tmp_path / "masks.safetensors")
+    out = tmp_path / "model.onnx"
+    arguments = [str(folder), "--mask", str(tmp_path / "masks.safetensors")]
+    for flags, said in [
+        (["--sparsity", "0.5"], "--sparsity has no effect with --mask"),
+        (["--score", "wanda"], "--score has no effect with --mask"),
+        (["--permute", "fold"], "--permute fold would move the weights"),
+        (["--mask-from", "update"], "--mask-from update has no effect with --mask"),
+    ]:
+        assert said in refused(capsys, out, *arguments, *flags)
+    assert "cannot be had for an .onnx file" in refused(capsys, out, "m.onnx", *arguments[1:])
+    assert main([*arguments, "--effort", "fast", "--calibration", str(text), *SHORT, "-o", str(out)]) == 0
+    (found,) = sparse_weights(out)
+    assert (found[0].path, found[0].op) == (path, "linear_nm")
+    dense = load_file(folder / "model.safetensors")[f"{path}.weight"]
+    assert torch.equal(found[1], torch.where(keep, dense, 0.0))
 
 
 def test_standard_ops_write_plain_matmul_with_zeros(folder, tmp_path, capsys):

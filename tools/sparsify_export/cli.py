@@ -1,4 +1,4 @@
-"""The command line: ``sparsify-export MODEL ... -o OUT`` and ``sparsify-export eval|bench|inspect|generate``."""
+"""The command line: ``sparsify-export MODEL ... -o OUT`` and its commands, from ``eval`` to ``simulate``."""
 
 import sys
 from collections.abc import Sequence
@@ -53,6 +53,7 @@ def compile_command(
     ria_power: float = 0.5,
     permute: Literal["fold", "none"] | None = None,
     skip: tuple[str, ...] = (),
+    mask: Path | None = None,
     update: Literal["none", "sparsegpt", "admm", "cg", "admm-cg"] | None = None,
     mask_from: Literal["update", "score"] | None = None,
     damping: float | None = None,
@@ -87,6 +88,8 @@ def compile_command(
         permute: fold channel orders into neighbouring weights where the graph allows it; default fold, and none for an
             .onnx file, which cannot be folded.
         skip: glob of module paths that stay dense; may be repeated.
+        mask: .safetensors file of keep masks (bool or uint8, [out_features, in_features], named by module path) to
+            prune by instead of a score; with --nm they are checked, linears without one stay dense.
         update: how the surviving weights make up for those that are gone: not at all, SparseGPT's sweep, ADMM with
             gradual zeros, conjugate gradients on the score's mask, or ADMM and then conjugate gradients.
         mask_from: whether the update chooses the mask as it goes, its default, or keeps that of the score.
@@ -102,7 +105,7 @@ def compile_command(
         ops: sparse ops, or standard MatMul with zeros.
         lower: sparse ops for every weight that gets smaller, or (auto) not for those that this machine runs slower.
         lower_for: tokens in a call that --lower auto decides for; default 1, decoding.
-        eval_: text file to measure perplexity on, before and after.
+        eval_: text file to measure perplexity on, before and after; exact answers are counted as well.
         window: tokens in an evaluation window.
         windows: evaluation windows at most.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -112,6 +115,7 @@ def compile_command(
     from . import compile as compiler
     from .effort import Flags, effort_of, make_recipe
     from .passes.dialect.storage import Storage
+    from .passes.given_masks import read_masks
     from .report import render
 
     if out.endswith((".plan", ".engine")):
@@ -122,8 +126,9 @@ def compile_command(
     _positive("--window", window, least=2)
     _positive("--windows", windows)
     pattern = compiler.parse_pattern(nm, sparsity)
+    given = read_masks(mask) if mask is not None else None
     is_onnx = model.endswith(".onnx")
-    if pattern is None:
+    if pattern is None and given is None:
         _refuse_ignored(
             {
                 "--score": score,
@@ -138,8 +143,8 @@ def compile_command(
                 "--calibration-inputs": None if is_onnx else calibration_inputs,  # an ONNX model is verified on them
             }
         )
-    flags = Flags(effort, score, ria_power, permute, skip, update, mask_from, damping)
-    recipe = make_recipe(pattern, flags, onnx=is_onnx) if pattern is not None else None
+    flags = Flags(effort, score, ria_power, permute, skip, update, mask_from, damping, given)
+    recipe = make_recipe(pattern, flags, onnx=is_onnx) if pattern or given else None
     if group is not None and dtype != "int4":
         raise InputError(f"--group {group} has no effect without --dtype int4")
     if lower == "auto" and ops == "standard":
@@ -174,18 +179,20 @@ def eval_command(
     model: str,
     /,
     *,
-    text: Path,
+    text: Path | None = None,
+    exact: Annotated[bool, Parameter(negative="")] = False,
     window: int = 2048,
     windows: int | None = None,
     tokenizer: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Perplexity of a model or an exported file over non-overlapping windows of a text.
+    """Perplexity of a model or an exported file over non-overlapping windows of a text, and exact answers.
 
     Args:
         model: an .onnx file, a folder this tool wrote, a Hugging Face folder, hub id or .gguf file.
-        text: plain text, or JSONL with a text field.
+        text: plain text, or JSONL with a text field, to measure perplexity on.
+        exact: count exactly right answers to small problems: copying, brackets, arithmetic.
         window: tokens in a window.
         windows: windows at most; default all of the text.
         tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
@@ -199,10 +206,13 @@ def eval_command(
 
     _positive("--window", window, least=2)
     _positive("--windows", windows)
+    if text is None and not exact:
+        raise InputError("there is nothing to evaluate; give --text FILE, --exact, or both")
     with _progress(quiet=json) as console:
-        result = frontdoor.evaluate(
+        result, answers = frontdoor.evaluate(
             model,
             text,
+            exact=exact,
             window=window,
             windows=windows,
             tokenizer=tokenizer,
@@ -210,10 +220,13 @@ def eval_command(
             progress=console.progress,
         )
     if json:
-        terminal.print_json(dumps(asdict(result)))
-    else:
+        terminal.print_json(dumps((asdict(result) if result else {}) | ({"exact": asdict(answers)} if answers else {})))
+        return DONE
+    if result:
         where = f"{result.windows} windows of {result.window} tokens"
         terminal.print(f"perplexity {result.perplexity:.2f} over {where}", highlight=False)
+    if answers:
+        terminal.print(f"exact answers: {answers}", highlight=False)
     return DONE
 
 
@@ -261,6 +274,54 @@ def inspect_command(model: Path, /) -> int:
     from .runtime.inspection import inspect, render
 
     terminal.print(render(inspect(model)))
+    return DONE
+
+
+@app.command(name="simulate")
+def simulate_command(
+    model: str,
+    /,
+    *,
+    tokens: int = 1,
+    paper_compat: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Cycles of every projection on an accelerator with a dense and a sparse engine; a simulation, nothing is timed.
+
+    The machine is that of Table 5 in the BESA paper (ViTCoD: 64 lines of 64 multipliers, 76.8 GB/s at 500 MHz). The
+    published formula counts products of a matrix as if it were square, rows as if they were equally long, and no
+    memory. Corrected here: out_features x in_features products, lines that wait for the longest row of each 64, and
+    the bytes of weights and positions. The zeros are those of the weights as they are.
+
+    Args:
+        model: an .onnx file, a folder this tool wrote, a Hugging Face folder, hub id or .gguf file.
+        tokens: tokens in a call; with few of them memory decides.
+        paper_compat: the published formula, for one token.
+        json: print JSON.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from . import frontdoor
+    from .simulator import render
+
+    _positive("--tokens", tokens)
+    if paper_compat and tokens != 1:
+        raise InputError(f"--tokens {tokens} cannot be had with --paper-compat, whose formula is for one token")
+    with _progress(quiet=json) as console:
+        found = frontdoor.simulate(
+            model,
+            tokens=tokens,
+            paper_compat=paper_compat,
+            trust_remote_code=trust_remote_code,
+            progress=console.progress,
+        )
+    if json:
+        terminal.print_json(dumps([asdict(one) for one in found]))
+    else:
+        terminal.print(render(found))
     return DONE
 
 

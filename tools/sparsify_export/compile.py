@@ -24,7 +24,8 @@ from .passes.pipeline import prune
 from .passes.recipe import BlockReport, Recipe, Timings
 from .report import Evaluation, Report, build_report
 from .runtime.benchmark import compare_kernels
-from .runtime.evaluate import onnx_logits, perplexity, torch_logits
+from .runtime.evaluate import Logits, Perplexity, onnx_logits, perplexity, torch_logits
+from .runtime.exact import ExactAnswers, exact_answers
 from .runtime.machine import this_machine
 from .runtime.session import CausalSession, open_session
 from .runtime.verify import expect, verify
@@ -183,7 +184,7 @@ def compile_model(
             blocks=blocks,
             lowered=lowered,
             verified=verified,
-            evaluation=Evaluation(before, after) if before and after else None,
+            evaluation=Evaluation(*before, *after) if before and after else None,
             latency=latency,
             stages=stages.done,
             machine=machine.key if machine else None,
@@ -312,29 +313,35 @@ def as_stored(params: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> dic
     return {key: packed[key].unpack() if key in packed else value for key, value in params.items()}
 
 
-def _evaluate_torch(pretrained: Pretrained, settings: Settings, stages: Stages, console: Console) -> Any:
+def _evaluate_torch(
+    pretrained: Pretrained, settings: Settings, stages: Stages, console: Console
+) -> tuple[Perplexity, ExactAnswers] | None:
     if settings.evaluate is None:
         return None
     if pretrained.kind != "causal" or pretrained.tokenizer is None:
         raise InputError(f"{pretrained.source} is not a language model with a tokenizer, so --eval has no meaning")
     with stages.run("evaluate dense"):
         console.progress("evaluating the dense model", 0, 0)
-        return perplexity(torch_logits(pretrained.model), _evaluation_windows(pretrained, settings))
+        return _evaluate(torch_logits(pretrained.model), pretrained, settings)
 
 
-def _evaluate_onnx(pretrained: Pretrained, model: Path, settings: Settings, stages: Stages, console: Console) -> Any:
+def _evaluate_onnx(
+    pretrained: Pretrained, model: Path, settings: Settings, stages: Stages, console: Console
+) -> tuple[Perplexity, ExactAnswers] | None:
     if settings.evaluate is None:
         return None
     with stages.run("evaluate result"):
         console.progress("evaluating the result", 0, 0)
-        session = CausalSession(open_session(model))
-        return perplexity(onnx_logits(session), _evaluation_windows(pretrained, settings))
+        return _evaluate(onnx_logits(CausalSession(open_session(model))), pretrained, settings)
 
 
-def _evaluation_windows(pretrained: Pretrained, settings: Settings) -> Tensor:
+def _evaluate(logits: Logits, pretrained: Pretrained, settings: Settings) -> tuple[Perplexity, ExactAnswers]:
+    """What ``--eval`` asks for, of the dense model and of the result alike."""
     assert settings.evaluate is not None
-    length = min(settings.window, _longest(pretrained) or settings.window)
-    return read_windows(settings.evaluate, pretrained.tokenizer, samples=settings.windows, length=length)
+    limit = _longest(pretrained)
+    length = min(settings.window, limit or settings.window)
+    windows = read_windows(settings.evaluate, pretrained.tokenizer, samples=settings.windows, length=length)
+    return perplexity(logits, windows), exact_answers(logits, pretrained.tokenizer, limit=limit)
 
 
 def _damping(recipe: Recipe) -> float | None:
@@ -352,6 +359,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "ria_power": recipe.ria_power if recipe else None,
         "permute": recipe.permute if recipe else None,
         "skip": list(recipe.skip) if recipe else [],
+        "mask": str(recipe.given.file) if recipe and recipe.given else None,
         "update": recipe.update if recipe else None,
         "mask_from": recipe.mask_from if recipe and recipe.update != "none" else None,
         "damping": _damping(recipe) if recipe else None,

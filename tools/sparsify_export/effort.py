@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .calibrate.patterns import Pattern
+from .calibrate.patterns import Pattern, Unstructured
 from .passes.errors import InputError
+from .passes.given_masks import GivenMasks
 from .passes.recipe import MaskFrom, Recipe, Score, Update
 
 Effort = Literal["fast", "balanced"]
@@ -23,6 +24,7 @@ class Flags:
     update: Update | None = None
     mask_from: MaskFrom | None = None
     damping: float | None = None
+    given: GivenMasks | None = None
 
 
 def effort_of(flags: Flags, *, onnx: bool) -> Effort:
@@ -30,13 +32,19 @@ def effort_of(flags: Flags, *, onnx: bool) -> Effort:
     return flags.effort or ("fast" if onnx else "balanced")
 
 
-def make_recipe(pattern: Pattern, flags: Flags, *, onnx: bool) -> Recipe:
+def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
     """The recipe for a traced model, or for one that is an ``.onnx`` file.
+
+    Without a pattern it is what the given masks make.
 
     Raises:
         InputError: a flag is out of range, has no effect beside the others, or wants more than can be had for an
             ``.onnx`` file, which is scored and masked and nothing else.
     """
+    if flags.given is not None:
+        _check_given(pattern, flags, onnx=onnx)
+        pattern = pattern or flags.given.pattern
+    assert pattern is not None
     if flags.ria_power < 0:
         raise InputError(f"--ria-power {flags.ria_power:g} is negative; want 0 or more")
     if flags.damping is not None and not 0 <= flags.damping <= 1:
@@ -52,14 +60,28 @@ def make_recipe(pattern: Pattern, flags: Flags, *, onnx: bool) -> Recipe:
                 raise InputError(f"{flag} {value} has no effect without an update of the weights")
     if update == "cg" and flags.mask_from == "update":
         raise InputError("--update cg does not choose a mask; want --mask-from score, or leave it out")
-    chooses = update not in ("none", "cg")
+    chooses = update not in ("none", "cg") and flags.given is None
     return Recipe(
         pattern,
         flags.score or "ria",
         flags.ria_power,
-        flags.permute or ("none" if onnx else "fold"),
+        flags.permute or ("none" if onnx or flags.given else "fold"),
         flags.skip,
         update,
         flags.mask_from or ("update" if chooses else "score"),
         flags.damping,
+        flags.given,
     )
+
+
+def _check_given(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> None:
+    """Refuse what given masks leave without effect, and what would not go with them."""
+    if onnx:
+        raise InputError("--mask is for the linears of a traced model and cannot be had for an .onnx file")
+    if flags.permute == "fold":
+        raise InputError("--permute fold would move the weights away from their --mask; leave it out")
+    idle = {"--sparsity": isinstance(pattern, Unstructured), "--score": flags.score is not None}
+    idle["--mask-from update"] = flags.mask_from == "update"
+    for flag, was_given in idle.items():
+        if was_given:
+            raise InputError(f"{flag} has no effect with --mask, which says what goes; leave one of them out")

@@ -1,36 +1,45 @@
-"""What the eval and generate commands do: find model and tokenizer, then call the runtime."""
+"""What the eval, generate and simulate commands do: find model and tokenizer, then call what does the work."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from .passes.errors import InputError
 from .passes.frontend.batches import read_windows
 from .passes.frontend.load import load, load_tokenizer
+from .passes.frontend.trace import trace
+from .passes.fx.canonical import canonicalise, parameter_names
+from .passes.fx.linears import find_linears
 from .runtime.evaluate import Perplexity, onnx_logits, perplexity, torch_logits
+from .runtime.exact import ExactAnswers, exact_answers
 from .runtime.generate import Generation
 from .runtime.generate import generate as run_generate
+from .runtime.inspection import weights as file_weights
 from .runtime.session import CausalSession, model_file, open_session
+from .simulator import Cycles
+from .simulator import simulate as run_simulator
 
 
 def evaluate(
     model: str,
-    text: Path,
+    text: Path | None,
     *,
+    exact: bool,
     window: int,
     windows: int | None,
     tokenizer: str | None,
     trust_remote_code: bool,
     progress: Callable[[str, int, int], None],
-) -> Perplexity:
-    """Perplexity of an exported file or of a pretrained model, by the same code.
+) -> tuple[Perplexity | None, ExactAnswers | None]:
+    """Perplexity on ``text`` and exact answers of an exported file or of a pretrained model, by the same code.
 
     Raises:
-        InputError: see ``load``, ``open_session``, ``read_windows`` and ``perplexity``.
+        InputError: see ``load``, ``open_session``, ``read_windows``, ``perplexity`` and ``exact_answers``.
     """
     if is_export(Path(model)):
         logits = onnx_logits(CausalSession(open_session(Path(model))))
@@ -42,7 +51,14 @@ def evaluate(
         logits, words = torch_logits(pretrained.model), pretrained.tokenizer
         if tokenizer is not None:
             words = load_tokenizer(tokenizer)
-    return perplexity(logits, read_windows(text, words, samples=windows, length=window), progress=progress)
+    if words is None:
+        raise InputError(f"{model} has no tokenizer; give --tokenizer")
+    found = answers = None
+    if text is not None:
+        found = perplexity(logits, read_windows(text, words, samples=windows, length=window), progress=progress)
+    if exact:
+        answers = exact_answers(logits, words, progress=progress)
+    return found, answers
 
 
 def generate(
@@ -59,6 +75,35 @@ def generate(
     eos = () if words.eos_token_id is None else (words.eos_token_id,)
     result = run_generate(session, [ids], max_new_tokens=max_new_tokens, eos=eos)
     return words.decode(result.tokens[0], skip_special_tokens=True), result
+
+
+def simulate(
+    model: str, *, tokens: int, paper_compat: bool, trust_remote_code: bool, progress: Callable[[str, int, int], None]
+) -> list[Cycles]:
+    """Cycles of every linear of an exported file or of a pretrained model, in its order.
+
+    Raises:
+        InputError: see ``load``, ``trace`` and ``inspect``; or nothing in it is a linear.
+    """
+    found = []
+    for path, weight in _weights(model, trust_remote_code=trust_remote_code):
+        found.append(run_simulator(path, weight, tokens=tokens, paper_compat=paper_compat))
+        progress("simulating", len(found), 0)
+    if not found:
+        raise InputError(f"{model} has no linear with a weight of its own, so there is nothing to simulate")
+    return found
+
+
+def _weights(model: str, *, trust_remote_code: bool) -> Iterator[tuple[str, Tensor]]:
+    """Path and weight ``[out_features, in_features]`` of every linear."""
+    if is_export(Path(model)):
+        for info, weight in file_weights(Path(model)):
+            yield info.path, weight
+        return
+    program = trace(load(model, trust_remote_code=trust_remote_code)).program
+    canonicalise(program)
+    for linear in find_linears(program.graph_module.graph, parameter_names(program)):
+        yield linear.path, program.state_dict[linear.weight].detach()
 
 
 def is_export(path: Path) -> bool:

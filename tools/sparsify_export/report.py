@@ -16,6 +16,7 @@ from .passes.fx.rewrite import Lowered
 from .passes.recipe import BlockReport
 from .runtime.benchmark import Row
 from .runtime.evaluate import Perplexity
+from .runtime.exact import ExactAnswers
 from .runtime.session import SPARSE_OPS
 from .runtime.verify import Verified
 from .stages import Stage
@@ -26,10 +27,12 @@ NO_GAIN = 1.05
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Perplexity on the same windows: the dense model in torch, the finished file in ONNX Runtime."""
+    """The same windows and problems: the dense model in torch, the finished file in ONNX Runtime."""
 
     dense: Perplexity
+    dense_answers: ExactAnswers
     result: Perplexity
+    result_answers: ExactAnswers
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,8 @@ def _totals(report: Report) -> Table:
         dense, result = report.evaluation.dense, report.evaluation.result
         where = f"{result.windows} windows of {result.window} tokens"
         table.add_row("perplexity", f"{result.perplexity:.2f}, dense {dense.perplexity:.2f} ({where})")
+        answers = report.evaluation.result_answers
+        table.add_row("exact answers", f"{answers}; dense: {report.evaluation.dense_answers}")
     for entry in report.verified:
         table.add_row(
             f"verified with {entry['how']}", f"max error {entry['error']:.2e}, allowed {entry['allowed']:.2e}"

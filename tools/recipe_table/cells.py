@@ -1,0 +1,110 @@
+"""What the cells of the table are: methods, patterns, and what can be varied."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparsify_export.compile import parse_pattern
+from sparsify_export.passes.dialect.storage import FP32, Storage
+from sparsify_export.passes.errors import InputError
+
+DENSE = "dense"
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"score": "magnitude", "permute": "none"},
+    "wanda": {"score": "wanda", "permute": "none"},
+    "ria": {"score": "ria", "permute": "none"},
+    "ria+fold": {"score": "ria"},
+    "sparsegpt": {"update": "sparsegpt", "mask_from": "update", "permute": "none"},
+    "sparsegpt+fold": {"update": "sparsegpt", "mask_from": "update"},
+    "admm+fold": {"update": "admm", "mask_from": "update"},
+    "cg+fold": {"update": "cg"},
+    "balanced": {"update": "admm-cg", "mask_from": "update"},
+}
+"""A method is what it changes of a ``Recipe``; a new one is a line here."""
+
+PATTERNS = ("2:4", "4:8", "0.5", "0.6", "0.7", "2:4+int4", "0.5+int4")
+VARIED: dict[str, tuple[str, type, tuple[float, ...]]] = {
+    "samples": ("", int, (4, 8, 16, 32, 64, 128)),
+    "ria-power": ("ria_power", float, (0.0, 0.25, 0.5, 0.75, 1.0)),
+}
+"""What can be varied: the field of ``Recipe`` ("" for a setting of the cell), its type, and the usual values."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of the table; everything that decides its figures.
+
+    Attributes:
+        model: as the compiler takes it.
+        calibration: text file.
+        text: text file to evaluate on.
+        method: a key of ``METHODS``, or ``dense``.
+        pattern: as ``--nm`` or ``--sparsity``, with ``+int4`` or ``+int8`` behind it for quantised weights.
+        samples: calibration windows.
+        seq_len: tokens in one.
+        window: tokens in an evaluation window.
+        windows: evaluation windows at most; None for all of the text.
+        varied: name and value of what is varied, or "".
+        value: that value.
+    """
+
+    model: str
+    calibration: str
+    text: str
+    method: str
+    pattern: str
+    samples: int
+    seq_len: int
+    window: int
+    windows: int | None
+    varied: str = ""
+    value: float | None = None
+
+
+def plan(
+    base: Cell, methods: Sequence[str], patterns: Sequence[str], vary: str | None, values: str | None
+) -> list[Cell]:
+    """The dense model, then every pattern with every method, and with every value of what is varied.
+
+    Raises:
+        InputError: something asked for is not known.
+    """
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise InputError(f"--methods {unknown[0]} is not known; want some of {', '.join(METHODS)}")
+    for pattern in patterns:
+        split_pattern(pattern)
+    if vary is None:
+        if values is not None:
+            raise InputError("--values has no effect without --vary")
+        return [base, *(replace(base, method=m, pattern=p) for p in patterns for m in methods)]
+    if vary not in VARIED:
+        raise InputError(f"--vary {vary} is not known; want one of {', '.join(VARIED)}")
+    field, kind, usual = VARIED[vary]
+    try:
+        chosen = usual if values is None else [kind(value) for value in values.split(",")]
+    except ValueError as error:
+        raise InputError(f"--values {values}: want numbers with commas between them") from error
+    cells = [base]
+    for pattern in patterns:
+        for method in methods:
+            for value in chosen:
+                cell = replace(base, method=method, pattern=pattern, varied=vary, value=value)
+                cells.append(cell if field else replace(cell, **{vary: value}))
+    return cells
+
+
+def split_pattern(text: str) -> tuple[Any, Storage]:
+    """A pattern and how its weights are stored: ``2:4``, ``0.5``, ``2:4+int4``.
+
+    Raises:
+        InputError: it is none.
+    """
+    zeros, _, storage = text.partition("+")
+    if storage not in ("", "int4", "int8"):
+        raise InputError(f"--patterns {text}: {storage} is no storage; want int4 or int8 behind the +")
+    try:
+        fraction = None if ":" in zeros else float(zeros)
+    except ValueError as error:
+        raise InputError(f"--patterns {text}: want N:M or a fraction of zeros") from error
+    pattern = parse_pattern(zeros if fraction is None else None, fraction)
+    return pattern, FP32 if not storage else Storage(storage, 128 if storage == "int4" else 0)  # type: ignore[arg-type]

@@ -1,0 +1,101 @@
+"""Measure one cell: prune the traced model as the compiler does, and evaluate the pruned graph in torch."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from sparsify_export.compile import as_stored, cache_pairs, store
+from sparsify_export.passes.dialect.storage import FP32
+from sparsify_export.passes.errors import InputError
+from sparsify_export.passes.frontend.batches import read_windows, token_batches
+from sparsify_export.passes.frontend.load import Pretrained, load
+from sparsify_export.passes.frontend.trace import Traced, trace
+from sparsify_export.passes.fx.canonical import canonicalise
+from sparsify_export.passes.fx.partition import Partition, partition
+from sparsify_export.passes.fx.rewrite import lower_linears, stored_weights
+from sparsify_export.passes.fx.run import live_after, run_part_rounded, start
+from sparsify_export.passes.pipeline import prune
+from sparsify_export.passes.recipe import BlockReport, Recipe
+from sparsify_export.runtime.evaluate import Logits, perplexity
+from sparsify_export.runtime.exact import exact_answers
+from sparsify_export.stages import Stages
+
+from .cells import DENSE, METHODS, VARIED, Cell, split_pattern
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """Prune as the cell says, and evaluate.
+
+    Raises:
+        InputError: the model is no causal language model with a tokenizer, or what the pipeline raises.
+    """
+    stages = Stages()
+    with stages.run("load"):
+        pretrained = load(cell.model)
+        if pretrained.kind != "causal" or pretrained.tokenizer is None:
+            raise InputError(f"{cell.model} is not a causal language model with a tokenizer")
+        calibration = read_windows(
+            Path(cell.calibration), pretrained.tokenizer, samples=cell.samples, length=cell.seq_len
+        )
+        evaluation = read_windows(Path(cell.text), pretrained.tokenizer, samples=cell.windows, length=cell.window)
+        traced = trace(pretrained)
+        canonicalise(traced.program)
+        parts = partition(traced.program)
+    params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
+    blocks: list[BlockReport] = []
+    rounded: dict[str, Any] = {}
+    if cell.method != DENSE:
+        pattern, storage = split_pattern(cell.pattern)
+        field = VARIED[cell.varied][0] if cell.varied else ""
+        recipe = Recipe(pattern, **METHODS[cell.method], **({field: cell.value} if field else {}))
+        batches = token_batches(traced, calibration, names=pretrained.inputs)
+        with stages.run("prune"):
+            blocks = prune(parts, params, recipe, batches, cache=cache_pairs(traced, parts))
+        if storage != FP32:
+            store(traced, params)
+            packed = stored_weights(traced.program, lower_linears(traced.program, storage=storage))
+            params, rounded = as_stored(params, packed), dict.fromkeys(packed, storage.activations)
+    logits = graph_logits(pretrained, traced, parts, params, rounded)
+    found = perplexity(logits, evaluation)
+    answers = exact_answers(logits, pretrained.tokenizer)
+    linears = [linear for block in blocks for linear in block.linears]
+    size = sum(math.prod(linear.shape) for linear in linears)
+    kept = sum(math.prod(x.shape) * (1 - x.sparsity) for x in linears if x.pattern)
+    updated = cell.method != DENSE and METHODS[cell.method].get("update", "none") != "none"
+    last = stages.done[-1]
+    return {
+        "perplexity": found.perplexity,
+        "mean_nll": found.mean_nll,
+        "windows": found.windows,
+        "exact": dict(answers.scores),
+        "error": sum(block.error for block in blocks) / len(blocks) if blocks else 0.0,
+        "zeros": sum(x.sparsity * math.prod(x.shape) for x in linears) / size if size else 0.0,
+        "learned": round(kept) if updated else 0,
+        "seconds": last.seconds if blocks else 0.0,
+        "peak_bytes": last.peak_bytes,
+    }
+
+
+def graph_logits(
+    pretrained: Pretrained,
+    traced: Traced,
+    parts: Partition,
+    params: Mapping[str, torch.Tensor],
+    rounded: Mapping[str, Any],
+) -> Logits:
+    """The traced graph with other weights as a function from ids to logits; ``rounded`` as in ``expect``."""
+    alive = live_after(parts)
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        (batch,) = token_batches(traced, ids, names=pretrained.inputs, tokens_per_batch=ids.numel())
+        values = start(parts, batch.inputs)
+        for part, needed in zip(parts.parts, alive, strict=True):
+            values.update(run_part_rounded(part, values, params, parts.params, rounded))
+            for name in [n for n in values if n not in needed and n != parts.outputs[0]]:
+                del values[name]
+        found: torch.Tensor = values[parts.outputs[0]]
+        return found
+
+    return logits
