@@ -7,7 +7,8 @@ The passes over a block, in the order in which each may rely on those before it:
 3. permute: channel orders that keep the most score, folded into the block's own weights and checked;
 4. allocate: the zeros that each weight is to have;
 5. mask: zeros where the score is lowest;
-6. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
+6. tune: the surviving weights of each half of the block, trained against the dense block;
+7. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
 """
 
 import fnmatch
@@ -26,6 +27,7 @@ from .fx.partition import Partition
 from .fx.run import Values, live_after, run_part, start
 from .permute import permute
 from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings
+from .tune import tune
 
 
 def prune(
@@ -98,11 +100,14 @@ def _prune_block(
         before = {key: masks.retained(s, mask(block, s, block.recipe.pattern)) for key, s in score.items()}
     folds = permute(block, params, score, observed, check)
     patterns = allocate(block)
+    dense = dict(params)
     with timings.stage("mask"):
         keep = {key: mask(block, s, patterns[key]) for key, s in score.items()}
         after = {key: masks.retained(s, keep[key]) for key, s in score.items()}
         for key, kept in keep.items():
             params[key] = torch.where(kept, params[key], 0.0)  # literal +0.0, never -0.0
+    with timings.stage("tune"):
+        tuned = tune(block, dense, params, states, observed.outputs, batches)
     with timings.stage("propagate"):
         error = propagate(block, params, states, observed.outputs)
         check.update(run_part(block.part, check, params, block.names))
@@ -115,7 +120,7 @@ def _prune_block(
         key = linear.weight
         zeros = 1 - int(params[key].count_nonzero()) / params[key].numel()
         linears.append(LinearReport(linear.path, shape, str(patterns[key]), "", before[key], after[key], zeros))
-    return BlockReport(block.part.path, tuple(linears), tuple(folds), error)
+    return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned)
 
 
 def _reasons(partition: Partition, recipe: Recipe) -> dict[str, str]:

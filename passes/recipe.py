@@ -17,6 +17,23 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Tune:
+    """How to fine-tune the surviving weights of every block.
+
+    Attributes:
+        scope: the halves of a block one after the other, or the whole block at once.
+        epochs: passes over the calibration batches at most.
+        rate: peak learning rate, as a fraction of the root mean square of a weight's non-zeros.
+        tokens_per_step: batches are gathered until a step of the optimiser has seen so many tokens.
+    """
+
+    scope: Literal["halves", "block"] = "halves"
+    epochs: int = 4
+    rate: float = 1e-2
+    tokens_per_step: int = 1024
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How to prune.
 
@@ -27,6 +44,7 @@ class Recipe:
         permute: fold channel orders where the graph allows it (N:M only), or not at all.
         skip: glob patterns of module paths that stay dense.
         update: how the surviving weights make up for those that are gone.
+        tune: how they are fine-tuned after that, or None.
     """
 
     pattern: Pattern
@@ -35,6 +53,7 @@ class Recipe:
     permute: Literal["fold", "none"] = "fold"
     skip: tuple[str, ...] = ()
     update: Update = "none"
+    tune: Tune | None = None
 
 
 @dataclass(frozen=True)
@@ -71,17 +90,36 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class TuneReport:
+    """What fine-tuning made of half a block.
+
+    Attributes:
+        linears: module paths of what was trained.
+        before: squared error over the target's energy on the held-out batches, before.
+        after: the same with the weights that were kept.
+        epochs: passes over the batches until nothing more was gained.
+    """
+
+    linears: tuple[str, ...]
+    before: float
+    after: float
+    epochs: int
+
+
+@dataclass(frozen=True)
 class BlockReport:
     """One block: its linears, its folds, and how far its output moved.
 
     Attributes:
         error: ``||pruned - dense|| / ||dense||`` of the block's output, both on the pruned path's inputs.
+        tuned: what fine-tuning made of each half.
     """
 
     path: str
     linears: tuple[LinearReport, ...]
     folds: tuple[FoldReport, ...]
     error: float
+    tuned: tuple[TuneReport, ...] = ()
 
 
 @dataclass
