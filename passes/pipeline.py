@@ -7,15 +7,15 @@ The passes over a block, in the order in which each may rely on those before it:
 3. permute: channel orders that keep the most score, folded into the block's own weights and checked;
 4. allocate: the zeros that each weight is to have;
 5. mask: zeros where the score is lowest;
-6. tune: the surviving weights of each half of the block, trained against the dense block;
-7. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
+6. update: the surviving weights make up for those that are gone, whose choice may be part of it;
+7. tune: the surviving weights of each half of the block, trained against the dense block;
+8. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
 """
 
 import fnmatch
 from collections import Counter
 from collections.abc import MutableMapping, Sequence
 
-import torch
 from torch import Tensor
 
 from ..calibrate import masks
@@ -28,6 +28,7 @@ from .fx.run import Values, live_after, run_part, start
 from .permute import permute
 from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings
 from .tune import tune
+from .update import update_block
 
 
 def prune(
@@ -100,14 +101,15 @@ def _prune_block(
         before = {key: masks.retained(s, mask(block, s, block.recipe.pattern)) for key, s in score.items()}
     folds = permute(block, params, score, observed, check)
     patterns = allocate(block)
-    dense = dict(params)
     with timings.stage("mask"):
         keep = {key: mask(block, s, patterns[key]) for key, s in score.items()}
-        after = {key: masks.retained(s, keep[key]) for key, s in score.items()}
-        for key, kept in keep.items():
-            params[key] = torch.where(kept, params[key], 0.0)  # literal +0.0, never -0.0
+    with timings.stage("update"):
+        done = update_block(block, params, keep, patterns, observed)
+        after = {key: masks.retained(score[key], updated.keep) for key, updated in done.items()}
+        dense = {key: params[key] for key in done}
+        params.update({key: updated.weight for key, updated in done.items()})
     with timings.stage("tune"):
-        tuned = tune(block, dense, params, states, observed.outputs, batches)
+        tuned = tune(block, {**params, **dense}, params, states, observed.outputs, batches)
     with timings.stage("propagate"):
         error = propagate(block, params, states, observed.outputs)
         check.update(run_part(block.part, check, params, block.names))
@@ -119,7 +121,10 @@ def _prune_block(
             continue
         key = linear.weight
         zeros = 1 - int(params[key].count_nonzero()) / params[key].numel()
-        linears.append(LinearReport(linear.path, shape, str(patterns[key]), "", before[key], after[key], zeros))
+        errors = done[key].error_before, done[key].error_after
+        linears.append(
+            LinearReport(linear.path, shape, str(patterns[key]), "", before[key], after[key], zeros, *errors)
+        )
     return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned)
 
 

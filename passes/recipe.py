@@ -9,7 +9,8 @@ from typing import Literal
 from ..calibrate.patterns import Pattern
 
 Score = Literal["ria", "wanda", "magnitude"]
-Update = Literal["none"]
+Update = Literal["none", "sparsegpt", "admm", "cg", "admm-cg"]
+MaskFrom = Literal["update", "score"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 Note = Callable[[str], None]
@@ -44,7 +45,10 @@ class Recipe:
         permute: fold channel orders where the graph allows it (N:M only), or not at all.
         skip: glob patterns of module paths that stay dense.
         update: how the surviving weights make up for those that are gone.
-        tune: how they are fine-tuned after that, or None.
+        mask_from: whether the update chooses the mask as it goes, or takes that of the score. Without an update,
+            and with ``cg``, which wants a mask, it is ``score``.
+        damping: added to the diagonal of the Hessian, as a fraction of its mean; None for the update's own.
+        tune: how the surviving weights are fine-tuned after that, or None.
     """
 
     pattern: Pattern
@@ -53,6 +57,8 @@ class Recipe:
     permute: Literal["fold", "none"] = "fold"
     skip: tuple[str, ...] = ()
     update: Update = "none"
+    mask_from: MaskFrom = "score"
+    damping: float | None = None
     tune: Tune | None = None
 
 
@@ -78,6 +84,9 @@ class LinearReport:
         retained_before: retained score with the channels in their original order.
         retained_after: retained score as pruned.
         sparsity: fraction of zeros as counted.
+        error_before: ``tr((W - W0) H (W - W0)^T) / tr(W0 H W0^T)`` with the original weights under the score's mask;
+            None without an update.
+        error_after: the same with the weights as pruned.
     """
 
     path: str
@@ -87,6 +96,8 @@ class LinearReport:
     retained_before: float | None = None
     retained_after: float | None = None
     sparsity: float = 0.0
+    error_before: float | None = None
+    error_after: float | None = None
 
 
 @dataclass(frozen=True)

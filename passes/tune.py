@@ -21,6 +21,8 @@ HOLD_OUT = 8
 WARM_UP = 0.1
 """Fraction of the steps in which the learning rate rises to its peak."""
 BETAS = (0.9, 0.95)
+SHAKE = 1e-2
+"""How far weights are moved, relative to their size, to find out how much the output depends on them."""
 PATIENCE = 2
 """Epochs without a gain on the held-out batches after which a half is done."""
 
@@ -127,7 +129,7 @@ def tune_part(
     train, held_out = _split(samples)
     energy = sum(_energy(sample) for sample in train) or 1.0
     tokens = sum(_tokens(sample) for sample in train)
-    peaks = [settings.rate * _scale(weight.detach(), keep[key]) for key, weight in weights.items()]
+    peaks = _peaks(part, held_out[0], params, names, keys, settings.rate)
     groups = [{"params": [w], "lr": lr} for w, lr in zip(weights.values(), peaks, strict=True)]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
     before = best = _loss(part, held_out, live, names)
@@ -188,6 +190,36 @@ def _rate(done: float) -> float:
     return min(1.0, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
 
 
+def _peaks(
+    part: Part,
+    sample: Sample,
+    params: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    keys: Sequence[str],
+    rate: float,
+) -> list[float]:
+    """The peak learning rate of each weight, found by shaking its non-zeros and looking how far the output moves.
+
+    A step that moves every non-zero by the rate should move the output by a fraction of the error there is to mend.
+    """
+    made = run_part(part, sample.inputs, params, names)
+    error = _length(_errors(sample, made))
+    peaks = []
+    for key in keys:
+        keep = params[key] != 0
+        noise = torch.randn(keep.shape, generator=torch.Generator().manual_seed(0)) * keep
+        noise *= SHAKE * math.sqrt(total(params[key].square()) / max(1, int(keep.sum())))
+        shaken = run_part(part, sample.inputs, {**params, key: params[key] + noise}, names)
+        moved = _length([_counted(sample, shaken[name] - made[name]) for name in sample.targets])
+        scale = math.sqrt(total(noise.square()) / max(1, int(keep.sum())))
+        peaks.append(rate * scale * error / moved if moved else 0.0)
+    return peaks
+
+
+def _length(differences: Sequence[Tensor]) -> float:
+    return math.sqrt(math.fsum(total(difference.square()) for difference in differences))
+
+
 def _tokens(sample: Sample) -> int:
     if sample.token_mask is not None:
         return int(sample.token_mask.sum())
@@ -216,8 +248,3 @@ def _loss(part: Part, samples: Sequence[Sample], params: Mapping[str, Tensor], n
         wrong += math.fsum(total(error.square()) for error in _errors(sample, made))
         size += _energy(sample)
     return float(torch.tensor(wrong / size if size else wrong, dtype=torch.float32))
-
-
-def _scale(weight: Tensor, keep: Tensor) -> float:
-    """The root mean square of the surviving weights."""
-    return math.sqrt(total(weight.square()) / max(1, int(keep.sum())))
