@@ -70,7 +70,7 @@ def prune(
     for index, part in enumerate(partition.parts):
         if part.path:
             block = Block(part, partition.params, recipe, reasons, tuple(cache), shared, note, timings)
-            reports.append(_prune_block(block, params, states, batches, check))
+            reports.append(_prune_block(block, params, states, batches, check, progress))
             progress("pruning", len(reports), len(partition.blocks))
         elif not reports:  # the prologue; what follows the last block is nobody's input
             for values in [*states, check]:
@@ -82,7 +82,12 @@ def prune(
 
 
 def _prune_block(
-    block: Block, params: MutableMapping[str, Tensor], states: list[Values], batches: Sequence[Batch], check: Values
+    block: Block,
+    params: MutableMapping[str, Tensor],
+    states: list[Values],
+    batches: Sequence[Batch],
+    check: Values,
+    progress: Progress,
 ) -> BlockReport:
     """Run all passes over one block.
 
@@ -92,6 +97,7 @@ def _prune_block(
         states: live values of every batch; the block's outputs are added.
         batches: the batches they come from.
         check: live values of the batch that checks folds; the block's outputs are added.
+        progress: told about every epoch of fine-tuning.
     """
     timings = block.timings
     with timings.stage("observe"):
@@ -109,7 +115,7 @@ def _prune_block(
         dense = {key: params[key] for key in done}
         params.update({key: updated.weight for key, updated in done.items()})
     with timings.stage("tune"):
-        tuned = tune(block, {**params, **dense}, params, states, observed.outputs, batches)
+        tuned = tune(block, {**params, **dense}, params, states, observed.outputs, batches, progress=progress)
     with timings.stage("propagate"):
         error = propagate(block, params, states, observed.outputs)
         check.update(run_part(block.part, check, params, block.names))

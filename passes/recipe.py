@@ -24,13 +24,13 @@ class Tune:
     Attributes:
         scope: the halves of a block one after the other, or the whole block at once.
         epochs: passes over the calibration batches at most.
-        rate: peak learning rate, as a fraction of the root mean square of a weight's non-zeros.
+        rate: peak learning rate; a step of so much moves the output by about this fraction of the error there is.
         tokens_per_step: batches are gathered until a step of the optimiser has seen so many tokens.
     """
 
     scope: Literal["halves", "block"] = "halves"
     epochs: int = 4
-    rate: float = 1e-2
+    rate: float = 0.08
     tokens_per_step: int = 1024
 
 

@@ -14,7 +14,7 @@ from .frontend.batches import Batch
 from .fx.halves import split_halves
 from .fx.partition import Part
 from .fx.run import Values, run_part, run_part_recorded
-from .recipe import Tune, TuneReport
+from .recipe import Progress, Tune, TuneReport
 
 HOLD_OUT = 8
 """One batch of so many is not trained on; it decides which epoch's weights are kept."""
@@ -49,6 +49,8 @@ def tune(
     states: Sequence[Values],
     outputs: Sequence[Values],
     batches: Sequence[Batch],
+    *,
+    progress: Progress = lambda stage, done, total: None,
 ) -> tuple[TuneReport, ...]:
     """Fine-tune the pruned linears of a block: its halves in order, or all of it at once.
 
@@ -62,6 +64,7 @@ def tune(
         states: live values of every batch before the block; not changed.
         outputs: the dense block's outputs by batch.
         batches: the batches they come from.
+        progress: told about every epoch.
 
     Raises:
         InputError: a loss is not finite.
@@ -80,14 +83,14 @@ def tune(
             if half is not halves[-1]:
                 values.update(run_part(half, values, dense, block.names))
             made = known if half is halves[-1] else values
-            targets.append({name: made[name] for name in handed if name and isinstance(made[name], Tensor) and made[name].is_floating_point()})
+            targets.append({name: made[name] for name in handed if name and _is_float(made[name])})
         reads = [{name: values[name] for name in half.inputs if name in values} for values in inner]
         samples = [
             Sample(mine, wanted, batch.token_mask) for mine, wanted, batch in zip(reads, targets, batches, strict=True)
         ]
         keys = [linear.weight for linear in half.linears if linear.weight in pruned]
         if keys:
-            reports.append(tune_part(half, samples, params, block.names, keys, settings))
+            reports.append(tune_part(half, samples, params, block.names, keys, settings, progress))
         if half is not halves[-1]:
             for values in inner:
                 values.update(run_part(half, values, params, block.names))
@@ -101,15 +104,15 @@ def tune_part(
     names: Mapping[str, str],
     keys: Sequence[str],
     settings: Tune,
+    progress: Progress = lambda stage, done, total: None,
 ) -> TuneReport:
     r"""Train the non-zeros of some weights of one part by AdamW (Loshchilov and Hutter 2019) without weight decay.
 
     .. math:: \min_{W} \sum_t \lVert f_W(x_t) - y_t \rVert_2^2 \Big/ \sum_t \lVert y_t \rVert_2^2
               \quad \text{where } W_{ij} = 0 \text{ stays}
 
-    Guo et al. 2024, "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs". The learning rate of a weight is
-    ``settings.rate`` times the root mean square of its non-zeros, so that one rate serves all models; it rises over
-    the first tenth of the steps and falls as a cosine. After every epoch the loss on the held-out batches, rounded to
+    Guo et al. 2024, "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs". The learning rate of each
+    weight comes from `learning_rates`; it rises over the first tenth of the steps and falls as a cosine. After every epoch the loss on the held-out batches, rounded to
     float32, decides: the best epoch's weights are kept, those from before included. Biases and norms stay.
 
     Args:
@@ -119,6 +122,7 @@ def tune_part(
         names: outer placeholder name to parameter key.
         keys: what to train.
         settings: epochs, learning rate, tokens in a step.
+        progress: told about every epoch.
 
     Raises:
         InputError: the loss is not finite.
@@ -129,7 +133,7 @@ def tune_part(
     train, held_out = _split(samples)
     energy = sum(_energy(sample) for sample in train) or 1.0
     tokens = sum(_tokens(sample) for sample in train)
-    peaks = _peaks(part, held_out[0], params, names, keys, settings.rate)
+    peaks = learning_rates(part, held_out[0], params, names, keys, rate=settings.rate)
     groups = [{"params": [w], "lr": lr} for w, lr in zip(weights.values(), peaks, strict=True)]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
     before = best = _loss(part, held_out, live, names)
@@ -153,13 +157,59 @@ def tune_part(
         epoch += 1
         waited += 1
         loss = _loss(part, held_out, live, names)
+        progress(f"tuning {part.path}", epoch, settings.epochs)
         if not math.isfinite(loss):
-            raise InputError(f"{part.path}: the loss of fine-tuning is {loss} after epoch {epoch}; try a lower --tune-lr")
+            raise InputError(
+                f"{part.path}: the loss of fine-tuning is {loss} after epoch {epoch}; try a lower --tune-lr"
+            )
         if loss < best:
             best, waited = loss, 0
             for key, weight in weights.items():  # + 0.0 turns -0.0 into 0.0
                 params[key] = torch.where(keep[key], weight.detach(), 0.0)
     return TuneReport(tuple(linear.path for linear in part.linears if linear.weight in keys), before, best, epoch)
+
+
+def learning_rates(
+    part: Part,
+    sample: Sample,
+    params: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    keys: Sequence[str],
+    *,
+    rate: float,
+) -> list[float]:
+    """The learning rate of each weight, found by shaking its non-zeros and looking how far the output moves.
+
+    A step that moves every non-zero by it moves the output by about ``rate`` times the error there is to mend. So one
+    ``rate`` serves query weights of size 1 whose half is almost right, and gate weights of size 0.2 whose half is not.
+
+    Args:
+        part: a half or a block.
+        sample: one batch of it.
+        params: weights by key.
+        names: outer placeholder name to parameter key.
+        keys: the weights.
+        rate: the fraction.
+
+    Returns:
+        One learning rate a key; 0 for a weight that the output does not depend on.
+    """
+    made = run_part(part, sample.inputs, params, names)
+    error = _length(_errors(sample, made))
+    rates = []
+    for key in keys:
+        keep = params[key] != 0
+        count = max(1, int(keep.sum()))
+        noise = torch.randn(keep.shape, generator=torch.Generator().manual_seed(0)) * keep
+        noise *= SHAKE * math.sqrt(total(params[key].square()) / count)
+        shaken = run_part(part, sample.inputs, {**params, key: params[key] + noise}, names)
+        moved = _length([_counted(sample, shaken[name] - made[name]) for name in sample.targets])
+        rates.append(rate * error / moved * math.sqrt(total(noise.square()) / count) if moved else 0.0)
+    return rates
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -188,32 +238,6 @@ def _steps(samples: Sequence[Sample], tokens: int, *, seed: int) -> list[list[Sa
 def _rate(done: float) -> float:
     """The learning rate over its peak after a fraction of all steps."""
     return min(1.0, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
-
-
-def _peaks(
-    part: Part,
-    sample: Sample,
-    params: Mapping[str, Tensor],
-    names: Mapping[str, str],
-    keys: Sequence[str],
-    rate: float,
-) -> list[float]:
-    """The peak learning rate of each weight, found by shaking its non-zeros and looking how far the output moves.
-
-    A step that moves every non-zero by the rate should move the output by a fraction of the error there is to mend.
-    """
-    made = run_part(part, sample.inputs, params, names)
-    error = _length(_errors(sample, made))
-    peaks = []
-    for key in keys:
-        keep = params[key] != 0
-        noise = torch.randn(keep.shape, generator=torch.Generator().manual_seed(0)) * keep
-        noise *= SHAKE * math.sqrt(total(params[key].square()) / max(1, int(keep.sum())))
-        shaken = run_part(part, sample.inputs, {**params, key: params[key] + noise}, names)
-        moved = _length([_counted(sample, shaken[name] - made[name]) for name in sample.targets])
-        scale = math.sqrt(total(noise.square()) / max(1, int(keep.sum())))
-        peaks.append(rate * scale * error / moved if moved else 0.0)
-    return peaks
 
 
 def _length(differences: Sequence[Tensor]) -> float:
