@@ -111,9 +111,10 @@ def tune_part(
     .. math:: \min_{W} \sum_t \lVert f_W(x_t) - y_t \rVert_2^2 \Big/ \sum_t \lVert y_t \rVert_2^2
               \quad \text{where } W_{ij} = 0 \text{ stays}
 
-    Guo et al. 2024, "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs". The learning rate of each
-    weight comes from `learning_rates`; it rises over the first tenth of the steps and falls as a cosine. After every epoch the loss on the held-out batches, rounded to
-    float32, decides: the best epoch's weights are kept, those from before included. Biases and norms stay.
+    Guo et al. 2024, "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs". The learning rate of each weight
+    comes from `learning_rates`; it rises over the first tenth of the steps and falls as a cosine. After every epoch
+    the loss on the held-out batches, rounded to float32, decides: the best epoch's weights are kept, those from
+    before included. Biases and norms stay.
 
     Args:
         part: a half or a block.
@@ -265,7 +266,7 @@ def _energy(sample: Sample) -> float:
 
 
 def _loss(part: Part, samples: Sequence[Sample], params: Mapping[str, Tensor], names: Mapping[str, str]) -> float:
-    """Squared error over the target's energy, in float32 precision, so that it is the same for any number of threads."""
+    """Squared error over the target's energy; rounded, so that it is the same for any number of threads."""
     wrong, size = 0.0, 0.0
     for sample in samples:
         made = run_part(part, sample.inputs, params, names)

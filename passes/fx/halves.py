@@ -1,6 +1,6 @@
 """Cut a block where the residual stream passes an add: the attention half, then the MLP half."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -83,9 +83,9 @@ def _chain(output: Node, hidden: Node, free: set[Node]) -> list[Node]:
     node = output
     while node is not hidden:
         skips = [source for source in node.all_input_nodes if source in free]
-        if node.target is aten.add.Tensor and len(skips) == 1 and len(node.all_input_nodes) == 2:
-            if _same_shape(node, skips[0]) and _same_shape(node, _other(node, skips[0])):
-                chain.append(node)
+        two = node.target is aten.add.Tensor and len(node.all_input_nodes) == 2
+        if two and len(skips) == 1 and all(_same_shape(node, source) for source in node.all_input_nodes):
+            chain.append(node)
         node = skips[0]
     return chain[::-1]
 
@@ -131,11 +131,6 @@ def _parts(part: Part, outer: GraphModule, names: Mapping[str, str]) -> tuple[Pa
         if node.op == "call_module":
             parts.append(part_of(outer, node, part.path, names, lambda name: known.get(name, f"{part.path}/{name}")))
     return tuple(parts)
-
-
-def _other(node: Node, one: Node) -> Node:
-    first, second = node.all_input_nodes
-    return second if first is one else first
 
 
 def _same_shape(one: Node, other: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Halves: which linear is in which, on every family and on blocks made by hand, and that together they are the block."""
+"""Halves: which linear is in which, on every family and by hand, and that together they are the block."""
 
 import pytest
 import torch
