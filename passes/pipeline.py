@@ -8,7 +8,8 @@ The passes over a block, in the order in which each may rely on those before it:
 4. allocate: the zeros that each weight is to have;
 5. mask: zeros where the score is lowest, or where a given mask has them;
 6. update: the surviving weights make up for those that are gone, whose choice may be part of it;
-7. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
+7. tune: the surviving weights of each half of the block, trained against the dense block;
+8. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
 """
 
 import fnmatch
@@ -28,6 +29,7 @@ from .fx.run import Values, live_after, run_part, start
 from .given_masks import masks_by_weight
 from .permute import permute
 from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings
+from .tune import tune
 from .update import update_block
 
 
@@ -72,7 +74,7 @@ def prune(
     for index, part in enumerate(partition.parts):
         if part.path:
             block = Block(part, partition.params, recipe, reasons, given, tuple(cache), shared, note, timings)
-            reports.append(_prune_block(block, params, states, batches, check))
+            reports.append(_prune_block(block, params, states, batches, check, progress))
             progress("pruning", len(reports), len(partition.blocks))
         elif not reports:  # the prologue; what follows the last block is nobody's input
             for values in [*states, check]:
@@ -84,7 +86,12 @@ def prune(
 
 
 def _prune_block(
-    block: Block, params: MutableMapping[str, Tensor], states: list[Values], batches: Sequence[Batch], check: Values
+    block: Block,
+    params: MutableMapping[str, Tensor],
+    states: list[Values],
+    batches: Sequence[Batch],
+    check: Values,
+    progress: Progress,
 ) -> BlockReport:
     """Run all passes over one block.
 
@@ -94,6 +101,7 @@ def _prune_block(
         states: live values of every batch; the block's outputs are added.
         batches: the batches they come from.
         check: live values of the batch that checks folds; the block's outputs are added.
+        progress: told about every epoch of fine-tuning.
     """
     timings = block.timings
     with timings.stage("observe"):
@@ -108,7 +116,10 @@ def _prune_block(
     with timings.stage("update"):
         done = update_block(block, params, keep, patterns, observed)
         after = {key: masks.retained(score[key], updated.keep) for key, updated in done.items()}
+        dense = {key: params[key] for key in done}
         params.update({key: updated.weight for key, updated in done.items()})
+    with timings.stage("tune"):
+        tuned = tune(block, {**params, **dense}, params, states, observed.outputs, batches, progress=progress)
     with timings.stage("propagate"):
         error = propagate(block, params, states, observed.outputs)
         check.update(run_part(block.part, check, params, block.names))
@@ -124,7 +135,7 @@ def _prune_block(
         linears.append(
             LinearReport(linear.path, shape, str(patterns[key]), "", before[key], after[key], zeros, *errors)
         )
-    return BlockReport(block.part.path, tuple(linears), tuple(folds), error)
+    return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned)
 
 
 def _reasons(linears: Sequence[Linear], recipe: Recipe, given: Mapping[str, Tensor]) -> dict[str, str]:

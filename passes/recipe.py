@@ -19,6 +19,23 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Tune:
+    """How to fine-tune the surviving weights of every block.
+
+    Attributes:
+        scope: the halves of a block one after the other, or the whole block at once.
+        epochs: passes over the calibration batches at most.
+        rate: peak learning rate; a step of so much moves the output by about this fraction of the error there is.
+        tokens_per_step: batches are gathered until a step of the optimiser has seen so many tokens.
+    """
+
+    scope: Literal["halves", "block"] = "halves"
+    epochs: int = 4
+    rate: float = 0.08
+    tokens_per_step: int = 1024
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How to prune.
 
@@ -35,6 +52,7 @@ class Recipe:
         given: masks to use as they are, instead of those that the score would make; linears without one stay dense.
             They are for the order of channels that the model has and for no other, so ``permute`` must be ``none``
             and ``mask_from`` ``score``.
+        tune: how the surviving weights are fine-tuned after that, or None.
     """
 
     pattern: Pattern
@@ -46,6 +64,7 @@ class Recipe:
     mask_from: MaskFrom = "score"
     damping: float | None = None
     given: GivenMasks | None = field(default=None, compare=False)
+    tune: Tune | None = None
 
 
 @dataclass(frozen=True)
@@ -87,17 +106,36 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class TuneReport:
+    """What fine-tuning made of half a block.
+
+    Attributes:
+        linears: module paths of what was trained.
+        before: squared error over the target's energy on the held-out batches, before.
+        after: the same with the weights that were kept.
+        epochs: passes over the batches until nothing more was gained.
+    """
+
+    linears: tuple[str, ...]
+    before: float
+    after: float
+    epochs: int
+
+
+@dataclass(frozen=True)
 class BlockReport:
     """One block: its linears, its folds, and how far its output moved.
 
     Attributes:
         error: ``||pruned - dense|| / ||dense||`` of the block's output, both on the pruned path's inputs.
+        tuned: what fine-tuning made of each half.
     """
 
     path: str
     linears: tuple[LinearReport, ...]
     folds: tuple[FoldReport, ...]
     error: float
+    tuned: tuple[TuneReport, ...] = ()
 
 
 @dataclass

@@ -17,6 +17,7 @@ from sparsify_export.passes.frontend.load import describe
 from sparsify_export.passes.frontend.trace import trace
 from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import partition
+from sparsify_export.passes.recipe import Tune
 from sparsify_export.runtime.inspection import check_pattern
 from sparsify_export.runtime.session import CausalSession, open_session, sparse_runs
 from sparsify_export.runtime.verify import expect, verify
@@ -65,6 +66,21 @@ def test_file_holds_exactly_2_of_4_and_kept_weights_bit_for_bit(family):
 def test_file_equals_the_model_with_and_without_our_library(compiled):
     results = verify(compiled.path, compiled.traced, expect(compiled.parts, compiled.params, compiled.probe))
     assert {result.how.split(",")[0] for result in results} == {"kernels", "functions"}
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_fine_tuning_keeps_the_pattern_and_mends_both_halves(name, tmp_path):
+    tune = Tune(epochs=2, rate=0.02, tokens_per_step=40)
+    plain, tuned = (compile_family(name, tmp_path, tune=choice) for choice in (None, tune))
+    assert check_pattern(tuned.path, NM(2, 4)).weights == FAMILIES[name].ops
+    for before, after in zip(plain.blocks, tuned.blocks, strict=True):
+        assert len(after.tuned) == 2
+        assert {path for half in after.tuned for path in half.linears} == {linear.path for linear in after.linears}
+        assert all(half.after <= half.before for half in after.tuned)
+        assert after.error < before.error
+    assert any(half.after < half.before for block in tuned.blocks for half in block.tuned)
+    for key, weight in tuned.params.items():
+        assert torch.equal(weight, plain.params[key]) or not torch.signbit(weight[weight == 0]).any()
 
 
 @pytest.mark.parametrize("storage", [Storage("bf16"), Storage("int8"), Storage("int4", 32)], ids=str)

@@ -20,6 +20,7 @@ from .load import Pretrained
 from .trace import Traced, empty_past
 
 CHECK_TOKENS = 64
+TOKENS_PER_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Batch:
 
 
 def token_batches(
-    traced: Traced, windows: Tensor, *, names: Sequence[str], tokens_per_batch: int = 4096
+    traced: Traced, windows: Tensor, *, names: Sequence[str], tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> list[Batch]:
     """Cut token windows into batches of a traced text model.
 

@@ -3,6 +3,7 @@
 import operator
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,8 @@ def partition(program: ExportedProgram) -> Partition:
     _refuse_expert_weights(program.graph_module, place, params, last)
     paths = {f"submod_{i}": path for path, i in number.items()}
     stored = {name: key for name, key in params.items() if key in program.state_dict}
-    parts = tuple(_part(outer, node, paths, stored) for node in outer.graph.nodes if node.op == "call_module")
+    calls = [node for node in outer.graph.nodes if node.op == "call_module"]
+    parts = tuple(part_of(outer, node, paths.get(str(node.target), ""), stored, str) for node in calls)
     user = tuple(str(spec.arg.name) for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT")
     results: Any = outer.graph.output_node().args[0]
     return Partition(parts, params, user, tuple(str(result.name) for result in results))
@@ -132,19 +134,26 @@ def _refuse_expert_weights(module: GraphModule, place: dict[Node, int], params: 
                 )
 
 
-def _part(outer: GraphModule, node: Node, paths: dict[str, str], stored: dict[str, str]) -> Part:
-    """One part; ``stored`` names the parameters that can be replaced, which constants cannot."""
+def part_of(outer: GraphModule, node: Node, path: str, stored: Mapping[str, str], name: Callable[[str], str]) -> Part:
+    """One part of a split graph.
+
+    Args:
+        outer: the graph that calls the submodules.
+        node: the call of one.
+        path: of the block; "" outside.
+        stored: outer name to key of the parameters that can be replaced, which constants cannot.
+        name: gives a node of ``outer`` its outer name.
+    """
     module: GraphModule = getattr(outer, str(node.target))
     arguments: Any = node.args
-    path = paths.get(str(node.target), "")
     inner = [n for n in module.graph.nodes if n.op == "placeholder"]
-    inputs = tuple(str(argument.name) for argument in arguments)
+    inputs = tuple(name(str(argument.name)) for argument in arguments)
     results = module.graph.output_node().args[0]
     if isinstance(results, tuple | list):
-        picks = {user.args[1]: user.name for user in node.users if user.target is operator.getitem}
+        picks = {user.args[1]: name(user.name) for user in node.users if user.target is operator.getitem}
         outputs: tuple[str, ...] = tuple(picks.get(i, "") for i in range(len(results)))
     else:
-        outputs = (node.name,)
-    own = {n.name: stored[name] for n, name in zip(inner, inputs, strict=True) if name in stored}
+        outputs = (name(node.name),)
+    own = {n.name: stored[given] for n, given in zip(inner, inputs, strict=True) if given in stored}
     linears = tuple(find_linears(module.graph, own)) if path else ()
     return Part(path, module, inputs, outputs, linears)

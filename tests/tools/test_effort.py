@@ -3,7 +3,8 @@
 import pytest
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.effort import Flags, effort_of, make_recipe
-from sparsify_export.passes.recipe import Recipe
+from sparsify_export.passes.errors import InputError
+from sparsify_export.passes.recipe import Recipe, Tune
 
 TWO_OF_FOUR = NM(2, 4)
 
@@ -45,3 +46,34 @@ def test_a_flag_that_is_given_changes_only_itself(flag, changed):
 
 def test_fast_with_an_update_is_that_update():
     assert recipe(effort="fast", update="admm") == Recipe(TWO_OF_FOUR, update="admm", mask_from="update")
+
+
+def test_best_is_balanced_and_fine_tuning():
+    assert recipe(effort="best") == Recipe(TWO_OF_FOUR, update="admm-cg", mask_from="update", tune=Tune())
+    assert recipe(effort="best", pattern=Unstructured(0.5)).tune == Tune()
+    assert recipe(effort="best", tune="none") == recipe()
+    assert recipe(effort="best", update="none").tune == Tune()
+
+
+def test_any_effort_may_end_with_fine_tuning():
+    assert recipe(tune="halves") == recipe(effort="best")
+    assert recipe(effort="fast", tune="block") == Recipe(TWO_OF_FOUR, tune=Tune("block"))
+    assert recipe(tune="halves", tune_epochs=9, tune_lr=0.5).tune == Tune("halves", 9, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "onnx", "message"),
+    [
+        ({"tune_epochs": 2}, False, "--tune-epochs 2 has no effect without --tune halves or --tune block"),
+        ({"effort": "best", "tune": "none", "tune_lr": 0.1}, False, "--tune-lr 0.1 has no effect without --tune"),
+        ({"effort": "best", "tune_epochs": 0}, False, "--tune-epochs 0 is too few; want 1 or more"),
+        ({"effort": "best", "tune_lr": 0.0}, False, "--tune-lr 0 is out of range; want above 0, at most 1"),
+        ({"effort": "best", "tune_lr": float("nan")}, False, "--tune-lr nan is out of range"),
+        ({"effort": "best"}, True, "--effort best needs the traced model"),
+        ({"tune": "block"}, True, "--tune block needs the traced model"),
+        ({"tune_lr": 0.1}, True, "--tune-lr 0.1 has no effect"),
+    ],
+)
+def test_what_fine_tuning_refuses(flags, onnx, message):
+    with pytest.raises(InputError, match=message):
+        recipe(onnx=onnx, **flags)

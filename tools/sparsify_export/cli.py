@@ -48,7 +48,7 @@ def compile_command(
     out: Annotated[str, Parameter(name=["--output", "-o"])],
     nm: str | None = None,
     sparsity: float | None = None,
-    effort: Literal["fast", "balanced"] | None = None,
+    effort: Literal["fast", "balanced", "best"] | None = None,
     score: Literal["ria", "wanda", "magnitude"] | None = None,
     ria_power: float = 0.5,
     permute: Literal["fold", "none"] | None = None,
@@ -57,6 +57,9 @@ def compile_command(
     update: Literal["none", "sparsegpt", "admm", "cg", "admm-cg"] | None = None,
     mask_from: Literal["update", "score"] | None = None,
     damping: float | None = None,
+    tune: Literal["none", "halves", "block"] | None = None,
+    tune_epochs: int | None = None,
+    tune_lr: float | None = None,
     calibration: str = "self",
     calibration_inputs: Path | None = None,
     samples: int | None = None,
@@ -82,7 +85,8 @@ def compile_command(
         nm: keep N of every M neighbouring weights, e.g. 2:4.
         sparsity: fraction of zeros anywhere, between 0 and 1.
         effort: the recipe that fills in flags not given; fast is score and fold, original weights; balanced, the
-            default, is fold and the best update of the weights without gradients. An .onnx file has fast only.
+            default, is fold and the best update of the weights without gradients; best fine-tunes every block after
+            that, which takes several times as long. An .onnx file has fast only.
         score: what ranks the weights; default ria, of an .onnx file without calibration inputs from weights alone.
         ria_power: exponent of the activation norms in RIA.
         permute: fold channel orders into neighbouring weights where the graph allows it; default fold, and none for an
@@ -94,6 +98,10 @@ def compile_command(
             gradual zeros, conjugate gradients on the score's mask, or ADMM and then conjugate gradients.
         mask_from: whether the update chooses the mask as it goes, its default, or keeps that of the score.
         damping: added to the diagonal of the update's Hessian, as a fraction of its mean; default the method's own.
+        tune: fine-tune the surviving weights against the dense block: not at all, the attention half and then the MLP
+            half, or the whole block at once.
+        tune_epochs: passes over the calibration windows at most, for each half.
+        tune_lr: peak learning rate; a step moves a half's output by about this fraction of the error there is.
         calibration: text file, JSONL with a text field, or self: text the model writes itself.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
             is also verified and timed on them.
@@ -138,12 +146,28 @@ def compile_command(
                 "--update": update,
                 "--mask-from": mask_from,
                 "--damping": damping,
+                "--tune": tune,
+                "--tune-epochs": tune_epochs,
+                "--tune-lr": tune_lr,
                 "--samples": None if is_onnx else samples,
                 "--seq-len": seq_len,
                 "--calibration-inputs": None if is_onnx else calibration_inputs,  # an ONNX model is verified on them
             }
         )
-    flags = Flags(effort, score, ria_power, permute, skip, update, mask_from, damping, given)
+    flags = Flags(
+        effort=effort,
+        score=score,
+        ria_power=ria_power,
+        permute=permute,
+        skip=skip,
+        update=update,
+        mask_from=mask_from,
+        damping=damping,
+        given=given,
+        tune=tune,
+        tune_epochs=tune_epochs,
+        tune_lr=tune_lr,
+    )
     recipe = make_recipe(pattern, flags, onnx=is_onnx) if pattern or given else None
     if group is not None and dtype != "int4":
         raise InputError(f"--group {group} has no effect without --dtype int4")

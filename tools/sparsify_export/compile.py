@@ -13,7 +13,15 @@ from .calibrate.update import DAMPING
 from .passes.dialect.packed import Packed
 from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError, VerificationError
-from .passes.frontend.batches import Batch, load_npz, read_npz, read_windows, token_batches, written_by_itself
+from .passes.frontend.batches import (
+    TOKENS_PER_BATCH,
+    Batch,
+    load_npz,
+    read_npz,
+    read_windows,
+    token_batches,
+    written_by_itself,
+)
 from .passes.frontend.load import Pretrained, load
 from .passes.frontend.trace import Traced, trace
 from .passes.fx.canonical import canonicalise
@@ -268,7 +276,11 @@ def _example(settings: Settings) -> Mapping[str, Tensor] | None:
 def _batches(traced: Traced, pretrained: Pretrained, settings: Settings, windows: Tensor | None) -> list[Batch]:
     if settings.calibration.inputs is not None:
         return read_npz(settings.calibration.inputs, traced, samples=settings.calibration.samples)
-    return token_batches(traced, windows, names=pretrained.inputs) if windows is not None else []
+    if windows is None:
+        return []
+    tuned = settings.recipe.tune if settings.recipe else None
+    tokens = tuned.tokens_per_step if tuned else TOKENS_PER_BATCH  # a step of the optimiser is a whole batch at least
+    return token_batches(traced, windows, names=pretrained.inputs, tokens_per_batch=tokens)
 
 
 def _probe(
@@ -363,6 +375,9 @@ def plain(settings: Settings) -> dict[str, Any]:
         "update": recipe.update if recipe else None,
         "mask_from": recipe.mask_from if recipe and recipe.update != "none" else None,
         "damping": _damping(recipe) if recipe else None,
+        "tune": recipe.tune.scope if recipe and recipe.tune else None,
+        "tune_epochs": recipe.tune.epochs if recipe and recipe.tune else None,
+        "tune_lr": recipe.tune.rate if recipe and recipe.tune else None,
         "calibration": str(settings.calibration.inputs or settings.calibration.text),
         "samples": settings.calibration.samples,
         "seq_len": settings.calibration.length,

@@ -6,9 +6,9 @@ from typing import Literal
 from .calibrate.patterns import Pattern, Unstructured
 from .passes.errors import InputError
 from .passes.given_masks import GivenMasks
-from .passes.recipe import MaskFrom, Recipe, Score, Update
+from .passes.recipe import MaskFrom, Recipe, Score, Tune, Update
 
-Effort = Literal["fast", "balanced"]
+Effort = Literal["fast", "balanced", "best"]
 BALANCED: Update = "admm-cg"
 
 
@@ -25,6 +25,9 @@ class Flags:
     mask_from: MaskFrom | None = None
     damping: float | None = None
     given: GivenMasks | None = None
+    tune: Literal["none", "halves", "block"] | None = None
+    tune_epochs: int | None = None
+    tune_lr: float | None = None
 
 
 def effort_of(flags: Flags, *, onnx: bool) -> Effort:
@@ -49,10 +52,12 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
         raise InputError(f"--ria-power {flags.ria_power:g} is negative; want 0 or more")
     if flags.damping is not None and not 0 <= flags.damping <= 1:
         raise InputError(f"--damping {flags.damping:g} is out of range; want 0 to 1")
-    if onnx and flags.effort == "balanced":
-        raise InputError("--effort balanced needs the traced model; an .onnx file is pruned with --effort fast")
+    if onnx and flags.effort in ("balanced", "best"):
+        raise InputError(f"--effort {flags.effort} needs the traced model; an .onnx file is pruned with --effort fast")
     if onnx and flags.update not in (None, "none"):
         raise InputError(f"--update {flags.update} needs the traced model and cannot be had for an .onnx file")
+    if onnx and flags.tune not in (None, "none"):
+        raise InputError(f"--tune {flags.tune} needs the traced model and cannot be had for an .onnx file")
     update = flags.update or ("none" if effort_of(flags, onnx=onnx) == "fast" else BALANCED)
     if update == "none":
         for flag, value in {"--mask-from": flags.mask_from, "--damping": flags.damping}.items():
@@ -62,15 +67,16 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
         raise InputError("--update cg does not choose a mask; want --mask-from score, or leave it out")
     chooses = update not in ("none", "cg") and flags.given is None
     return Recipe(
-        pattern,
-        flags.score or "ria",
-        flags.ria_power,
-        flags.permute or ("none" if onnx or flags.given else "fold"),
-        flags.skip,
-        update,
-        flags.mask_from or ("update" if chooses else "score"),
-        flags.damping,
-        flags.given,
+        pattern=pattern,
+        score=flags.score or "ria",
+        ria_power=flags.ria_power,
+        permute=flags.permute or ("none" if onnx or flags.given else "fold"),
+        skip=flags.skip,
+        update=update,
+        mask_from=flags.mask_from or ("update" if chooses else "score"),
+        damping=flags.damping,
+        given=flags.given,
+        tune=_tune(flags, onnx=onnx),
     )
 
 
@@ -85,3 +91,17 @@ def _check_given(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> None:
     for flag, was_given in idle.items():
         if was_given:
             raise InputError(f"{flag} has no effect with --mask, which says what goes; leave one of them out")
+
+
+def _tune(flags: Flags, *, onnx: bool) -> Tune | None:
+    scope = flags.tune or ("halves" if effort_of(flags, onnx=onnx) == "best" else "none")
+    if scope == "none":
+        for flag, value in {"--tune-epochs": flags.tune_epochs, "--tune-lr": flags.tune_lr}.items():
+            if value is not None:
+                raise InputError(f"{flag} {value:g} has no effect without --tune halves or --tune block")
+        return None
+    if flags.tune_epochs is not None and flags.tune_epochs < 1:
+        raise InputError(f"--tune-epochs {flags.tune_epochs} is too few; want 1 or more")
+    if flags.tune_lr is not None and not 0 < flags.tune_lr <= 1:
+        raise InputError(f"--tune-lr {flags.tune_lr:g} is out of range; want above 0, at most 1")
+    return Tune(scope, flags.tune_epochs or Tune.epochs, flags.tune_lr or Tune.rate)

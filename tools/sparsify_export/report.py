@@ -82,7 +82,7 @@ class Report:
         source: the model.
         settings: what was asked for.
         linears: every linear of the model.
-        blocks: path, error and folds of every block.
+        blocks: path, error, folds and the fine-tuned halves of every block.
         verified: how the file was run, its error and the error allowed.
         evaluation: perplexity before and after, or None without ``--eval``.
         latency: milliseconds with our kernels, against the same file run by ONNX Runtime alone or, where an ONNX
@@ -158,7 +158,7 @@ def build_report(
         source=source,
         settings=settings,
         linears=tuple(linears),
-        blocks=tuple({"path": b.path, "error": b.error, "folds": [asdict(f) for f in b.folds]} for b in blocks),
+        blocks=tuple(_block(block) for block in blocks),
         verified=tuple({"how": v.how, "error": v.closeness.error, "allowed": v.closeness.budget} for v in verified),
         evaluation=evaluation,
         latency=tuple(latency),
@@ -185,7 +185,8 @@ def _blocks(report: Report) -> Table:
     table = Table(title="Pruned blocks", title_justify="left")
     updated = any(e.error_after is not None for e in report.linears)
     layers = ("masked", "updated") if updated else ()
-    for name in ("block", "linears", "pattern", "retained", "folded", "folds", *layers, "error", "bytes"):
+    tuned = ("tuned",) if any(block["tuned"] for block in report.blocks) else ()
+    for name in ("block", "linears", "pattern", "retained", "folded", "folds", *layers, *tuned, "error", "bytes"):
         table.add_column(name, justify="left" if name in ("block", "pattern") else "right", no_wrap=name == "block")
     for block in report.blocks:
         own = [e for e in report.linears if e.path.startswith(f"{block['path']}.") and e.sparsity is not None]
@@ -203,16 +204,27 @@ def _blocks(report: Report) -> Table:
             f"{after:.3f}",
             str(len(block["folds"])),
             *([_mean_error(own, "error_before"), _mean_error(own, "error_after")] if updated else []),
+            *([_gains(block["tuned"])] if tuned else []),
             f"{block['error']:.3f}",
             f"{stored:.3f}x",
         )
     return table
 
 
+def _block(block: BlockReport) -> dict[str, Any]:
+    tuned = [asdict(half) for half in block.tuned]
+    return {"path": block.path, "error": block.error, "folds": [asdict(f) for f in block.folds], "tuned": tuned}
+
+
 def _mean_error(linears: Sequence[LinearEntry], name: Literal["error_before", "error_after"]) -> str:
     """The mean relative error of the outputs of a block's linears, squared, over those that were updated."""
     errors = [error for error in (getattr(entry, name) for entry in linears) if error is not None]
     return f"{sum(errors) / len(errors):.3f}" if errors else ""
+
+
+def _gains(halves: Sequence[Mapping[str, Any]]) -> str:
+    """What fine-tuning left of the loss of each half, on the batches it was not trained on."""
+    return ", ".join(f"{half['after'] / half['before']:.2f}x" if half["before"] else "-" for half in halves)
 
 
 def _left_dense(entries: Sequence[LinearEntry]) -> Table:
