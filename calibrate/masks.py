@@ -26,7 +26,7 @@ def nm_keep_mask(score: torch.Tensor, nm: NM) -> torch.Tensor:
     Raises:
         ValueError: in_features is not a multiple of ``m``, or the score holds NaN.
     """
-    _check(score)
+    check_score(score)
     if score.shape[1] % nm.m:
         raise ValueError(f"in_features {score.shape[1]} is not a multiple of {nm.m}, as {nm} wants")
     keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
@@ -62,7 +62,7 @@ def fraction_keep_mask(score: torch.Tensor, sparsity: float, per: Group) -> torc
     Raises:
         ValueError: ``sparsity`` is out of range, or the score holds NaN.
     """
-    _check(score)
+    check_score(score)
     sparsity = Unstructured(sparsity).sparsity
     groups = score.detach().float() if per == "row" else score.detach().float().reshape(1, -1)
     count = groups.shape[1]
@@ -108,7 +108,7 @@ def retained(score: torch.Tensor, keep: torch.Tensor) -> float:
     return kept / everything if everything else 1.0
 
 
-def _check(score: torch.Tensor) -> None:
+def check_score(score: torch.Tensor) -> None:
     if score.dim() != 2:
         raise ValueError(f"score wants shape [out_features, in_features], got {tuple(score.shape)}")
     if score.numel() and bool(score.max().isnan()):  # max passes NaN on, without a mask as large as the score
