@@ -1,6 +1,5 @@
 """What BESA's rates are learned from: how far the block's output moves, and how far its sparsity is off."""
 
-import torch
 from torch import Tensor
 
 

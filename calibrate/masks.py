@@ -109,6 +109,11 @@ def retained(score: torch.Tensor, keep: torch.Tensor) -> float:
 
 
 def check_score(score: torch.Tensor) -> None:
+    """Refuse what cannot be ranked.
+
+    Raises:
+        ValueError: the score is not a matrix, or holds NaN.
+    """
     if score.dim() != 2:
         raise ValueError(f"score wants shape [out_features, in_features], got {tuple(score.shape)}")
     if score.numel() and bool(score.max().isnan()):  # max passes NaN on, without a mask as large as the score
