@@ -18,7 +18,8 @@ from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import Partition, partition
 from sparsify_export.passes.fx.rewrite import Lowered, lower_linears, stored_weights
 from sparsify_export.passes.lower import to_onnx
-from sparsify_export.passes.pipeline import BlockReport, Recipe, prune
+from sparsify_export.passes.pipeline import prune
+from sparsify_export.passes.recipe import BlockReport, Recipe
 from sparsify_export.runtime.inspection import sparse_weights
 from transformers.pytorch_utils import Conv1D
 

@@ -17,7 +17,8 @@ from sparsify_export.passes.frontend.trace import trace
 from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.fx.run import live_after, run_part, start
-from sparsify_export.passes.pipeline import Recipe, Timings, prune
+from sparsify_export.passes.pipeline import prune
+from sparsify_export.passes.recipe import Recipe, Timings
 
 
 def main(model: str, text: Path, *, samples: int = 32, seq_len: int = 1024, score: str = "ria") -> None:

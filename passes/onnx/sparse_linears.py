@@ -15,7 +15,7 @@ from ..cost import Worth
 from ..dialect.packed import Packed, pack, packed_bytes
 from ..dialect.storage import FLOATS, FP32, Storage
 from ..errors import InputError
-from ..pipeline import Recipe
+from ..recipe import Recipe
 from .linears import LeftOut, Linear, gives_output
 from .spool import Spool
 from .view import Model

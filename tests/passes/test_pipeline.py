@@ -5,13 +5,15 @@ import torch
 from reference import fraction_keep_mask, nm_keep_mask
 from reference import wanda as slow_wanda
 from sparsify_export.calibrate.patterns import NM, Unstructured
-from sparsify_export.passes import pipeline
+from sparsify_export.passes import block as one_block
+from sparsify_export.passes import permute, pipeline
 from sparsify_export.passes.errors import InputError, VerificationError
 from sparsify_export.passes.frontend.batches import Batch
 from sparsify_export.passes.fx.fold import apply_fold
 from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.fx.run import run_part
-from sparsify_export.passes.pipeline import Recipe, Timings, prune
+from sparsify_export.passes.pipeline import prune
+from sparsify_export.passes.recipe import Recipe, Timings
 from toys import Cached, export, stack, weights
 
 HALF, TWO_OF_FOUR = Unstructured(0.5), NM(2, 4)
@@ -228,7 +230,7 @@ def test_a_wrong_fold_ends_the_compilation_and_is_named(monkeypatch):
         producers = {moved.param for moved in space.producers}
         params.update({key: value for key, value in moved.items() if key in producers})
 
-    monkeypatch.setattr(pipeline, "apply_fold", wrong)
+    monkeypatch.setattr(permute, "apply_fold", wrong)
     why = r"^layers\.0: folding .*layers\.0\.down columns 0\.\.15 changed its output: max error .* allowed"
     with pytest.raises(VerificationError, match=why):
         pruned()
@@ -263,7 +265,8 @@ def test_what_only_the_model_returns_is_not_kept(monkeypatch):
         sizes.append(len(values))
         return run_part(part, values, params, names)
 
-    monkeypatch.setattr(pipeline, "run_part", watched)
+    for module in (pipeline, one_block):
+        monkeypatch.setattr(module, "run_part", watched)
     prune(parts, weights(program), Recipe(NM(2, 4)), inputs())
     assert max(sizes) <= 3
 

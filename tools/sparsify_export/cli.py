@@ -103,7 +103,7 @@ def compile_command(
     """
     from . import compile as compiler
     from .passes.dialect.storage import Storage
-    from .passes.pipeline import Recipe
+    from .passes.recipe import Recipe
     from .report import render
 
     if out.endswith((".plan", ".engine")):

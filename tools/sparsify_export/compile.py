@@ -19,7 +19,8 @@ from .passes.fx.canonical import canonicalise
 from .passes.fx.partition import Partition, partition
 from .passes.fx.rewrite import lower_linears, stored_weights
 from .passes.lower import to_onnx
-from .passes.pipeline import BlockReport, Recipe, Timings, prune
+from .passes.pipeline import prune
+from .passes.recipe import BlockReport, Recipe, Timings
 from .report import Evaluation, Report, build_report
 from .runtime.benchmark import compare_kernels
 from .runtime.evaluate import onnx_logits, perplexity, torch_logits

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .passes.frontend.trace import PREFIX
 from .passes.fx.rewrite import Lowered
-from .passes.pipeline import BlockReport
+from .passes.recipe import BlockReport
 from .runtime.benchmark import Row
 from .runtime.evaluate import Perplexity
 from .runtime.session import SPARSE_OPS

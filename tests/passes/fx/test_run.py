@@ -1,6 +1,7 @@
 """Running parts: plainly, with a look inside, with rounded activations, and in float64."""
 
 import torch
+from sparsify_export.calibrate.matmul import linear
 from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.fx.run import live_after, observe_part, run_part, run_part_float64, run_part_rounded, start
 from torch import Tensor
@@ -86,18 +87,18 @@ def test_observes_exactly_the_inputs_of_the_linears_and_changes_nothing():
     values.update(run_part(parts.parts[0], values, params, parts.params))
     block = parts.parts[1]
     seen = {}
-    see = {linear.input: lambda x, name=linear.input: seen.setdefault(name, []).append(x) for linear in block.linears}
+    see = {found.input: lambda x, name=found.input: seen.setdefault(name, []).append(x) for found in block.linears}
     before = dict(values)
     observed = observe_part(block, values, params, parts.params, see)
     assert values == before
     plain = run_part(block, values, params, parts.params)
     assert observed.keys() == plain.keys() == set(block.outputs)
     assert all(torch.equal(observed[name], plain[name]) for name in plain)
-    x = model.first(X)
-    up, down = (linear.input for linear in block.linears)
+    x = linear(X, model.first.weight, model.first.bias)
+    up, down = (found.input for found in block.linears)
     assert {name: len(calls) for name, calls in seen.items()} == {up: 1, down: 1}
     assert torch.equal(seen[up][0], x)
-    assert torch.equal(seen[down][0], model.layers[0].up(x).relu())
+    assert torch.equal(seen[down][0], linear(x, model.layers[0].up.weight, model.layers[0].up.bias).relu())
 
 
 def test_only_what_later_parts_read_stays_alive():

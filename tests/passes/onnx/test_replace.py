@@ -17,7 +17,7 @@ from sparsify_export.passes.onnx.sparse_linears import make_sparse
 from sparsify_export.passes.onnx.spool import Spool
 from sparsify_export.passes.onnx.view import read_model
 from sparsify_export.passes.onnx.write import write_proto
-from sparsify_export.passes.pipeline import Recipe
+from sparsify_export.passes.recipe import Recipe
 
 
 def lower(proto, tmp_path, recipe=None, storage=FP32):

@@ -1,0 +1,143 @@
+"""One block, and the small passes over it; `pipeline` has them in order."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..calibrate import masks, scores
+from ..calibrate.patterns import NM, Group, Pattern
+from ..calibrate.statistics import ActNorm
+from .errors import InputError
+from .frontend.batches import Batch
+from .fx.linears import Linear
+from .fx.partition import Part
+from .fx.run import Values, observe_part, run_part
+from .recipe import Note, Recipe, Score, Timings
+
+GROUPS: Mapping[Score, Group] = {
+    "ria": scores.RIA_GROUP,
+    "wanda": scores.WANDA_GROUP,
+    "magnitude": scores.MAGNITUDE_GROUP,
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block, and what the passes over it share.
+
+    Attributes:
+        part: the block.
+        names: outer placeholder name to parameter key.
+        recipe: how to prune.
+        reasons: why a linear stays dense, by path; "" for those that are pruned.
+        cache: (past, present) names that carry the KV cache.
+        shared: names that more than one part reads.
+        note: told what the user should know.
+        timings: seconds per stage are added here.
+    """
+
+    part: Part
+    names: Mapping[str, str]
+    recipe: Recipe
+    reasons: Mapping[str, str]
+    cache: tuple[tuple[str, str], ...]
+    shared: frozenset[str]
+    note: Note
+    timings: Timings
+
+    @property
+    def pruned(self) -> list[Linear]:
+        """The linears to prune."""
+        return [linear for linear in self.part.linears if not self.reasons[linear.path]]
+
+    @property
+    def judged(self) -> list[str]:
+        """The outputs that must not change; the cache may be reordered."""
+        state = {present for _, present in self.cache}
+        return [name for name in self.part.outputs if name and name not in state]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the dense block did on the calibration batches.
+
+    Attributes:
+        norms: activation norms by input node.
+        outputs: the judged outputs, by batch.
+    """
+
+    norms: dict[str, Tensor]
+    outputs: list[Values]
+
+
+def observe(block: Block, params: Mapping[str, Tensor], states: list[Values], batches: Sequence[Batch]) -> Observed:
+    """Run the dense block on every batch, looking at what its linears read.
+
+    Raises:
+        InputError: activations hold NaN, or the batches hold nothing but padding.
+    """
+    statistics = {linear.input: ActNorm(linear.in_features) for linear in block.pruned}
+    first = {linear.input: linear for linear in reversed(block.pruned)}
+    outputs = []
+    for values, batch in zip(states, batches, strict=True):
+
+        def see(node: str, x: Tensor, token_mask: Tensor | None = batch.token_mask) -> None:
+            tokens = None if token_mask is None else token_mask.reshape(x.shape[:-1])
+            try:
+                statistics[node].update(x, tokens)
+            except ValueError as error:
+                raise InputError(f"{first[node].path}: {error}") from error
+
+        look = {node: lambda x, node=node: see(node, x) for node in statistics}
+        results = observe_part(block.part, values, params, block.names, look)
+        outputs.append({name: value for name, value in results.items() if name in block.judged})
+    norms = {}
+    for node, statistic in statistics.items():
+        try:
+            norms[node] = statistic.norm()
+        except ValueError as error:
+            raise InputError(f"{first[node].path}: {error}") from error
+    return Observed(norms, outputs)
+
+
+def score_linear(block: Block, linear: Linear, params: Mapping[str, Tensor], observed: Observed) -> Tensor:
+    """The recipe's score of one linear's weight.
+
+    Raises:
+        InputError: the weight holds NaN.
+    """
+    weight, norm = params[linear.weight], observed.norms[linear.input]
+    try:
+        if block.recipe.score == "magnitude":
+            return scores.magnitude(weight)
+        if block.recipe.score == "wanda":
+            return scores.wanda(weight, norm)
+        return scores.ria(weight, norm, block.recipe.ria_power)
+    except ValueError as error:
+        raise InputError(f"{linear.path}: {error}") from error
+
+
+def allocate(block: Block) -> dict[str, Pattern]:
+    """The zeros that each weight is to have, by key: the same for all."""
+    return {linear.weight: block.recipe.pattern for linear in block.pruned}
+
+
+def mask(block: Block, score: Tensor, pattern: Pattern) -> Tensor:
+    """The keep mask of one weight."""
+    if isinstance(pattern, NM):
+        return masks.nm_keep_mask(score, pattern)
+    return masks.fraction_keep_mask(score, pattern.sparsity, GROUPS[block.recipe.score])
+
+
+def propagate(block: Block, params: Mapping[str, Tensor], states: list[Values], dense: list[Values]) -> float:
+    """Run the pruned block on every batch; the relative error of its outputs against the dense ones."""
+    wrong = size = 0.0
+    for values, reference in zip(states, dense, strict=True):
+        values.update(run_part(block.part, values, params, block.names))
+        for name in block.judged:
+            if isinstance(reference[name], Tensor) and reference[name].is_floating_point():
+                wrong += float((values[name] - reference[name]).norm() ** 2)
+                size += float(reference[name].norm() ** 2)
+        reference.clear()
+    return (wrong / size) ** 0.5 if size else 0.0

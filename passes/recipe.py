@@ -1,0 +1,98 @@
+"""What pruning is asked for, and what it reports: plain data between the command line, the pipeline and the report."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..calibrate.patterns import Pattern
+
+Score = Literal["ria", "wanda", "magnitude"]
+Update = Literal["none"]
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+Note = Callable[[str], None]
+"""Called with a sentence that the user should read."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to prune.
+
+    Attributes:
+        pattern: the zeros to make.
+        score: which score ranks the weights.
+        ria_power: exponent of the activation norms in RIA.
+        permute: fold channel orders where the graph allows it (N:M only), or not at all.
+        skip: glob patterns of module paths that stay dense.
+        update: how the surviving weights make up for those that are gone.
+    """
+
+    pattern: Pattern
+    score: Score = "ria"
+    ria_power: float = 0.5
+    permute: Literal["fold", "none"] = "fold"
+    skip: tuple[str, ...] = ()
+    update: Update = "none"
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """One channel order that was folded: what it moved and what it gained."""
+
+    name: str
+    channels: int
+    retained_before: float
+    retained_after: float
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What became of one linear inside a block.
+
+    Attributes:
+        path: module path.
+        shape: ``(out_features, in_features)``.
+        pattern: the pattern made, or None if it was left dense.
+        reason: why it was left dense; "" if it was pruned.
+        retained_before: retained score with the channels in their original order.
+        retained_after: retained score as pruned.
+        sparsity: fraction of zeros as counted.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    pattern: str | None
+    reason: str
+    retained_before: float | None = None
+    retained_after: float | None = None
+    sparsity: float = 0.0
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block: its linears, its folds, and how far its output moved.
+
+    Attributes:
+        error: ``||pruned - dense|| / ||dense||`` of the block's output, both on the pruned path's inputs.
+    """
+
+    path: str
+    linears: tuple[LinearReport, ...]
+    folds: tuple[FoldReport, ...]
+    error: float
+
+
+@dataclass
+class Timings:
+    """Seconds spent in each stage of pruning."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a stage."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
