@@ -1,6 +1,64 @@
 """What BESA's rates are learned from: how far the block's output moves, and how far its sparsity is off."""
 
+import math
+from dataclasses import dataclass
+from typing import Final, Literal
+
 from torch import Tensor
+
+LEAST_STEPS: Final = 128
+"""Steps of BESA's published runs: 128 sequences, one at a time."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How rates are learned. The defaults differ from the published ones where a comment says so.
+
+    Attributes:
+        per: one distribution a row, or one for all rows of a linear.
+        reference: what the block's output is compared with: the dense block on the ``pruned`` path's inputs (BESA's
+            row-wise results), or the ``dense`` model's (its layer-wise results), which also makes up for the blocks
+            before.
+        optimiser: AdamW, or Prodigy, which needs no step size but a ``growth``.
+        step_size: of AdamW.
+        growth: of Prodigy's estimate; 0.05 to 50 in BESA's published commands.
+        width: of the bell around the target that the logits start from; None for uniform, as published.
+        bounded: put the logits through a sigmoid first, as published; rates then stay within 0.376 and 0.624.
+        rate_steps: candidate rates less one.
+        penalty: weight of the sparsity penalty.
+        epochs: times that every sequence is used; more where that gives fewer than 128 steps.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+
+    per: Literal["row", "layer"] = "row"
+    reference: Literal["pruned", "dense"] = "pruned"
+    optimiser: Literal["adamw", "prodigy"] = "adamw"
+    step_size: float = 1e-2
+    growth: float = 5.0
+    width: float | None = 0.1
+    bounded: bool = False
+    rate_steps: int = 100
+    penalty: float = 5.0
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        numbers = {
+            "step_size": self.step_size,
+            "growth": self.growth,
+            "rate_steps": self.rate_steps,
+            "penalty": self.penalty,
+            "epochs": self.epochs,
+            "width": 1.0 if self.width is None else self.width,
+        }
+        for name, value in numbers.items():
+            if not value > 0:
+                raise ValueError(f"{name} wants more than 0, got {value}")
+
+    def steps(self, sequences: int) -> int:
+        """Steps over so many sequences."""
+        return max(self.epochs, math.ceil(LEAST_STEPS / sequences)) * sequences
 
 
 def channel_scale(wanted: Tensor) -> Tensor:

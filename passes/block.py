@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..calibrate import masks, scores
-from ..calibrate.patterns import NM, Group, Pattern
+from ..calibrate.patterns import NM, Group
 from ..calibrate.statistics import ActNorm
 from .errors import InputError
 from .frontend.batches import Batch
 from .fx.linears import Linear
 from .fx.partition import Part
 from .fx.run import Values, observe_part, run_part
-from .recipe import Note, Recipe, Score, Timings
+from .recipe import Note, Progress, Recipe, Score, Timings
 
 GROUPS: Mapping[Score, Group] = {
     "ria": scores.RIA_GROUP,
@@ -33,7 +33,9 @@ class Block:
         reasons: why a linear stays dense, by path; "" for those that are pruned.
         cache: (past, present) names that carry the KV cache.
         shared: names that more than one part reads.
+        target: weights to prune, where rates are learned.
         note: told what the user should know.
+        progress: told what is being done.
         timings: seconds per stage are added here.
     """
 
@@ -43,7 +45,9 @@ class Block:
     reasons: Mapping[str, str]
     cache: tuple[tuple[str, str], ...]
     shared: frozenset[str]
+    target: int
     note: Note
+    progress: Progress
     timings: Timings
 
     @property
@@ -118,16 +122,21 @@ def score_linear(block: Block, linear: Linear, params: Mapping[str, Tensor], obs
         raise InputError(f"{linear.path}: {error}") from error
 
 
-def allocate(block: Block) -> dict[str, Pattern]:
-    """The zeros that each weight is to have, by key: the same for all."""
-    return {linear.weight: block.recipe.pattern for linear in block.pruned}
-
-
-def mask(block: Block, score: Tensor, pattern: Pattern) -> Tensor:
-    """The keep mask of one weight."""
+def mask(block: Block, score: Tensor) -> Tensor:
+    """The keep mask of one weight, with the recipe's rate."""
+    pattern = block.recipe.pattern
     if isinstance(pattern, NM):
         return masks.nm_keep_mask(score, pattern)
     return masks.fraction_keep_mask(score, pattern.sparsity, GROUPS[block.recipe.score])
+
+
+def run_dense(block: Block, params: Mapping[str, Tensor], dense: list[Values]) -> list[Values]:
+    """Run the block, not yet pruned, on the dense model's batches; the judged outputs, by batch."""
+    outputs = []
+    for values in dense:
+        values.update(run_part(block.part, values, params, block.names))
+        outputs.append({name: values[name] for name in block.judged})
+    return outputs
 
 
 def propagate(block: Block, params: Mapping[str, Tensor], states: list[Values], dense: list[Values]) -> float:

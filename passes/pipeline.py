@@ -5,21 +5,22 @@ The passes over a block, in the order in which each may rely on those before it:
 1. observe: statistics of every distinct linear input, weighted by tokens, and the dense block's outputs;
 2. score: how much each weight matters;
 3. permute: channel orders that keep the most score, folded into the block's own weights and checked;
-4. allocate: the zeros that each weight is to have;
-5. mask: zeros where the score is lowest;
-6. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
+4. mask: zeros where the score is lowest, the same fraction everywhere or learned for each row (besa.py);
+5. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
 """
 
 import fnmatch
+import math
 from collections import Counter
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..calibrate import masks
 from ..calibrate.patterns import NM
-from .block import Block, allocate, mask, observe, propagate, score_linear
+from .besa import learn_masks
+from .block import Block, mask, observe, propagate, run_dense, score_linear
 from .errors import InputError
 from .frontend.batches import Batch
 from .fx.partition import Partition
@@ -63,23 +64,42 @@ def prune(
     shared = frozenset(name for name, count in readers.items() if count > 1)
     states = [start(partition, batch.inputs) for batch in batches]
     check = start(partition, batches[0].head().inputs)
+    by_dense_model = recipe.allocation is not None and recipe.allocation.reference == "dense"
+    dense = [dict(values) for values in states] if by_dense_model else []
+    targets = iter(_targets(partition, recipe, reasons))
     reports: list[BlockReport] = []
     for index, part in enumerate(partition.parts):
         if part.path:
-            block = Block(part, partition.params, recipe, reasons, tuple(cache), shared, note, timings)
-            reports.append(_prune_block(block, params, states, batches, check))
+            block = Block(
+                part,
+                partition.params,
+                recipe,
+                reasons,
+                tuple(cache),
+                shared,
+                target=next(targets),
+                note=note,
+                progress=progress,
+                timings=timings,
+            )
+            reports.append(_prune_block(block, params, states, dense, batches, check))
             progress("pruning", len(reports), len(partition.blocks))
         elif not reports:  # the prologue; what follows the last block is nobody's input
-            for values in [*states, check]:
+            for values in [*states, *dense, check]:
                 values.update(run_part(part, values, params, partition.params))
-        for values in [*states, check]:
+        for values in [*states, *dense, check]:
             for name in [n for n in values if n not in alive[index]]:
                 del values[name]
     return reports
 
 
 def _prune_block(
-    block: Block, params: MutableMapping[str, Tensor], states: list[Values], batches: Sequence[Batch], check: Values
+    block: Block,
+    params: MutableMapping[str, Tensor],
+    states: list[Values],
+    dense: list[Values],
+    batches: Sequence[Batch],
+    check: Values,
 ) -> BlockReport:
     """Run all passes over one block.
 
@@ -87,6 +107,7 @@ def _prune_block(
         block: the block.
         params: weights by key; the block's own are replaced.
         states: live values of every batch; the block's outputs are added.
+        dense: the same in the dense model, or nothing where no pass compares with it.
         batches: the batches they come from.
         check: live values of the batch that checks folds; the block's outputs are added.
     """
@@ -95,11 +116,15 @@ def _prune_block(
         observed = observe(block, params, states, batches)
     with timings.stage("score"):
         score = {linear.weight: score_linear(block, linear, params, observed) for linear in block.pruned}
-        before = {key: masks.retained(s, mask(block, s, block.recipe.pattern)) for key, s in score.items()}
+        before = {key: masks.retained(s, mask(block, s)) for key, s in score.items()}
     folds = permute(block, params, score, observed, check)
-    patterns = allocate(block)
+    if block.recipe.allocation is not None:
+        with timings.stage("learn rates"):
+            wanted = run_dense(block, params, dense) if dense else observed.outputs
+            keep = learn_masks(block, params, score, states, wanted, [batch.token_mask for batch in batches])
     with timings.stage("mask"):
-        keep = {key: mask(block, s, patterns[key]) for key, s in score.items()}
+        if block.recipe.allocation is None:
+            keep = {key: mask(block, s) for key, s in score.items()}
         after = {key: masks.retained(s, keep[key]) for key, s in score.items()}
         for key, kept in keep.items():
             params[key] = torch.where(kept, params[key], 0.0)  # literal +0.0, never -0.0
@@ -114,8 +139,21 @@ def _prune_block(
             continue
         key = linear.weight
         zeros = 1 - int(params[key].count_nonzero()) / params[key].numel()
-        linears.append(LinearReport(linear.path, shape, str(patterns[key]), "", before[key], after[key], zeros))
+        pattern = str(block.recipe.pattern) if block.recipe.allocation is None else f"{zeros:.3f}"
+        linears.append(LinearReport(linear.path, shape, pattern, "", before[key], after[key], zeros))
     return BlockReport(block.part.path, tuple(linears), tuple(folds), error)
+
+
+def _targets(partition: Partition, recipe: Recipe, reasons: Mapping[str, str]) -> list[int]:
+    """How many weights each block is to prune: what is rounded off in one block is made up for in the next."""
+    targets, size, before = [], 0, 0
+    for part in partition.blocks:
+        weights = {linear.weight: linear for linear in part.linears if not reasons[linear.path]}
+        size += sum(linear.out_features * linear.in_features for linear in weights.values())
+        total = math.floor(recipe.pattern.sparsity * size + 0.5)
+        targets.append(total - before)
+        before = total
+    return targets
 
 
 def _reasons(partition: Partition, recipe: Recipe) -> dict[str, str]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..calibrate.besa import Learning
 from ..calibrate.patterns import Pattern
 
 Score = Literal["ria", "wanda", "magnitude"]
@@ -26,6 +27,7 @@ class Recipe:
         ria_power: exponent of the activation norms in RIA.
         permute: fold channel orders where the graph allows it (N:M only), or not at all.
         skip: glob patterns of module paths that stay dense.
+        allocation: how BESA learns what each row loses (unstructured only), or None for the same rate everywhere.
         update: how the surviving weights make up for those that are gone.
     """
 
@@ -34,6 +36,7 @@ class Recipe:
     ria_power: float = 0.5
     permute: Literal["fold", "none"] = "fold"
     skip: tuple[str, ...] = ()
+    allocation: Learning | None = None
     update: Update = "none"
 
 

@@ -33,6 +33,13 @@ def run_part(part: Part, values: Values, params: Mapping[str, Tensor], names: Ma
     return _named(part, results)
 
 
+def run_part_with_grad(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> Values:
+    """As ``run_part``, differentiable in the weights that require a gradient."""
+    with torch.enable_grad():
+        results = _Fast(part.module).run(*_arguments(part, values, params, names))
+    return _named(part, results)
+
+
 def observe_part(
     part: Part,
     values: Values,
