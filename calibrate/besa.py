@@ -12,7 +12,7 @@ LEAST_STEPS: Final = 128
 
 @dataclass(frozen=True)
 class Learning:
-    """How rates are learned. The defaults differ from the published ones where a comment says so.
+    """How rates are learned.
 
     Attributes:
         per: one distribution a row, or one for all rows of a linear.
@@ -20,7 +20,7 @@ class Learning:
             row-wise results), or the ``dense`` model's (its layer-wise results), which also makes up for the blocks
             before.
         optimiser: AdamW, or Prodigy, which needs no step size but a ``growth``.
-        step_size: of AdamW.
+        step_size: of AdamW, falling to 0 along a straight line; 0.01 and constant in the published code.
         growth: of Prodigy's estimate; 0.05 to 50 in BESA's published commands.
         width: of the bell around the target that the logits start from; None for uniform, as published.
         bounded: put the logits through a sigmoid first, as published; rates then stay within 0.376 and 0.624.
@@ -35,7 +35,7 @@ class Learning:
     per: Literal["row", "layer"] = "row"
     reference: Literal["pruned", "dense"] = "pruned"
     optimiser: Literal["adamw", "prodigy"] = "adamw"
-    step_size: float = 1e-2
+    step_size: float = 0.1
     growth: float = 5.0
     width: float | None = 0.1
     bounded: bool = False

@@ -9,8 +9,15 @@ import math
 import numpy as np
 import torch
 
-from .patterns import NM, Group, Unstructured
+from .patterns import NM, Group, Pattern, Unstructured
 from .sums import BLOCK, blocks, row_sums, total
+
+
+def keep_mask(score: torch.Tensor, pattern: Pattern, per: Group) -> torch.Tensor:
+    """Keep the best weights under a pattern: `nm_keep_mask`, or `fraction_keep_mask` among the weights of ``per``."""
+    if isinstance(pattern, NM):
+        return nm_keep_mask(score, pattern)
+    return fraction_keep_mask(score, pattern.sparsity, per)
 
 
 def nm_keep_mask(score: torch.Tensor, nm: NM) -> torch.Tensor:
@@ -62,11 +69,20 @@ def fraction_keep_mask(score: torch.Tensor, sparsity: float, per: Group) -> torc
     Raises:
         ValueError: ``sparsity`` is out of range, or the score holds NaN.
     """
-    check_score(score)
     sparsity = Unstructured(sparsity).sparsity
+    count = score.shape[-1] if per == "row" else score.numel()
+    return count_keep_mask(score, math.floor(sparsity * count + 0.5), per)
+
+
+def count_keep_mask(score: torch.Tensor, pruned: int, per: Group) -> torch.Tensor:
+    """As `fraction_keep_mask`, with the number of weights to prune of those that compete.
+
+    Raises:
+        ValueError: the score holds NaN.
+    """
+    check_score(score)
     groups = score.detach().float() if per == "row" else score.detach().float().reshape(1, -1)
     count = groups.shape[1]
-    pruned = math.floor(sparsity * count + 0.5)
     keep = torch.full_like(groups, pruned < count, dtype=torch.bool)
     if 0 < pruned < count:
         for part, out in zip(blocks(groups), blocks(keep), strict=True):

@@ -78,6 +78,8 @@ def learn_masks(
             raise InputError(f"{block.part.path}: BESA's loss is {float(loss.detach())} after {step} of {steps} steps")
         optimiser.zero_grad()
         loss.backward()
+        if learning.optimiser == "adamw":
+            optimiser.param_groups[0]["lr"] = learning.step_size * (1 - step / steps)
         optimiser.step()
         block.progress(f"learning rates of {block.part.path}", step + 1, steps)
     rates = [_rates(logits[key].detach(), linear, learning) for key, linear in linears.items()]

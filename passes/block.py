@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..calibrate import masks, scores
-from ..calibrate.patterns import NM, Group
+from ..calibrate.hessian import Hessian
+from ..calibrate.patterns import Group
 from ..calibrate.statistics import ActNorm
 from .errors import InputError
 from .frontend.batches import Batch
@@ -68,10 +69,12 @@ class Observed:
 
     Attributes:
         norms: activation norms by input node.
+        hessians: second moments by input node; empty where the recipe has no update.
         outputs: the judged outputs, by batch.
     """
 
     norms: dict[str, Tensor]
+    hessians: dict[str, Tensor]
     outputs: list[Values]
 
 
@@ -81,7 +84,8 @@ def observe(block: Block, params: Mapping[str, Tensor], states: list[Values], ba
     Raises:
         InputError: activations hold NaN, or the batches hold nothing but padding.
     """
-    statistics = {linear.input: ActNorm(linear.in_features) for linear in block.pruned}
+    kind: type[ActNorm] | type[Hessian] = ActNorm if block.recipe.update == "none" else Hessian
+    statistics = {linear.input: kind(linear.in_features) for linear in block.pruned}
     first = {linear.input: linear for linear in reversed(block.pruned)}
     outputs = []
     for values, batch in zip(states, batches, strict=True):
@@ -102,7 +106,8 @@ def observe(block: Block, params: Mapping[str, Tensor], states: list[Values], ba
             norms[node] = statistic.norm()
         except ValueError as error:
             raise InputError(f"{first[node].path}: {error}") from error
-    return Observed(norms, outputs)
+    hessians = {node: statistic.matrix() for node, statistic in statistics.items() if isinstance(statistic, Hessian)}
+    return Observed(norms, hessians, outputs)
 
 
 def score_linear(block: Block, linear: Linear, params: Mapping[str, Tensor], observed: Observed) -> Tensor:
@@ -124,10 +129,7 @@ def score_linear(block: Block, linear: Linear, params: Mapping[str, Tensor], obs
 
 def mask(block: Block, score: Tensor) -> Tensor:
     """The keep mask of one weight, with the recipe's rate."""
-    pattern = block.recipe.pattern
-    if isinstance(pattern, NM):
-        return masks.nm_keep_mask(score, pattern)
-    return masks.fraction_keep_mask(score, pattern.sparsity, GROUPS[block.recipe.score])
+    return masks.keep_mask(score, block.recipe.pattern, GROUPS[block.recipe.score])
 
 
 def run_dense(block: Block, params: Mapping[str, Tensor], dense: list[Values]) -> list[Values]:

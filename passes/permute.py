@@ -58,9 +58,10 @@ def permute(
             _check_outputs(block, space, got, *expected)
             params.update(folded)
             apply_fold(space, found.order, score, only_present=True)
-            for node, norm in observed.norms.items():
-                reader = next(linear for linear in block.pruned if linear.input == node)
-                observed.norms[node] = permute_statistic(space, found.order, norm, reader.weight)
+            for statistics in (observed.norms, observed.hessians):
+                for node, statistic in statistics.items():
+                    reader = next(linear for linear in block.pruned if linear.input == node)
+                    statistics[node] = permute_statistic(space, found.order, statistic, reader.weight)
         name = space.name.removeprefix(PREFIX)
         folds.append(FoldReport(name, space.size, found.retained_before, found.retained_after))
     return folds

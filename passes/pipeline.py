@@ -6,7 +6,8 @@ The passes over a block, in the order in which each may rely on those before it:
 2. score: how much each weight matters;
 3. permute: channel orders that keep the most score, folded into the block's own weights and checked;
 4. mask: zeros where the score is lowest, the same fraction everywhere or learned for each row (besa.py);
-5. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
+5. update: the surviving weights make up for those that are gone, whose choice may be part of it;
+6. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
 """
 
 import fnmatch
@@ -14,7 +15,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 
-import torch
 from torch import Tensor
 
 from ..calibrate import masks
@@ -27,6 +27,7 @@ from .fx.partition import Partition
 from .fx.run import Values, live_after, run_part, start
 from .permute import permute
 from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings
+from .update import update_block
 
 
 def prune(
@@ -125,9 +126,10 @@ def _prune_block(
     with timings.stage("mask"):
         if block.recipe.allocation is None:
             keep = {key: mask(block, s) for key, s in score.items()}
-        after = {key: masks.retained(s, keep[key]) for key, s in score.items()}
-        for key, kept in keep.items():
-            params[key] = torch.where(kept, params[key], 0.0)  # literal +0.0, never -0.0
+    with timings.stage("update"):
+        done = update_block(block, params, keep, observed)
+        after = {key: masks.retained(score[key], updated.keep) for key, updated in done.items()}
+        params.update({key: updated.weight for key, updated in done.items()})
     with timings.stage("propagate"):
         error = propagate(block, params, states, observed.outputs)
         check.update(run_part(block.part, check, params, block.names))
@@ -140,7 +142,8 @@ def _prune_block(
         key = linear.weight
         zeros = 1 - int(params[key].count_nonzero()) / params[key].numel()
         pattern = str(block.recipe.pattern) if block.recipe.allocation is None else f"{zeros:.3f}"
-        linears.append(LinearReport(linear.path, shape, pattern, "", before[key], after[key], zeros))
+        errors = done[key].error_before, done[key].error_after
+        linears.append(LinearReport(linear.path, shape, pattern, "", before[key], after[key], zeros, *errors))
     return BlockReport(block.part.path, tuple(linears), tuple(folds), error)
 
 

@@ -10,7 +10,8 @@ from ..calibrate.besa import Learning
 from ..calibrate.patterns import Pattern
 
 Score = Literal["ria", "wanda", "magnitude"]
-Update = Literal["none"]
+Update = Literal["none", "sparsegpt", "admm", "cg", "admm-cg"]
+MaskFrom = Literal["update", "score"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 Note = Callable[[str], None]
@@ -29,6 +30,9 @@ class Recipe:
         skip: glob patterns of module paths that stay dense.
         allocation: how BESA learns what each row loses (unstructured only), or None for the same rate everywhere.
         update: how the surviving weights make up for those that are gone.
+        mask_from: whether the update chooses the mask as it goes, or takes that of the score. Without an update,
+            and with ``cg``, which wants a mask, it is ``score``.
+        damping: added to the diagonal of the Hessian, as a fraction of its mean; None for the update's own.
     """
 
     pattern: Pattern
@@ -38,6 +42,8 @@ class Recipe:
     skip: tuple[str, ...] = ()
     allocation: Learning | None = None
     update: Update = "none"
+    mask_from: MaskFrom = "score"
+    damping: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,9 @@ class LinearReport:
         retained_before: retained score with the channels in their original order.
         retained_after: retained score as pruned.
         sparsity: fraction of zeros as counted.
+        error_before: ``tr((W - W0) H (W - W0)^T) / tr(W0 H W0^T)`` with the original weights under the score's mask;
+            None without an update.
+        error_after: the same with the weights as pruned.
     """
 
     path: str
@@ -71,6 +80,8 @@ class LinearReport:
     retained_before: float | None = None
     retained_after: float | None = None
     sparsity: float = 0.0
+    error_before: float | None = None
+    error_after: float | None = None
 
 
 @dataclass(frozen=True)

@@ -138,3 +138,58 @@ class Prodigy:
             self.s[i] = b2**0.5 * self.s[i] + d * d * g
             self.x[i] -= d * self.m[i] / (math.sqrt(self.v[i]) + d * 1e-8)
         self.d = max(d, self.growth * self.r / sum(abs(s) for s in self.s))
+
+
+def hessian(x: torch.Tensor) -> torch.Tensor:
+    """``2/n`` times the sum over tokens of ``x_i x_j``, for ``x [tokens, C]``."""
+    columns = x.double().T.tolist()
+    sums = [[math.fsum(a * b for a, b in zip(one, other, strict=True)) for other in columns] for one in columns]
+    return torch.tensor(sums, dtype=torch.float64) * 2 / len(x)
+
+
+def best_weight(weight: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The weights under a mask with the least error: one small linear system a row."""
+    best = torch.zeros_like(weight, dtype=torch.float64)
+    for i, kept in enumerate(keep):
+        free = kept.nonzero()[:, 0]
+        pull = (hessian.double() @ weight[i].double())[free]
+        best[i, free] = torch.linalg.solve(hessian.double()[free][:, free], pull)
+    return best
+
+
+def obs_sweep(
+    weight: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor | None = None, nm: tuple[int, int] = (0, 1)
+) -> torch.Tensor:
+    """Prune column after column by Optimal Brain Surgeon, the columns to the left being done, row by row.
+
+    The inverse is taken anew for the columns that are left, straight from the definition. Without a mask, the ``n``
+    most salient of every ``m`` are kept, seen from the first of them.
+    """
+    done = weight.double().clone()
+    columns = weight.shape[1]
+    inverses = [torch.linalg.inv(hessian.double()[j:, j:]) for j in range(columns)]
+    for row in range(len(weight)):
+        kept: list[bool] = [] if keep is None else keep[row].tolist()
+        for j in range(columns):
+            n, m = nm
+            if keep is None and j % m == 0:
+                loss = [done[row, k].item() ** 2 / inverses[k][0, 0].item() for k in range(j, j + m)]
+                best = sorted(range(m), key=lambda k, loss=loss: (-loss[k], k))[:n]
+                kept += [k in best for k in range(m)]
+            if not kept[j]:
+                done[row, j:] -= done[row, j].item() / inverses[j][0, 0] * inverses[j][0]
+                done[row, j] = 0.0
+    return done
+
+
+def admm(weight: torch.Tensor, hessian: torch.Tensor, keeps: list[torch.Tensor]) -> torch.Tensor:
+    """ADMM in scaled form with penalty 1, one keep mask an iteration; every step solved from its definition."""
+    w = w0 = weight.double()
+    matrix = hessian.double()
+    dual = torch.zeros_like(w)
+    shifted = matrix + torch.eye(len(matrix), dtype=torch.float64)
+    for keep in keeps:
+        z = (w + dual) * keep
+        dual = dual + w - z
+        w = torch.stack([torch.linalg.solve(shifted, matrix @ w0[i] + z[i] - dual[i]) for i in range(len(w))])
+    return (w + dual) * keeps[-1]

@@ -48,11 +48,14 @@ def compile_command(
     out: Annotated[str, Parameter(name=["--output", "-o"])],
     nm: str | None = None,
     sparsity: float | None = None,
-    effort: Literal["fast"] = "fast",
+    effort: Literal["fast", "balanced"] | None = None,
     score: Literal["ria", "wanda", "magnitude"] | None = None,
     ria_power: float = 0.5,
     permute: Literal["fold", "none"] | None = None,
     skip: tuple[str, ...] = (),
+    update: Literal["none", "sparsegpt", "admm", "cg", "admm-cg"] | None = None,
+    mask_from: Literal["update", "score"] | None = None,
+    damping: float | None = None,
     calibration: str = "self",
     calibration_inputs: Path | None = None,
     samples: int | None = None,
@@ -77,12 +80,17 @@ def compile_command(
         out: OUT.onnx (weights go to OUT.onnx.data), or a folder.
         nm: keep N of every M neighbouring weights, e.g. 2:4.
         sparsity: fraction of zeros anywhere, between 0 and 1.
-        effort: the recipe that fills in flags not given; fast is score and fold, original weights.
+        effort: the recipe that fills in flags not given; fast is score and fold, original weights; balanced, the
+            default, is fold and the best update of the weights without gradients. An .onnx file has fast only.
         score: what ranks the weights; default ria, of an .onnx file without calibration inputs from weights alone.
         ria_power: exponent of the activation norms in RIA.
         permute: fold channel orders into neighbouring weights where the graph allows it; default fold, and none for an
             .onnx file, which cannot be folded.
         skip: glob of module paths that stay dense; may be repeated.
+        update: how the surviving weights make up for those that are gone: not at all, SparseGPT's sweep, ADMM with
+            gradual zeros, conjugate gradients on the score's mask, or ADMM and then conjugate gradients.
+        mask_from: whether the update chooses the mask as it goes, its default, or keeps that of the score.
+        damping: added to the diagonal of the update's Hessian, as a fraction of its mean; default the method's own.
         calibration: text file, JSONL with a text field, or self: text the model writes itself.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
             is also verified and timed on them.
@@ -102,8 +110,8 @@ def compile_command(
         quiet: print nothing but errors.
     """
     from . import compile as compiler
+    from .effort import Flags, effort_of, make_recipe
     from .passes.dialect.storage import Storage
-    from .passes.recipe import Recipe
     from .report import render
 
     if out.endswith((".plan", ".engine")):
@@ -121,16 +129,17 @@ def compile_command(
                 "--score": score,
                 "--permute": permute,
                 "--skip": skip or None,
+                "--effort": effort,
+                "--update": update,
+                "--mask-from": mask_from,
+                "--damping": damping,
                 "--samples": None if is_onnx else samples,
                 "--seq-len": seq_len,
                 "--calibration-inputs": None if is_onnx else calibration_inputs,  # an ONNX model is verified on them
             }
         )
-    if ria_power < 0:
-        raise InputError(f"--ria-power {ria_power:g} is negative; want 0 or more")
-    recipe = None
-    if pattern is not None:
-        recipe = Recipe(pattern, score or "ria", ria_power, permute or ("none" if is_onnx else "fold"), skip)
+    flags = Flags(effort, score, ria_power, permute, skip, update, mask_from, damping)
+    recipe = make_recipe(pattern, flags, onnx=is_onnx) if pattern is not None else None
     if group is not None and dtype != "int4":
         raise InputError(f"--group {group} has no effect without --dtype int4")
     if lower == "auto" and ops == "standard":
@@ -144,7 +153,8 @@ def compile_command(
     settings = compiler.Settings(recipe, source, storage, ops, tokens, eval_, window, windows)
     with _progress(quiet) as console:
         if not quiet:
-            terminal.print(_settings_table(model, out, effort, settings))
+            chosen = effort_of(flags, onnx=is_onnx) if recipe else None
+            terminal.print(_settings_table(model, out, chosen, settings))
         report = compiler.compile_model(
             model,
             out,
@@ -339,14 +349,15 @@ def _refuse_ignored(flags: dict[str, object]) -> None:
         raise InputError(f"{given[0]} has no effect without --nm or --sparsity, since nothing is pruned")
 
 
-def _settings_table(model: str, out: str, effort: str, settings: Any) -> Table:
+def _settings_table(model: str, out: str, effort: str | None, settings: Any) -> Table:
     from .compile import plain
     from .onnx_in import told
 
     table = Table("setting", "value", title="sparsify-export", title_justify="left")
     table.add_row("model", model)
     table.add_row("out", out)
-    table.add_row("effort", effort)
+    if effort is not None:
+        table.add_row("effort", effort)
     for name, value in (told(settings) if model.endswith(".onnx") else plain(settings)).items():
         if value not in (None, []):
             table.add_row(name.replace("_", " "), str(value))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .calibrate.patterns import NM, Pattern, Unstructured
+from .calibrate.update import DAMPING
 from .passes.dialect.packed import Packed
 from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError, VerificationError
@@ -141,7 +142,14 @@ def compile_model(
         with stages.run("prune"):
             cache = cache_pairs(traced, parts)
             blocks = prune(
-                parts, params, settings.recipe, batches, cache=cache, progress=console.progress, timings=timings
+                parts,
+                params,
+                settings.recipe,
+                batches,
+                cache=cache,
+                progress=console.progress,
+                note=console.note,
+                timings=timings,
             )
         store(traced, params)
     with stages.run("lower"):
@@ -329,6 +337,12 @@ def _evaluation_windows(pretrained: Pretrained, settings: Settings) -> Tensor:
     return read_windows(settings.evaluate, pretrained.tokenizer, samples=settings.windows, length=length)
 
 
+def _damping(recipe: Recipe) -> float | None:
+    if recipe.update == "none" or recipe.damping is not None:
+        return recipe.damping
+    return DAMPING[recipe.update]
+
+
 def plain(settings: Settings) -> dict[str, Any]:
     """The settings as JSON-able values."""
     recipe = settings.recipe
@@ -338,6 +352,9 @@ def plain(settings: Settings) -> dict[str, Any]:
         "ria_power": recipe.ria_power if recipe else None,
         "permute": recipe.permute if recipe else None,
         "skip": list(recipe.skip) if recipe else [],
+        "update": recipe.update if recipe else None,
+        "mask_from": recipe.mask_from if recipe and recipe.update != "none" else None,
+        "damping": _damping(recipe) if recipe else None,
         "calibration": str(settings.calibration.inputs or settings.calibration.text),
         "samples": settings.calibration.samples,
         "seq_len": settings.calibration.length,

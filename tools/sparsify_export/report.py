@@ -47,6 +47,9 @@ class LinearEntry:
         retained_after: score kept as pruned.
         dense_bytes: its weight in float32.
         stored_bytes: its weight in the file.
+        error_before: relative error of its output with the original weights under the score's mask; None where no
+            weights were updated. See ``passes.recipe.LinearReport``.
+        error_after: the same with the weights as pruned.
     """
 
     path: str
@@ -59,6 +62,8 @@ class LinearEntry:
     retained_after: float | None
     dense_bytes: int
     stored_bytes: int
+    error_before: float | None = None
+    error_after: float | None = None
 
     @property
     def lowered(self) -> bool:
@@ -141,6 +146,8 @@ def build_report(
                 retained_after=linear.retained_after if linear else None,
                 dense_bytes=entry.dense_bytes,
                 stored_bytes=entry.stored_bytes,
+                error_before=linear.error_before if linear else None,
+                error_after=linear.error_after if linear else None,
             )
         )
     inside = [entry for entry in linears if entry.path in pruned] or [e for e in linears if e.lowered]

@@ -1,0 +1,75 @@
+"""ADMM: weights and mask found together, the zeros coming gradually."""
+
+import torch
+from torch import Tensor
+
+from .masks import count_keep_mask, keep_mask, nm_keep_mask
+from .matmul import product
+from .patterns import NM, Group, Pattern
+
+ITERATIONS, GRADUAL = 20, 15  # Boza 2024, section 3: 20 iterations, of which 15 may still change the mask
+
+
+def admm(
+    weight: Tensor,
+    hessian: Tensor,
+    inverse: Tensor,
+    target: Pattern | Tensor,
+    *,
+    per: Group = "matrix",
+    iterations: int = ITERATIONS,
+    gradual: int = GRADUAL,
+) -> tuple[Tensor, Tensor]:
+    r"""Minimise the layer's error over weights with zeros, by alternating directions.
+
+    With the dual variable U, penalty 1, and P the mask, from W = W_0 and U = 0:
+
+    .. math::
+        Z &= P \odot (W + U) \\
+        U &\leftarrow U + W - Z \\
+        W &\leftarrow \bigl(W_0 H + Z - U\bigr) (H + I)^{-1}
+
+    and the result is ``Z`` of one step more. For the first iterations the mask is chosen anew from :math:`|W + U|`,
+    pruning the fraction
+
+    .. math:: s_t = s \Bigl(1 - \bigl(1 - \tfrac{t + 1}{T}\bigr)^3\Bigr)
+
+    N:M keeps the n best of every group in any case and prunes the lowest of the others.
+
+    Boza 2024, "Fast and Effective Weight Update for Pruned Large Language Models", with gradual support; and Boyd et
+    al. 2011 for ADMM itself.
+
+    Args:
+        weight: ``[R, C]`` float32, scaled by the norms of its inputs.
+        hessian: ``[C, C]`` float32, scaled to a diagonal of ones and damped.
+        inverse: ``[C, C]`` float32, of the Hessian plus the identity.
+        target: the pattern, or a bool keep mask ``[R, C]`` to hold on to.
+        per: the weights that compete under an unstructured pattern.
+        iterations: how many.
+        gradual: T, how many of them choose the mask; 1 or more.
+
+    Returns:
+        The new scaled weight, +0.0 where pruned; and the keep mask.
+    """
+    pull = product(weight, hessian)
+    w, dual = weight, torch.zeros_like(weight)
+    keep = target if isinstance(target, Tensor) else torch.ones(weight.shape, dtype=torch.bool)
+    for step in range(iterations):
+        raised = w + dual
+        if not isinstance(target, Tensor) and step < gradual:
+            keep = _select(raised.abs(), target, per, part=1 - (1 - (step + 1) / gradual) ** 3)
+        kept = torch.where(keep, raised, 0.0)
+        dual = raised - kept
+        w = product(pull + kept - dual, inverse)
+    return torch.where(keep, w + dual, 0.0), keep
+
+
+def _select(score: Tensor, target: Pattern, per: Group, *, part: float) -> Tensor:
+    """The keep mask when ``part`` of the zeros of a pattern are there."""
+    if part == 1:
+        return keep_mask(score, target, per)
+    if isinstance(target, NM):
+        score = score.masked_fill(nm_keep_mask(score, target), torch.inf)
+    competing = score.shape[1] if per == "row" and not isinstance(target, NM) else score.numel()
+    pruned = int(target.sparsity * part * competing)
+    return count_keep_mask(score, pruned, "matrix" if isinstance(target, NM) else per)

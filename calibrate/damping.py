@@ -1,0 +1,69 @@
+"""Inverses of damped Hessians; the damping rises until the matrix is positive definite."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HIGHEST = 10.0
+"""Damping beyond which there is no hope: the matrix is no second moment then."""
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """The inverse of a damped matrix.
+
+    Attributes:
+        matrix: float64 ``[C, C]``.
+        damping: the damping that it took.
+    """
+
+    matrix: Tensor
+    damping: float
+
+
+def damped_inverse(hessian: Tensor, damping: float, *, shift: float = 0.0) -> Inverse:
+    r"""Invert a Hessian with a multiple of the identity added.
+
+    .. math:: \Bigl(H + \bigl(\lambda \cdot \overline{\operatorname{diag} H} + s\bigr) I\Bigr)^{-1}
+
+    If the Cholesky factorisation fails, the damping ``lambda`` goes up tenfold (from 0 to 1e-4) and it is tried again.
+    Computed in float64 on one thread, so that no bit hangs on the number of threads.
+
+    Args:
+        hessian: ``[C, C]``, symmetric.
+        damping: ``lambda``, 0 or more.
+        shift: ``s``, what else is added to the diagonal.
+
+    Raises:
+        ValueError: not positive definite at a damping of 10, or ``damping`` is negative.
+    """
+    if not damping >= 0:
+        raise ValueError(f"damping wants 0 or more, got {damping}")
+    mean = float(hessian.diagonal().double().cpu().mean())
+    tried = damping
+    while True:
+        damped = hessian.double()
+        damped.diagonal().add_(tried * mean + shift)
+        with one_thread():
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not int(failed):
+                inverse = torch.cholesky_inverse(factor)
+                if bool(inverse.diagonal().isfinite().all()):
+                    return Inverse(inverse, tried)
+        if 10 * tried > HIGHEST:
+            raise ValueError(f"the Hessian is not positive definite with any damping from {damping:g} to {tried:g}")
+        tried = max(10 * tried, 1e-4)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """LAPACK splits its sums by the number of threads; inside here it has one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

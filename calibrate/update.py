@@ -1,0 +1,117 @@
+"""Weights that make up for those that are pruned: the methods by name, and the error that they make smaller."""
+
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .admm import admm
+from .damping import damped_inverse
+from .masked_cg import masked_cg
+from .matmul import product
+from .patterns import Group, Pattern
+from .sparsegpt import sweep
+from .sums import total
+
+Method: TypeAlias = Literal["sparsegpt", "admm", "cg", "admm-cg"]
+
+DAMPING: Final[dict[Method, float]] = {"sparsegpt": 0.01, "admm": 0.1, "cg": 0.0, "admm-cg": 0.1}
+"""As published; conjugate gradients stop early instead."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a method knows about the inputs of a linear; the same for all linears that read them.
+
+    Attributes:
+        method: the method that it was made for.
+        scale: ``[C]``: root mean square of every feature, up to one factor; a dead feature has a tiny one.
+        hessian: ``[C, C]`` float32, scaled to a diagonal of ones; zeros for dead features.
+        damped: the matrix that ADMM works on.
+        inverse: what SparseGPT or ADMM needs inverted; None for conjugate gradients alone.
+        raised: the damping that it took, where that is more than was asked for; else 0.
+    """
+
+    method: Method
+    scale: Tensor
+    hessian: Tensor
+    damped: Tensor
+    inverse: Tensor | None
+    raised: float = 0.0
+
+
+def prepare(hessian: Tensor, method: Method, damping: float | None = None) -> Inputs:
+    """Invert what a method needs inverted.
+
+    Args:
+        hessian: ``[C, C]`` float32, symmetric; see `hessian.Hessian`.
+        method: the method.
+        damping: what is added to the diagonal, as a fraction of its mean; None for the method's own.
+
+    Raises:
+        ValueError: see `damped_inverse`.
+    """
+    damping = DAMPING[method] if damping is None else damping
+    dead = hessian.diagonal() == 0
+    scale = hessian.diagonal().sqrt()
+    scale = scale.clamp_min(1e-8 * float(scale.max()) or 1.0)  # dividing by it must not overflow
+    scaled = hessian / scale / scale[:, None]
+    if method == "sparsegpt":
+        found = damped_inverse(hessian + torch.diag(dead.float()), damping)
+        return Inputs(method, scale, scaled, scaled, found.matrix, found.damping if found.damping > damping else 0.0)
+    identity = torch.eye(len(scale))
+    if method == "cg":
+        return Inputs(method, scale, scaled, scaled + damping * identity, None)
+    found = damped_inverse(scaled, damping, shift=1.0)
+    raised = found.damping if found.damping > damping else 0.0
+    return Inputs(method, scale, scaled, scaled + found.damping * identity, found.matrix, raised)
+
+
+def update(weight: Tensor, inputs: Inputs, target: Pattern | Tensor, *, per: Group) -> tuple[Tensor, Tensor]:
+    """Prune a weight and change what is left of it, so that the layer's output changes least.
+
+    Args:
+        weight: ``[R, C]``, float32.
+        inputs: from `prepare`.
+        target: the pattern, whose mask the method then chooses; or a bool keep mask ``[R, C]``. Conjugate
+            gradients want a mask.
+        per: the weights that compete under an unstructured pattern.
+
+    Returns:
+        The new weight, float32, +0.0 where pruned; and the keep mask.
+
+    Raises:
+        ValueError: in_features is not a multiple of m.
+    """
+    if inputs.method == "sparsegpt":
+        assert inputs.inverse is not None
+        alive = inputs.hessian.diagonal() > 0  # algorithm 1 of the paper drops weights that nothing ever reaches
+        return sweep(weight * alive, inputs.inverse, target)
+    scaled = weight * inputs.scale
+    if inputs.inverse is None:
+        assert isinstance(target, Tensor)
+        new, keep = scaled, target
+    else:
+        new, keep = admm(scaled, inputs.damped, inputs.inverse.float(), target, per=per)
+    if inputs.method in ("cg", "admm-cg"):
+        new = masked_cg(scaled, inputs.damped if inputs.method == "cg" else inputs.hessian, keep, new)
+    return torch.where(keep, new / inputs.scale, 0.0), keep
+
+
+def relative_error(weight: Tensor, original: Tensor, hessian: Tensor) -> float:
+    r"""How far a linear's output moved, relative to its size.
+
+    .. math:: \frac{\operatorname{tr}\,(W - W_0) H (W - W_0)^\top}{\operatorname{tr}\, W_0 H W_0^\top}
+
+    Args:
+        weight: ``[R, C]`` float32.
+        original: W_0, of the same shape.
+        hessian: ``[C, C]`` float32.
+
+    Returns:
+        0.0 where the original output is zero throughout.
+    """
+    moved = weight - original
+    size = total(product(original, hessian) * original)
+    return total(product(moved, hessian) * moved) / size if size > 0 else 0.0
