@@ -206,6 +206,10 @@ def test_standard_ops_write_plain_matmul_with_zeros(folder, tmp_path, capsys):
     assert "2:4" in shown
 
 
+HALF = ["--sparsity", "0.5"]
+BESA = [*HALF, "--allocate", "besa-row"]
+
+
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
@@ -229,6 +233,16 @@ def test_standard_ops_write_plain_matmul_with_zeros(folder, tmp_path, capsys):
         (["--nm", "2:4", "--lower", "auto", "--ops", "standard"], "--lower auto has no effect with --ops standard"),
         (["--nm", "2:4", "--lower-for", "16"], "--lower-for 16 has no effect without --lower auto"),
         (["--nm", "2:4", "--lower", "auto", "--lower-for", "0"], "--lower-for 0 is too small"),
+        (["--allocate", "besa-row"], "--allocate has no effect without --nm or --sparsity"),
+        (["--nm", "2:4", "--allocate", "besa-row"], "--allocate besa-row wants --sparsity"),
+        ([*HALF, "--besa-epochs", "2"], "--besa-epochs 2 has no effect without --allocate besa-row or besa-layer"),
+        ([*BESA, "--besa-epochs", "0"], "--besa-epochs 0 is too small"),
+        ([*BESA, "--besa-rate-step", "0.03"], "--besa-rate-step 0.03 is not a fraction like 0.01"),
+        ([*BESA, "--mask-from", "update", "--update", "admm"], "--mask-from update would undo --allocate besa-row"),
+        (
+            ["--sparsity", "0.7", "--allocate", "besa-row", "--besa-logits", "sigmoid"],
+            "--besa-logits sigmoid reaches rates from 0.376 to 0.624, not 0.7",
+        ),
     ],
 )
 def test_bad_flags(folder, tmp_path, capsys, flags, why):

@@ -1,7 +1,7 @@
 """The compiler: a pretrained model in, a verified sparse ONNX model and its report out."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -267,7 +267,11 @@ def _example(settings: Settings) -> Mapping[str, Tensor] | None:
 def _batches(traced: Traced, pretrained: Pretrained, settings: Settings, windows: Tensor | None) -> list[Batch]:
     if settings.calibration.inputs is not None:
         return read_npz(settings.calibration.inputs, traced, samples=settings.calibration.samples)
-    return token_batches(traced, windows, names=pretrained.inputs) if windows is not None else []
+    if windows is None:
+        return []
+    if settings.recipe is not None and settings.recipe.allocation is not None:
+        return token_batches(traced, windows, names=pretrained.inputs, tokens_per_batch=1)  # BESA: a window a step
+    return token_batches(traced, windows, names=pretrained.inputs)
 
 
 def _probe(
@@ -352,6 +356,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "ria_power": recipe.ria_power if recipe else None,
         "permute": recipe.permute if recipe else None,
         "skip": list(recipe.skip) if recipe else [],
+        "allocation": asdict(recipe.allocation) if recipe and recipe.allocation else None,
         "update": recipe.update if recipe else None,
         "mask_from": recipe.mask_from if recipe and recipe.update != "none" else None,
         "damping": _damping(recipe) if recipe else None,

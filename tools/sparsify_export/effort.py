@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .calibrate.patterns import Pattern
+from .calibrate.besa import Learning
+from .calibrate.patterns import NM, Pattern
+from .calibrate.rates import reachable
 from .passes.errors import InputError
 from .passes.recipe import MaskFrom, Recipe, Score, Update
 
+Allocate = Literal["none", "besa-row", "besa-layer"]
 Effort = Literal["fast", "balanced"]
 BALANCED: Update = "admm-cg"
 
@@ -23,6 +26,12 @@ class Flags:
     update: Update | None = None
     mask_from: MaskFrom | None = None
     damping: float | None = None
+    allocate: Allocate | None = None
+    besa_reference: Literal["pruned", "dense"] | None = None
+    besa_optimiser: Literal["adamw", "prodigy"] | None = None
+    besa_logits: Literal["softmax", "sigmoid"] | None = None
+    besa_rate_step: float | None = None
+    besa_epochs: int | None = None
 
 
 def effort_of(flags: Flags, *, onnx: bool) -> Effort:
@@ -52,14 +61,59 @@ def make_recipe(pattern: Pattern, flags: Flags, *, onnx: bool) -> Recipe:
                 raise InputError(f"{flag} {value} has no effect without an update of the weights")
     if update == "cg" and flags.mask_from == "update":
         raise InputError("--update cg does not choose a mask; want --mask-from score, or leave it out")
-    chooses = update not in ("none", "cg")
+    allocation = _allocation(pattern, flags, onnx=onnx)
+    if allocation is not None and flags.mask_from == "update":
+        raise InputError(f"--mask-from update would undo --allocate {flags.allocate}; want score, or leave it out")
+    chooses = update not in ("none", "cg") and allocation is None
     return Recipe(
         pattern,
         flags.score or "ria",
         flags.ria_power,
         flags.permute or ("none" if onnx else "fold"),
         flags.skip,
+        allocation,
         update,
         flags.mask_from or ("update" if chooses else "score"),
         flags.damping,
+    )
+
+
+def _allocation(pattern: Pattern, flags: Flags, *, onnx: bool) -> Learning | None:
+    """How rates are to be learned, or None where they are the same everywhere."""
+    if flags.allocate in (None, "none"):
+        given = {
+            "--besa-reference": flags.besa_reference,
+            "--besa-optimiser": flags.besa_optimiser,
+            "--besa-logits": flags.besa_logits,
+            "--besa-rate-step": flags.besa_rate_step,
+            "--besa-epochs": flags.besa_epochs,
+        }
+        for flag, value in given.items():
+            if value is not None:
+                raise InputError(f"{flag} {value} has no effect without --allocate besa-row or besa-layer")
+        return None
+    if isinstance(pattern, NM):
+        raise InputError(f"--allocate {flags.allocate} wants --sparsity: with --nm {pattern} every row loses the same")
+    if onnx:
+        raise InputError(f"--allocate {flags.allocate} needs the traced model and cannot be had for an .onnx file")
+    step = 0.01 if flags.besa_rate_step is None else flags.besa_rate_step
+    if not 0.001 <= step <= 0.5 or abs(1 / step - round(1 / step)) > 1e-6:
+        raise InputError(
+            f"--besa-rate-step {step:g} is not a fraction like 0.01 that goes a whole number of times into 1"
+        )
+    steps, bounded = round(1 / step), flags.besa_logits == "sigmoid"
+    low, high = reachable(steps) if bounded else (0.0, 1.0)
+    if not low < pattern.sparsity < high:
+        raise InputError(f"--besa-logits sigmoid reaches rates from {low:.3f} to {high:.3f}, not {pattern.sparsity:g}")
+    if flags.besa_epochs is not None and flags.besa_epochs < 1:
+        raise InputError(f"--besa-epochs {flags.besa_epochs} is too small; want 1 or more")
+    by_row = flags.allocate == "besa-row"
+    return Learning(
+        per="row" if by_row else "layer",
+        reference=flags.besa_reference or ("pruned" if by_row else "dense"),
+        optimiser=flags.besa_optimiser or "adamw",
+        width=None if bounded else 0.1,
+        bounded=bounded,
+        rate_steps=steps,
+        epochs=flags.besa_epochs or 1,
     )
