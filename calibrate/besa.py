@@ -6,6 +6,8 @@ from typing import Final, Literal
 
 from torch import Tensor
 
+from .patterns import NM
+
 LEAST_STEPS: Final = 128
 """Steps of BESA's published runs: 128 sequences, one at a time."""
 
@@ -15,7 +17,7 @@ class Learning:
     """How rates are learned.
 
     Attributes:
-        per: one distribution a row, or one for all rows of a linear.
+        per: one distribution over rates a row, one for all rows of a linear, or one over ``patterns`` a linear.
         reference: what the block's output is compared with: the dense block on the ``pruned`` path's inputs (BESA's
             row-wise results), or the ``dense`` model's (its layer-wise results), which also makes up for the blocks
             before.
@@ -27,12 +29,13 @@ class Learning:
         rate_steps: candidate rates less one.
         penalty: weight of the sparsity penalty.
         epochs: times that every sequence is used; more where that gives fewer than 128 steps.
+        patterns: what a linear can become; None is dense.
 
     Raises:
         ValueError: a number is not positive.
     """
 
-    per: Literal["row", "layer"] = "row"
+    per: Literal["row", "layer", "pattern"] = "row"
     reference: Literal["pruned", "dense"] = "pruned"
     optimiser: Literal["adamw", "prodigy"] = "adamw"
     step_size: float = 0.1
@@ -42,6 +45,7 @@ class Learning:
     rate_steps: int = 100
     penalty: float = 5.0
     epochs: int = 1
+    patterns: tuple[NM | None, ...] = (NM(4, 8), NM(2, 4), NM(1, 4), None)
 
     def __post_init__(self) -> None:
         numbers = {

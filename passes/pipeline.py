@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..calibrate import masks
 from ..calibrate.patterns import NM
-from .besa import learn_masks
+from .besa import Examples, learn_masks
 from .block import Block, mask, observe, propagate, run_dense, score_linear
 from .errors import InputError
 from .frontend.batches import Batch
@@ -122,7 +122,7 @@ def _prune_block(
     if block.recipe.allocation is not None:
         with timings.stage("learn rates"):
             wanted = run_dense(block, params, dense) if dense else observed.outputs
-            keep = learn_masks(block, params, score, states, wanted, [batch.token_mask for batch in batches])
+            keep = learn_masks(block, params, score, Examples(states, wanted, [batch.token_mask for batch in batches]))
     with timings.stage("mask"):
         if block.recipe.allocation is None:
             keep = {key: mask(block, s) for key, s in score.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sparsify_export.calibrate import besa
 from sparsify_export.calibrate.besa import Learning
-from sparsify_export.calibrate.patterns import Unstructured
+from sparsify_export.calibrate.patterns import NM, Unstructured, find_pattern
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.batches import Batch
 from sparsify_export.passes.fx.partition import partition
@@ -62,7 +62,7 @@ def test_the_total_is_the_target_to_the_weight(sparsity, per):
 
 @pytest.mark.parametrize(
     "learning",
-    [{"step_size": 0.1}, {"step_size": 0.1, "width": None}, {"step_size": 1.0, "width": None, "bounded": True}],
+    [{"step_size": 0.3}, {"step_size": 0.3, "width": None}, {"step_size": 1.0, "width": None, "bounded": True}],
 )
 def test_rows_that_nobody_reads_lose_most(learning):
     model = stack()
@@ -76,7 +76,7 @@ def test_rows_that_nobody_reads_lose_most(learning):
 
 
 def test_only_the_blocks_behind_the_first_see_which_reference_is_taken():
-    pruned, dense = (learned(reference=reference, step_size=0.1)[0] for reference in ("pruned", "dense"))
+    pruned, dense = (learned(reference=reference, step_size=0.5)[0] for reference in ("pruned", "dense"))
     same = {path: torch.equal(pruned[path], dense[path]) for path in BLOCKS}
     assert same["layers.0.up"]
     assert same["layers.0.down"]
@@ -130,3 +130,25 @@ def test_the_number_of_threads_decides_nothing():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0][path], found[1][path]) for path in BLOCKS)
+
+
+def test_patterns_are_chosen_for_every_linear_and_prune_enough():
+    model = stack()
+    model.layers[0].down.weight *= 10  # so layers.0.down matters most, by far
+    after, before, reports = learned(model, per="pattern", step_size=0.3)
+    sizes = {path: weight.numel() for path, weight in before.items()}
+    chosen = {}
+    for path, weight in after.items():
+        found = find_pattern(weight)
+        chosen[path] = 0.0 if found is None else found.sparsity
+        assert torch.equal(weight[weight != 0], before[path][weight != 0])
+    assert set(chosen.values()) <= {0.0, 0.5, 0.75}
+    for layer in ("layers.0", "layers.1"):
+        total = sum(chosen[path] * sizes[path] for path in BLOCKS if path.startswith(layer))
+        assert total >= 0.5 * 256
+    assert [linear.sparsity for block in reports for linear in block.linears] == pytest.approx(list(chosen.values()))
+
+
+def test_patterns_that_cannot_prune_enough_name_the_block():
+    with pytest.raises(InputError, match=r"^layers\.0: no choice of patterns prunes 154 weights; the most is 128"):
+        learned(sparsity=0.6, per="pattern", patterns=(None, NM(2, 4)))

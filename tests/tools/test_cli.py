@@ -235,9 +235,12 @@ BESA = [*HALF, "--allocate", "besa-row"]
         (["--nm", "2:4", "--lower", "auto", "--lower-for", "0"], "--lower-for 0 is too small"),
         (["--allocate", "besa-row"], "--allocate has no effect without --nm or --sparsity"),
         (["--nm", "2:4", "--allocate", "besa-row"], "--allocate besa-row wants --sparsity"),
-        ([*HALF, "--besa-epochs", "2"], "--besa-epochs 2 has no effect without --allocate besa-row or besa-layer"),
+        (
+            [*HALF, "--besa-epochs", "2"],
+            "--besa-epochs 2 has no effect without --allocate besa-row",
+        ),
         ([*BESA, "--besa-epochs", "0"], "--besa-epochs 0 is too small"),
-        ([*BESA, "--besa-rate-step", "0.03"], "--besa-rate-step 0.03 is not a fraction like 0.01"),
+        ([*BESA, "--besa-rate-step", "0.03"], "--besa-rate-step 0.03 wants a fraction like 0.01"),
         ([*BESA, "--mask-from", "update", "--update", "admm"], "--mask-from update would undo --allocate besa-row"),
         (
             ["--sparsity", "0.7", "--allocate", "besa-row", "--besa-logits", "sigmoid"],

@@ -56,12 +56,13 @@ def compile_command(
     update: Literal["none", "sparsegpt", "admm", "cg", "admm-cg"] | None = None,
     mask_from: Literal["update", "score"] | None = None,
     damping: float | None = None,
-    allocate: Literal["none", "besa-row", "besa-layer"] | None = None,
+    allocate: Literal["none", "besa-row", "besa-layer", "besa-nm"] | None = None,
     besa_reference: Literal["pruned", "dense"] | None = None,
     besa_optimiser: Literal["adamw", "prodigy"] | None = None,
     besa_logits: Literal["softmax", "sigmoid"] | None = None,
     besa_rate_step: float | None = None,
     besa_epochs: int | None = None,
+    besa_patterns: str | None = None,
     calibration: str = "self",
     calibration_inputs: Path | None = None,
     samples: int | None = None,
@@ -97,14 +98,16 @@ def compile_command(
             gradual zeros, conjugate gradients on the score's mask, or ADMM and then conjugate gradients.
         mask_from: whether the update chooses the mask as it goes, its default, or keeps that of the score.
         damping: added to the diagonal of the update's Hessian, as a fraction of its mean; default the method's own.
-        allocate: how an unstructured target is shared out: none gives every row, or with RIA every matrix, the same
-            rate; besa-row and besa-layer learn by gradient what each row or each linear loses, block by block.
+        allocate: how --sparsity is shared out: none gives every row, or with RIA every matrix, the same rate;
+            besa-row and besa-layer learn by gradient what each row or each linear loses, block by block; besa-nm learns
+            which N:M pattern each linear gets.
         besa_reference: what a block's output is compared with: the dense block on the pruned model's inputs, the
             default by row, or the dense model's, the default by layer.
         besa_optimiser: AdamW, the default, or Prodigy, which finds its own step size.
         besa_logits: softmax, or as published softmax of a sigmoid, which reaches rates from 0.38 to 0.62 only.
         besa_rate_step: distance between candidate rates; default 0.01.
         besa_epochs: times that every window is used; more where that gives fewer than 128 steps; default 1.
+        besa_patterns: what besa-nm chooses from; default 4:8,2:4,1:4,dense.
         calibration: text file, JSONL with a text field, or self: text the model writes itself.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
             is also verified and timed on them.
@@ -153,6 +156,7 @@ def compile_command(
                 "--besa-logits": besa_logits,
                 "--besa-rate-step": besa_rate_step,
                 "--besa-epochs": besa_epochs,
+                "--besa-patterns": besa_patterns,
                 "--samples": None if is_onnx else samples,
                 "--seq-len": seq_len,
                 "--calibration-inputs": None if is_onnx else calibration_inputs,  # an ONNX model is verified on them
@@ -173,6 +177,7 @@ def compile_command(
         besa_logits,
         besa_rate_step,
         besa_epochs,
+        besa_patterns,
     )
     recipe = make_recipe(pattern, flags, onnx=is_onnx) if pattern is not None else None
     if group is not None and dtype != "int4":

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .calibrate.besa import Learning
+from .calibrate.choice import sparsities
 from .calibrate.patterns import NM, Pattern
 from .calibrate.rates import reachable
 from .passes.errors import InputError
 from .passes.recipe import MaskFrom, Recipe, Score, Update
 
-Allocate = Literal["none", "besa-row", "besa-layer"]
+Allocate = Literal["none", "besa-row", "besa-layer", "besa-nm"]
 Effort = Literal["fast", "balanced"]
 BALANCED: Update = "admm-cg"
 
@@ -32,6 +33,7 @@ class Flags:
     besa_logits: Literal["softmax", "sigmoid"] | None = None
     besa_rate_step: float | None = None
     besa_epochs: int | None = None
+    besa_patterns: str | None = None
 
 
 def effort_of(flags: Flags, *, onnx: bool) -> Effort:
@@ -87,33 +89,56 @@ def _allocation(pattern: Pattern, flags: Flags, *, onnx: bool) -> Learning | Non
             "--besa-logits": flags.besa_logits,
             "--besa-rate-step": flags.besa_rate_step,
             "--besa-epochs": flags.besa_epochs,
+            "--besa-patterns": flags.besa_patterns,
         }
         for flag, value in given.items():
             if value is not None:
-                raise InputError(f"{flag} {value} has no effect without --allocate besa-row or besa-layer")
+                raise InputError(f"{flag} {value} has no effect without --allocate besa-row, besa-layer or besa-nm")
         return None
     if isinstance(pattern, NM):
-        raise InputError(f"--allocate {flags.allocate} wants --sparsity: with --nm {pattern} every row loses the same")
+        raise InputError(f"--allocate {flags.allocate} wants --sparsity: --nm {pattern} prunes every row alike")
     if onnx:
         raise InputError(f"--allocate {flags.allocate} needs the traced model and cannot be had for an .onnx file")
+    if flags.allocate == "besa-nm":
+        for flag, value in {"--besa-logits": flags.besa_logits, "--besa-rate-step": flags.besa_rate_step}.items():
+            if value is not None:
+                raise InputError(f"{flag} {value} has no effect with --allocate besa-nm, which learns no rates")
+    elif flags.besa_patterns is not None:
+        raise InputError(f"--besa-patterns {flags.besa_patterns} has no effect without --allocate besa-nm")
     step = 0.01 if flags.besa_rate_step is None else flags.besa_rate_step
     if not 0.001 <= step <= 0.5 or abs(1 / step - round(1 / step)) > 1e-6:
-        raise InputError(
-            f"--besa-rate-step {step:g} is not a fraction like 0.01 that goes a whole number of times into 1"
-        )
+        raise InputError(f"--besa-rate-step {step:g} wants a fraction like 0.01 of which 1 is a multiple")
     steps, bounded = round(1 / step), flags.besa_logits == "sigmoid"
     low, high = reachable(steps) if bounded else (0.0, 1.0)
     if not low < pattern.sparsity < high:
         raise InputError(f"--besa-logits sigmoid reaches rates from {low:.3f} to {high:.3f}, not {pattern.sparsity:g}")
     if flags.besa_epochs is not None and flags.besa_epochs < 1:
         raise InputError(f"--besa-epochs {flags.besa_epochs} is too small; want 1 or more")
-    by_row = flags.allocate == "besa-row"
+    kinds: dict[str | None, Literal["row", "layer", "pattern"]] = {"besa-row": "row", "besa-layer": "layer"}
+    per = kinds.get(flags.allocate, "pattern")
     return Learning(
-        per="row" if by_row else "layer",
-        reference=flags.besa_reference or ("pruned" if by_row else "dense"),
+        per=per,
+        reference=flags.besa_reference or ("dense" if per == "layer" else "pruned"),
         optimiser=flags.besa_optimiser or "adamw",
         width=None if bounded else 0.1,
         bounded=bounded,
         rate_steps=steps,
         epochs=flags.besa_epochs or 1,
+        patterns=_patterns(flags.besa_patterns, pattern.sparsity) if per == "pattern" else Learning.patterns,
     )
+
+
+def _patterns(text: str | None, sparsity: float) -> tuple[NM | None, ...]:
+    """Read ``4:8,1:4,dense``."""
+    patterns = Learning.patterns
+    if text is not None:
+        try:
+            patterns = tuple(None if name == "dense" else NM.parse(name) for name in text.split(","))
+        except ValueError as error:
+            raise InputError(f"--besa-patterns wants names like 4:8,2:4,1:4,dense: {error}") from error
+    if not 2 <= len(patterns) <= 8 or len(set(patterns)) < len(patterns):
+        raise InputError(f"--besa-patterns {text} wants 2 to 8 different patterns")
+    if sparsity > max(sparsities(patterns)):
+        most = max(sparsities(patterns))
+        raise InputError(f"--sparsity {sparsity:g} is out of reach: the sparsest of the patterns has {most:g}")
+    return patterns
