@@ -35,7 +35,8 @@ def pretrained(source):
 def sparse(source, tmp_path_factory):
     """2:4 by RIA with folding, calibrated on a little text that the model writes itself."""
     out = tmp_path_factory.mktemp("sparse") / "model.onnx"
-    assert main([source, "--nm", "2:4", "--samples", "8", "--seq-len", "128", "--quiet", "-o", str(out)]) == 0
+    few = ["--effort", "fast", "--samples", "8", "--seq-len", "128"]
+    assert main([source, "--nm", "2:4", *few, "--quiet", "-o", str(out)]) == 0
     return out
 
 

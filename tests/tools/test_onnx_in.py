@@ -198,6 +198,9 @@ def test_models_of_onnxruntime_genai_stay_runnable(tmp_path):
 
 FLAGS = {
     "--permute fold": "cannot be had for an .onnx file",
+    "--effort balanced": "an .onnx file is pruned with --effort fast",
+    "--update admm": "--update admm needs the traced model",
+    "--damping 0.1": "--damping 0.1 has no effect without an update",
     "--score wanda": "give --calibration-inputs",
     "--ria-power 0.3": "has no effect without --calibration-inputs",
     "--calibration text.txt": "give --calibration-inputs",

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Group
 from rich.table import Table
@@ -180,7 +180,9 @@ def render(report: Report) -> Group:
 
 def _blocks(report: Report) -> Table:
     table = Table(title="Pruned blocks", title_justify="left")
-    for name in ("block", "linears", "pattern", "retained", "folded", "folds", "error", "bytes"):
+    updated = any(e.error_after is not None for e in report.linears)
+    layers = ("masked", "updated") if updated else ()
+    for name in ("block", "linears", "pattern", "retained", "folded", "folds", *layers, "error", "bytes"):
         table.add_column(name, justify="left" if name in ("block", "pattern") else "right", no_wrap=name == "block")
     for block in report.blocks:
         own = [e for e in report.linears if e.path.startswith(f"{block['path']}.") and e.sparsity is not None]
@@ -197,10 +199,17 @@ def _blocks(report: Report) -> Table:
             f"{before:.3f}",
             f"{after:.3f}",
             str(len(block["folds"])),
+            *([_mean_error(own, "error_before"), _mean_error(own, "error_after")] if updated else []),
             f"{block['error']:.3f}",
             f"{stored:.3f}x",
         )
     return table
+
+
+def _mean_error(linears: Sequence[LinearEntry], name: Literal["error_before", "error_after"]) -> str:
+    """The mean relative error of the outputs of a block's linears, squared, over those that were updated."""
+    errors = [error for error in (getattr(entry, name) for entry in linears) if error is not None]
+    return f"{sum(errors) / len(errors):.3f}" if errors else ""
 
 
 def _left_dense(entries: Sequence[LinearEntry]) -> Table:
