@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..calibrate import masks, scores
+from ..calibrate.damping import damped_inverse
 from ..calibrate.hessian import Hessian
 from ..calibrate.patterns import Group
 from ..calibrate.statistics import ActNorm
@@ -20,6 +21,7 @@ GROUPS: Mapping[Score, Group] = {
     "ria": scores.RIA_GROUP,
     "wanda": scores.WANDA_GROUP,
     "magnitude": scores.MAGNITUDE_GROUP,
+    "hessian": scores.HESSIAN_GROUP,
 }
 
 
@@ -69,7 +71,7 @@ class Observed:
 
     Attributes:
         norms: activation norms by input node.
-        hessians: second moments by input node; empty where the recipe has no update.
+        hessians: second moments by input node; empty where neither the score nor an update needs them.
         outputs: the judged outputs, by batch.
     """
 
@@ -84,7 +86,8 @@ def observe(block: Block, params: Mapping[str, Tensor], states: list[Values], ba
     Raises:
         InputError: activations hold NaN, or the batches hold nothing but padding.
     """
-    kind: type[ActNorm] | type[Hessian] = ActNorm if block.recipe.update == "none" else Hessian
+    plain = block.recipe.update == "none" and block.recipe.score != "hessian"
+    kind: type[ActNorm] | type[Hessian] = ActNorm if plain else Hessian
     statistics = {linear.input: kind(linear.in_features) for linear in block.pruned}
     first = {linear.input: linear for linear in reversed(block.pruned)}
     outputs = []
@@ -114,12 +117,15 @@ def score_linear(block: Block, linear: Linear, params: Mapping[str, Tensor], obs
     """The recipe's score of one linear's weight.
 
     Raises:
-        InputError: the weight holds NaN.
+        InputError: the weight holds NaN, or its Hessian has no inverse.
     """
     weight, norm = params[linear.weight], observed.norms[linear.input]
     try:
         if block.recipe.score == "magnitude":
             return scores.magnitude(weight)
+        if block.recipe.score == "hessian":
+            inverse = damped_inverse(observed.hessians[linear.input], scores.HESSIAN_DAMPING).matrix
+            return scores.hessian(weight, inverse.diagonal())
         if block.recipe.score == "wanda":
             return scores.wanda(weight, norm)
         return scores.ria(weight, norm, block.recipe.ria_power)

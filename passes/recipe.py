@@ -9,7 +9,7 @@ from typing import Literal
 from ..calibrate.besa import Learning
 from ..calibrate.patterns import Pattern
 
-Score = Literal["ria", "wanda", "magnitude"]
+Score = Literal["ria", "wanda", "magnitude", "hessian"]
 Update = Literal["none", "sparsegpt", "admm", "cg", "admm-cg"]
 MaskFrom = Literal["update", "score"]
 Progress = Callable[[str, int, int], None]

@@ -152,3 +152,11 @@ def test_patterns_are_chosen_for_every_linear_and_prune_enough():
 def test_patterns_that_cannot_prune_enough_name_the_block():
     with pytest.raises(InputError, match=r"^layers\.0: no choice of patterns prunes 154 weights; the most is 128"):
         learned(sparsity=0.6, per="pattern", patterns=(None, NM(2, 4)))
+
+
+@pytest.mark.parametrize("score", ["ria", "hessian"])
+def test_any_score_gives_the_order(score):
+    after, _, _ = learned(score=score)
+    other, _, _ = learned(score="wanda")
+    assert sum(int(zeros(weight).sum()) for weight in after.values()) == 256
+    assert any(not torch.equal(after[path], other[path]) for path in BLOCKS)

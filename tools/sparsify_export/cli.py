@@ -49,7 +49,7 @@ def compile_command(
     nm: str | None = None,
     sparsity: float | None = None,
     effort: Literal["fast", "balanced"] | None = None,
-    score: Literal["ria", "wanda", "magnitude"] | None = None,
+    score: Literal["ria", "wanda", "magnitude", "hessian"] | None = None,
     ria_power: float = 0.5,
     permute: Literal["fold", "none"] | None = None,
     skip: tuple[str, ...] = (),

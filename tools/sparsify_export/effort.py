@@ -54,6 +54,8 @@ def make_recipe(pattern: Pattern, flags: Flags, *, onnx: bool) -> Recipe:
         raise InputError(f"--damping {flags.damping:g} is out of range; want 0 to 1")
     if onnx and flags.effort == "balanced":
         raise InputError("--effort balanced needs the traced model; an .onnx file is pruned with --effort fast")
+    if onnx and flags.score == "hessian":
+        raise InputError("--score hessian needs the traced model and cannot be had for an .onnx file")
     if onnx and flags.update not in (None, "none"):
         raise InputError(f"--update {flags.update} needs the traced model and cannot be had for an .onnx file")
     update = flags.update or ("none" if effort_of(flags, onnx=onnx) == "fast" else BALANCED)
