@@ -130,7 +130,8 @@ def compile_family(
         *batches, probe = token_batches(traced, ids, names=pretrained.inputs, tokens_per_batch=40)
     else:
         *batches, probe = [Batch((torch.randn(2, 3, 32, 32, generator=generator),), None) for _ in range(5)]
-    source = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
+    # Copies: the model gets the pruned weights further down, and shares its own with the program.
+    source = {**traced.program.constants, **{k: v.detach().clone() for k, v in traced.program.state_dict.items()}}
     params = dict(source)
     blocks: list[BlockReport] = []
     if pattern is not None:
