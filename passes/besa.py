@@ -45,7 +45,7 @@ class Examples:
 def learn_masks(
     block: Block, params: Mapping[str, Tensor], score: Mapping[str, Tensor], examples: Examples
 ) -> dict[str, Tensor]:
-    """Choose how many weights every row, or which pattern every linear of a block loses.
+    """Choose how many weights every row of a block loses, or which pattern every linear gets.
 
     Args:
         block: the block; its pruned linears are learned, the others stay as they are.

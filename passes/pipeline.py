@@ -18,7 +18,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from torch import Tensor
 
 from ..calibrate import masks
-from ..calibrate.patterns import NM
+from ..calibrate.patterns import NM, find_pattern
 from .besa import Examples, learn_masks
 from .block import Block, mask, observe, propagate, run_dense, score_linear
 from .errors import InputError
@@ -141,10 +141,20 @@ def _prune_block(
             continue
         key = linear.weight
         zeros = 1 - int(params[key].count_nonzero()) / params[key].numel()
-        pattern = str(block.recipe.pattern) if block.recipe.allocation is None else f"{zeros:.3f}"
+        pattern = _pattern(block.recipe, done[key].keep)
         errors = done[key].error_before, done[key].error_after
         linears.append(LinearReport(linear.path, shape, pattern, "", before[key], after[key], zeros, *errors))
     return BlockReport(block.part.path, tuple(linears), tuple(folds), error)
+
+
+def _pattern(recipe: Recipe, keep: Tensor) -> str:
+    """The pattern that a weight has, by name: what was asked for, or what was learned."""
+    if recipe.allocation is None:
+        return str(recipe.pattern)
+    found = find_pattern(keep) if recipe.allocation.per == "pattern" else None
+    if isinstance(found, NM):
+        return str(found)
+    return f"{1 - int(keep.sum()) / keep.numel():.3f}"
 
 
 def _targets(partition: Partition, recipe: Recipe, reasons: Mapping[str, str]) -> list[int]:

@@ -146,7 +146,10 @@ def test_patterns_are_chosen_for_every_linear_and_prune_enough():
     for layer in ("layers.0", "layers.1"):
         total = sum(chosen[path] * sizes[path] for path in BLOCKS if path.startswith(layer))
         assert total >= 0.5 * 256
-    assert [linear.sparsity for block in reports for linear in block.linears] == pytest.approx(list(chosen.values()))
+    found = {linear.path: linear for block in reports for linear in block.linears}
+    assert {path: linear.sparsity for path, linear in found.items()} == chosen
+    names = {0.0: {"0.000"}, 0.5: {"2:4", "4:8"}, 0.75: {"1:4"}}
+    assert all(found[path].pattern in names[rate] for path, rate in chosen.items())
 
 
 def test_patterns_that_cannot_prune_enough_name_the_block():
