@@ -109,7 +109,7 @@ def _for_beta(weight: Tensor, rank: Tensor, grad: Tensor, candidates: tuple[int,
     stair = torch.bucketize(torch.arange(columns), edges, right=True)  # the first candidate that prunes this rank
     size = max(1, BLOCK // max(1, columns))
     found = []
-    for w, r, g in zip(weight.split(size), rank.split(size), grad.split(size), strict=True):
+    for w, r, g in zip(*(torch.split(t, size) for t in (weight, rank, grad)), strict=True):
         sums = torch.zeros(len(w), count)
         sums.scatter_add_(1, stair[r.int()], g * w)
         found.append(sums)

@@ -52,4 +52,4 @@ def exact_counts(rates: Sequence[Tensor], in_features: Sequence[int], target: in
             low, counts = middle, tried
         else:
             high = middle
-    return list(counts.split([len(r) for r in rates]))
+    return list(torch.split(counts, [len(r) for r in rates]))

@@ -150,7 +150,7 @@ def _learn(
     steps = learning.steps(count)
     for step in range(steps):
         tried = dict(params)
-        expected: Tensor | float = 0.0
+        expected = torch.zeros(())
         for key, linear in linears.items():
             tried[key], alpha = pruned(key, logits[key])
             expected = expected + alpha * (linear.out_features * linear.in_features / size)
@@ -164,7 +164,7 @@ def _learn(
         if not math.isfinite(float(loss.detach())):
             raise InputError(f"{block.part.path}: BESA's loss is {float(loss.detach())} after {step} of {steps} steps")
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if learning.optimiser == "adamw":
             optimiser.param_groups[0]["lr"] = learning.step_size * (1 - step / steps)
         optimiser.step()
