@@ -33,7 +33,7 @@ def nm_keep_mask(score: torch.Tensor, nm: NM) -> torch.Tensor:
     Raises:
         ValueError: in_features is not a multiple of ``m``, or the score holds NaN.
     """
-    _check(score)
+    check_score(score)
     if score.shape[1] % nm.m:
         raise ValueError(f"in_features {score.shape[1]} is not a multiple of {nm.m}, as {nm} wants")
     keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
@@ -80,7 +80,7 @@ def count_keep_mask(score: torch.Tensor, pruned: int, per: Group) -> torch.Tenso
     Raises:
         ValueError: the score holds NaN.
     """
-    _check(score)
+    check_score(score)
     groups = score.detach().float() if per == "row" else score.detach().float().reshape(1, -1)
     count = groups.shape[1]
     keep = torch.full_like(groups, pruned < count, dtype=torch.bool)
@@ -124,7 +124,12 @@ def retained(score: torch.Tensor, keep: torch.Tensor) -> float:
     return kept / everything if everything else 1.0
 
 
-def _check(score: torch.Tensor) -> None:
+def check_score(score: torch.Tensor) -> None:
+    """Refuse what cannot be ranked.
+
+    Raises:
+        ValueError: the score is not a matrix, or holds NaN.
+    """
     if score.dim() != 2:
         raise ValueError(f"score wants shape [out_features, in_features], got {tuple(score.shape)}")
     if score.numel() and bool(score.max().isnan()):  # max passes NaN on, without a mask as large as the score

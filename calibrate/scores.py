@@ -14,6 +14,11 @@ RIA_GROUP: Final[Group] = "matrix"
 """Zhang et al. 2024: the shares of row and column make all weights of a matrix comparable."""
 
 
+HESSIAN_GROUP: Final[Group] = "row"
+"""The rows of a linear share one Hessian and are pruned independently of each other."""
+HESSIAN_DAMPING: Final = 0.01
+
+
 def magnitude(weight: torch.Tensor) -> torch.Tensor:
     r"""Score by absolute value.
 
@@ -88,6 +93,34 @@ def ria(weight: torch.Tensor, act_norm: torch.Tensor, power: float = 0.5) -> tor
     by_row = _reciprocal(row_sums(score))
     share = by_row[:, None] + by_column
     return score.mul_(share).mul_(_checked(act_norm, weight) ** power)
+
+
+def hessian(weight: torch.Tensor, inverse_diagonal: torch.Tensor) -> torch.Tensor:
+    r"""Score by what the layer's squared error grows by when one weight goes and the others make up for it.
+
+    .. math:: S_{ij} = W_{ij}^2 / [H^{-1}]_{jj}
+
+    Hassibi & Stork 1992, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", eq. 5, up to a
+    factor; one of the orders of BESA's published code.
+
+    Args:
+        weight: ``[out_features, in_features]``, any float dtype.
+        inverse_diagonal: ``[in_features]``, the diagonal of the inverse of the damped Hessian.
+
+    Returns:
+        A new ``[out_features, in_features]`` float32.
+
+    Raises:
+        ValueError: as for `magnitude`; or the diagonal has the wrong shape or an entry that is not positive and finite.
+    """
+    if inverse_diagonal.shape != weight.shape[1:]:
+        raise ValueError(
+            f"inverse_diagonal wants shape ({weight.shape[1]},) for this weight, got {tuple(inverse_diagonal.shape)}"
+        )
+    if not bool((inverse_diagonal.isfinite() & (inverse_diagonal > 0)).all()):
+        raise ValueError("inverse_diagonal holds an entry that is not positive and finite")
+    scale = inverse_diagonal.double().rsqrt().float().to(weight.device)
+    return magnitude(weight).mul_(scale).square_()
 
 
 def _reciprocal(sums: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ def sweep(weight: Tensor, inverse: Tensor, target: Pattern | Tensor) -> tuple[Te
         block, errors = w[start:end], torch.empty(end - start, w.shape[1])
         if given is not None:
             keep[start:end] = given[start:end]
-        elif not isinstance(target, NM):
+        elif isinstance(target, Unstructured):
             pruned = _upto(target, end, w) - _upto(target, start, w)
             keep[start:end] = count_keep_mask(_saliency(block, u.diagonal()), pruned, "matrix")
         for j in range(end - start):

@@ -6,20 +6,22 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..calibrate import masks, scores
+from ..calibrate.damping import damped_inverse
 from ..calibrate.hessian import Hessian
-from ..calibrate.patterns import NM, Group, Pattern, Unstructured
+from ..calibrate.patterns import Group
 from ..calibrate.statistics import ActNorm
 from .errors import InputError
 from .frontend.batches import Batch
 from .fx.linears import Linear
 from .fx.partition import Part
 from .fx.run import Values, observe_part, run_part
-from .recipe import Note, Recipe, Score, Timings
+from .recipe import Note, Progress, Recipe, Score, Timings
 
 GROUPS: Mapping[Score, Group] = {
     "ria": scores.RIA_GROUP,
     "wanda": scores.WANDA_GROUP,
     "magnitude": scores.MAGNITUDE_GROUP,
+    "hessian": scores.HESSIAN_GROUP,
 }
 
 
@@ -35,7 +37,9 @@ class Block:
         given: masks to use as they are, by weight key; empty where the score makes them.
         cache: (past, present) names that carry the KV cache.
         shared: names that more than one part reads.
+        target: weights to prune, where rates are learned.
         note: told what the user should know.
+        progress: told what is being done.
         timings: seconds per stage are added here.
     """
 
@@ -46,7 +50,9 @@ class Block:
     given: Mapping[str, Tensor]
     cache: tuple[tuple[str, str], ...]
     shared: frozenset[str]
+    target: int
     note: Note
+    progress: Progress
     timings: Timings
 
     @property
@@ -67,7 +73,7 @@ class Observed:
 
     Attributes:
         norms: activation norms by input node.
-        hessians: second moments by input node; empty where the recipe has no update.
+        hessians: second moments by input node; empty where neither the score nor an update needs them.
         outputs: the judged outputs, by batch.
     """
 
@@ -82,7 +88,8 @@ def observe(block: Block, params: Mapping[str, Tensor], states: list[Values], ba
     Raises:
         InputError: activations hold NaN, or the batches hold nothing but padding.
     """
-    kind: type[ActNorm] | type[Hessian] = ActNorm if block.recipe.update == "none" else Hessian
+    plain = block.recipe.update == "none" and block.recipe.score != "hessian"
+    kind: type[ActNorm] | type[Hessian] = ActNorm if plain else Hessian
     statistics = {linear.input: kind(linear.in_features) for linear in block.pruned}
     first = {linear.input: linear for linear in reversed(block.pruned)}
     outputs = []
@@ -112,12 +119,15 @@ def score_linear(block: Block, linear: Linear, params: Mapping[str, Tensor], obs
     """The recipe's score of one linear's weight.
 
     Raises:
-        InputError: the weight holds NaN.
+        InputError: the weight holds NaN, or its Hessian has no inverse.
     """
     weight, norm = params[linear.weight], observed.norms[linear.input]
     try:
         if block.recipe.score == "magnitude":
             return scores.magnitude(weight)
+        if block.recipe.score == "hessian":
+            inverse = damped_inverse(observed.hessians[linear.input], scores.HESSIAN_DAMPING).matrix
+            return scores.hessian(weight, inverse.diagonal())
         if block.recipe.score == "wanda":
             return scores.wanda(weight, norm)
         return scores.ria(weight, norm, block.recipe.ria_power)
@@ -125,18 +135,18 @@ def score_linear(block: Block, linear: Linear, params: Mapping[str, Tensor], obs
         raise InputError(f"{linear.path}: {error}") from error
 
 
-def allocate(block: Block) -> dict[str, Pattern]:
-    """The zeros that each weight is to have, by key: the same for all, or those that its given mask has."""
-    pattern = block.recipe.pattern
-    if block.given and not isinstance(pattern, NM):
-        kept = {x.weight: int(block.given[x.weight].sum()) / block.given[x.weight].numel() for x in block.pruned}
-        return {key: Unstructured(1 - fraction) for key, fraction in kept.items()}
-    return {linear.weight: pattern for linear in block.pruned}
+def mask(block: Block, key: str, score: Tensor) -> Tensor:
+    """The keep mask of one weight: the given one, or that of the best scores at the recipe's rate."""
+    return block.given[key] if block.given else masks.keep_mask(score, block.recipe.pattern, GROUPS[block.recipe.score])
 
 
-def mask(block: Block, key: str, score: Tensor, pattern: Pattern) -> Tensor:
-    """The keep mask of one weight: the given one, or that of the best scores."""
-    return block.given[key] if block.given else masks.keep_mask(score, pattern, GROUPS[block.recipe.score])
+def run_dense(block: Block, params: Mapping[str, Tensor], dense: list[Values]) -> list[Values]:
+    """Run the block, not yet pruned, on the dense model's batches; the judged outputs, by batch."""
+    outputs = []
+    for values in dense:
+        values.update(run_part(block.part, values, params, block.names))
+        outputs.append({name: values[name] for name in block.judged})
+    return outputs
 
 
 def propagate(block: Block, params: Mapping[str, Tensor], states: list[Values], dense: list[Values]) -> float:

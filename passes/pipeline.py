@@ -5,22 +5,24 @@ The passes over a block, in the order in which each may rely on those before it:
 1. observe: statistics of every distinct linear input, weighted by tokens, and the dense block's outputs;
 2. score: how much each weight matters;
 3. permute: channel orders that keep the most score, folded into the block's own weights and checked;
-4. allocate: the zeros that each weight is to have;
-5. mask: zeros where the score is lowest, or where a given mask has them;
-6. update: the surviving weights make up for those that are gone, whose choice may be part of it;
-7. tune: the surviving weights of each half of the block, trained against the dense block;
-8. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
+4. mask: zeros where the score is lowest, the same fraction everywhere or learned for each row (besa.py), or where a
+   given mask has them;
+5. update: the surviving weights make up for those that are gone, whose choice may be part of it;
+6. tune: the surviving weights of each half of the block, trained against the dense block;
+7. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
 """
 
 import fnmatch
+import math
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 
 from torch import Tensor
 
 from ..calibrate import masks
-from ..calibrate.patterns import NM
-from .block import Block, allocate, mask, observe, propagate, score_linear
+from ..calibrate.patterns import NM, find_pattern
+from .besa import Examples, learn_masks
+from .block import Block, mask, observe, propagate, run_dense, score_linear
 from .errors import InputError
 from .frontend.batches import Batch
 from .fx.linears import Linear
@@ -70,16 +72,31 @@ def prune(
     shared = frozenset(name for name, count in readers.items() if count > 1)
     states = [start(partition, batch.inputs) for batch in batches]
     check = start(partition, batches[0].head().inputs)
+    by_dense_model = recipe.allocation is not None and recipe.allocation.reference == "dense"
+    dense = [dict(values) for values in states] if by_dense_model else []
+    targets = iter(_targets(partition, recipe, reasons))
     reports: list[BlockReport] = []
     for index, part in enumerate(partition.parts):
         if part.path:
-            block = Block(part, partition.params, recipe, reasons, given, tuple(cache), shared, note, timings)
-            reports.append(_prune_block(block, params, states, batches, check, progress))
+            block = Block(
+                part,
+                partition.params,
+                recipe,
+                reasons,
+                given,
+                tuple(cache),
+                shared,
+                target=next(targets),
+                note=note,
+                progress=progress,
+                timings=timings,
+            )
+            reports.append(_prune_block(block, params, states, dense, batches, check))
             progress("pruning", len(reports), len(partition.blocks))
         elif not reports:  # the prologue; what follows the last block is nobody's input
-            for values in [*states, check]:
+            for values in [*states, *dense, check]:
                 values.update(run_part(part, values, params, partition.params))
-        for values in [*states, check]:
+        for values in [*states, *dense, check]:
             for name in [n for n in values if n not in alive[index]]:
                 del values[name]
     return reports
@@ -89,9 +106,9 @@ def _prune_block(
     block: Block,
     params: MutableMapping[str, Tensor],
     states: list[Values],
+    dense: list[Values],
     batches: Sequence[Batch],
     check: Values,
-    progress: Progress,
 ) -> BlockReport:
     """Run all passes over one block.
 
@@ -99,27 +116,31 @@ def _prune_block(
         block: the block.
         params: weights by key; the block's own are replaced.
         states: live values of every batch; the block's outputs are added.
+        dense: the same in the dense model, or nothing where no pass compares with it.
         batches: the batches they come from.
         check: live values of the batch that checks folds; the block's outputs are added.
-        progress: told about every epoch of fine-tuning.
     """
     timings = block.timings
     with timings.stage("observe"):
         observed = observe(block, params, states, batches)
     with timings.stage("score"):
         score = {linear.weight: score_linear(block, linear, params, observed) for linear in block.pruned}
-        before = {key: masks.retained(s, mask(block, key, s, block.recipe.pattern)) for key, s in score.items()}
+        before = {key: masks.retained(s, mask(block, key, s)) for key, s in score.items()}
     folds = permute(block, params, score, observed, check)
-    patterns = allocate(block)
+    if block.recipe.allocation is not None:
+        with timings.stage("learn rates"):
+            wanted = run_dense(block, params, dense) if dense else observed.outputs
+            keep = learn_masks(block, params, score, Examples(states, wanted, [batch.token_mask for batch in batches]))
     with timings.stage("mask"):
-        keep = {key: mask(block, key, s, patterns[key]) for key, s in score.items()}
+        if block.recipe.allocation is None:
+            keep = {key: mask(block, key, s) for key, s in score.items()}
     with timings.stage("update"):
-        done = update_block(block, params, keep, patterns, observed)
+        done = update_block(block, params, keep, observed)
         after = {key: masks.retained(score[key], updated.keep) for key, updated in done.items()}
-        dense = {key: params[key] for key in done}
+        unpruned = {key: params[key] for key in done}
         params.update({key: updated.weight for key, updated in done.items()})
     with timings.stage("tune"):
-        tuned = tune(block, {**params, **dense}, params, states, observed.outputs, batches, progress=progress)
+        tuned = tune(block, {**params, **unpruned}, params, states, observed.outputs, batches)
     with timings.stage("propagate"):
         error = propagate(block, params, states, observed.outputs)
         check.update(run_part(block.part, check, params, block.names))
@@ -131,11 +152,32 @@ def _prune_block(
             continue
         key = linear.weight
         zeros = 1 - int(params[key].count_nonzero()) / params[key].numel()
+        pattern = _pattern(block.recipe, done[key].keep)
         errors = done[key].error_before, done[key].error_after
-        linears.append(
-            LinearReport(linear.path, shape, str(patterns[key]), "", before[key], after[key], zeros, *errors)
-        )
+        linears.append(LinearReport(linear.path, shape, pattern, "", before[key], after[key], zeros, *errors))
     return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned)
+
+
+def _pattern(recipe: Recipe, keep: Tensor) -> str:
+    """The pattern that a weight has, by name: what was asked for, or what was learned."""
+    if recipe.allocation is None and (recipe.given is None or isinstance(recipe.pattern, NM)):
+        return str(recipe.pattern)
+    found = find_pattern(keep) if recipe.allocation and recipe.allocation.per == "pattern" else None
+    if isinstance(found, NM):
+        return str(found)
+    return f"{1 - int(keep.sum()) / keep.numel():.3f}"
+
+
+def _targets(partition: Partition, recipe: Recipe, reasons: Mapping[str, str]) -> list[int]:
+    """How many weights each block is to prune: what is rounded off in one block is made up for in the next."""
+    targets, size, before = [], 0, 0
+    for part in partition.blocks:
+        weights = {linear.weight: linear for linear in part.linears if not reasons[linear.path]}
+        size += sum(linear.out_features * linear.in_features for linear in weights.values())
+        total = math.floor(recipe.pattern.sparsity * size + 0.5)
+        targets.append(total - before)
+        before = total
+    return targets
 
 
 def _reasons(linears: Sequence[Linear], recipe: Recipe, given: Mapping[str, Tensor]) -> dict[str, str]:

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..calibrate.besa import Learning
 from ..calibrate.patterns import Pattern
 from .given_masks import GivenMasks
 
-Score = Literal["ria", "wanda", "magnitude"]
+Score = Literal["ria", "wanda", "magnitude", "hessian"]
 Update = Literal["none", "sparsegpt", "admm", "cg", "admm-cg"]
 MaskFrom = Literal["update", "score"]
 Progress = Callable[[str, int, int], None]
@@ -45,6 +46,7 @@ class Recipe:
         ria_power: exponent of the activation norms in RIA.
         permute: fold channel orders where the graph allows it (N:M only), or not at all.
         skip: glob patterns of module paths that stay dense.
+        allocation: how BESA learns what each row loses (unstructured only), or None for the same rate everywhere.
         update: how the surviving weights make up for those that are gone.
         mask_from: whether the update chooses the mask as it goes, or takes that of the score. Without an update,
             and with ``cg``, which wants a mask, it is ``score``.
@@ -60,6 +62,7 @@ class Recipe:
     ria_power: float = 0.5
     permute: Literal["fold", "none"] = "fold"
     skip: tuple[str, ...] = ()
+    allocation: Learning | None = None
     update: Update = "none"
     mask_from: MaskFrom = "score"
     damping: float | None = None

@@ -49,8 +49,6 @@ def tune(
     states: Sequence[Values],
     outputs: Sequence[Values],
     batches: Sequence[Batch],
-    *,
-    progress: Progress = lambda stage, done, total: None,
 ) -> tuple[TuneReport, ...]:
     """Fine-tune the pruned linears of a block: its halves in order, or all of it at once.
 
@@ -64,7 +62,6 @@ def tune(
         states: live values of every batch before the block; not changed.
         outputs: the dense block's outputs by batch.
         batches: the batches they come from.
-        progress: told about every epoch.
 
     Raises:
         InputError: a loss is not finite.
@@ -90,7 +87,7 @@ def tune(
         ]
         keys = [linear.weight for linear in half.linears if linear.weight in pruned]
         if keys:
-            reports.append(tune_part(half, samples, params, block.names, keys, settings, progress))
+            reports.append(tune_part(half, samples, params, block.names, keys, settings, block.progress))
         if half is not halves[-1]:
             for values in inner:
                 values.update(run_part(half, values, params, block.names))
@@ -144,7 +141,7 @@ def tune_part(
         for step in _steps(train, settings.tokens_per_step, seed=epoch):
             for sample in step:
                 errors = _errors(sample, run_part_recorded(part, sample.inputs, live, names))
-                (sum(error.square().sum() for error in errors) / energy).backward()
+                torch.autograd.backward(torch.stack([error.square().sum() for error in errors]).sum() / energy)
             for key, weight in weights.items():
                 if weight.grad is not None:
                     weight.grad.masked_fill_(~keep[key], 0.0)

@@ -34,7 +34,6 @@ def update_block(
     block: Block,
     params: Mapping[str, Tensor],
     keep: Mapping[str, Tensor],
-    patterns: Mapping[str, Pattern],
     observed: Observed,
 ) -> dict[str, Updated]:
     """The weights of a block as pruned, by key.
@@ -52,11 +51,11 @@ def update_block(
         if block.recipe.update == "none" or key in shared:
             done[key] = Updated(torch.where(keep[key], params[key], 0.0), keep[key])  # literal +0.0, never -0.0
         else:
-            nodes = dict.fromkeys(linear.input for linear in block.pruned if linear.weight == key)
-            groups.setdefault(tuple(nodes), []).append(key)
+            inputs = dict.fromkeys(linear.input for linear in block.pruned if linear.weight == key)
+            groups.setdefault(tuple(inputs), []).append(key)
     for nodes, keys in groups.items():
         hessian = sum((observed.hessians[node] for node in nodes[1:]), observed.hessians[nodes[0]])
-        own = {key: patterns[key] if block.recipe.mask_from == "update" else keep[key] for key in keys}
+        own = {key: block.recipe.pattern if block.recipe.mask_from == "update" else keep[key] for key in keys}
         done |= _update_alike(block, {key: params[key] for key in keys}, keep, own, hessian)
     return done
 

@@ -132,6 +132,52 @@ def accelerator_best(keep: list[list[bool]], *, published: bool, tokens: int = 1
     return min(accelerator_cycles(keep, split, tokens, published=published) for split in tried)
 
 
+def ranks(score: torch.Tensor) -> torch.Tensor:
+    """The place of every weight when its row is pruned from the lowest score up; of equals the last goes first."""
+    rank = torch.zeros(score.shape, dtype=torch.int64)
+    for i, row in enumerate(score.tolist()):
+        for place, j in enumerate(sorted(range(len(row)), key=lambda j, row=row: (row[j], -j))):
+            rank[i, j] = place
+    return rank
+
+
+def straight_through(
+    weight: torch.Tensor, rank: torch.Tensor, beta: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """BESA's masked weight with every probability written out: ``mask = hard - stopgrad(P) + P``."""
+    rows, columns = weight.shape
+    beta = beta.expand(rows, -1)
+    hard = torch.zeros(rows, columns)
+    pruned = [[beta.new_zeros(()) for _ in range(columns)] for _ in range(rows)]
+    for i in range(rows):
+        for j in range(columns):
+            place = int(rank[i, j])
+            hard[i, j] = place >= int(counts.expand(rows)[i])
+            for d in range(beta.shape[1]):
+                if place < d * columns // (beta.shape[1] - 1):
+                    pruned[i][j] = pruned[i][j] + beta[i, d]
+    keep = 1 - torch.stack([torch.stack(row) for row in pruned])
+    return weight * (hard + (keep - keep.detach()))
+
+
+class Prodigy:
+    """Algorithm 4 of Mishchenko and Defazio 2023 on Python numbers."""
+
+    def __init__(self, x: list[float], growth: float, d0: float) -> None:
+        self.x, self.start, self.growth, self.d, self.r = list(x), list(x), growth, d0, 0.0
+        self.m, self.v, self.s = [0.0] * len(x), [0.0] * len(x), [0.0] * len(x)
+
+    def step(self, grad: list[float]) -> None:
+        b1, b2, d = 0.9, 0.999, self.d
+        self.r = b2**0.5 * self.r + d * d * sum(g * (o - x) for g, o, x in zip(grad, self.start, self.x, strict=True))
+        for i, g in enumerate(grad):
+            self.m[i] = b1 * self.m[i] + (1 - b1) * d * g
+            self.v[i] = b2 * self.v[i] + (1 - b2) * d * d * g * g
+            self.s[i] = b2**0.5 * self.s[i] + d * d * g
+            self.x[i] -= d * self.m[i] / (math.sqrt(self.v[i]) + d * 1e-8)
+        self.d = max(d, self.growth * self.r / sum(abs(s) for s in self.s))
+
+
 def hessian(x: torch.Tensor) -> torch.Tensor:
     """``2/n`` times the sum over tokens of ``x_i x_j``, for ``x [tokens, C]``."""
     columns = x.double().T.tolist()

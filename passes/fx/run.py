@@ -37,6 +37,13 @@ def run_part_recorded(part: Part, values: Values, params: Mapping[str, Tensor], 
     return _named(part, _Fast(part.module).run(*_arguments(part, values, params, names)))
 
 
+def run_part_with_grad(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> Values:
+    """As ``run_part``, differentiable in the weights that require a gradient."""
+    with torch.enable_grad():
+        results = _Fast(part.module).run(*_arguments(part, values, params, names))
+    return _named(part, results)
+
+
 def observe_part(
     part: Part,
     values: Values,

@@ -3,7 +3,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparsify_export.calibrate.scores import magnitude, ria, wanda
+from sparsify_export.calibrate.scores import hessian, magnitude, ria, wanda
 
 WEIGHT = torch.tensor([[1.0, -2.0, 0.0], [3.0, 2.0, 5.0]])
 NORM = torch.tensor([4.0, 1.0, 9.0])
@@ -116,3 +116,25 @@ def test_refuses_a_weight_that_is_no_matrix():
 def test_refuses_a_negative_power(power):
     with pytest.raises(ValueError, match="power wants 0 or more"):
         ria(WEIGHT, NORM, power)
+
+
+def test_hessian_by_hand():
+    got = hessian(WEIGHT, torch.tensor([0.5, 1.0, 4.0]))
+    torch.testing.assert_close(got, torch.tensor([[2.0, 4.0, 0.0], [18.0, 4.0, 6.25]]))
+
+
+def test_hessian_is_the_growth_of_the_best_error_without_the_weight():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 5, generator=generator, dtype=torch.float64)
+    matrix, weight = x.T @ x, torch.randn(1, 5, generator=generator, dtype=torch.float64)
+    score = hessian(weight, torch.linalg.inv(matrix).diagonal())
+    for j in range(5):
+        keep = torch.arange(5)[None] != j
+        moved = reference.best_weight(weight, matrix, keep) - weight
+        assert score[0, j].item() == pytest.approx((moved @ matrix @ moved.T).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("diagonal", [[1.0, 0.0, 1.0], [1.0, float("nan"), 1.0], [1.0, 1.0]])
+def test_hessian_refuses_a_wrong_diagonal(diagonal):
+    with pytest.raises(ValueError, match="inverse_diagonal"):
+        hessian(WEIGHT, torch.tensor(diagonal))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ import torch
 from families import VOCABULARY, random_model
 from safetensors.torch import load_file, save_file
 from sparsify_export import cli
+from sparsify_export.calibrate import besa
 from sparsify_export.cli import main
 from sparsify_export.passes.cost import Speed
 from sparsify_export.runtime import machine
@@ -66,6 +68,22 @@ def test_onnx_name_writes_the_file_and_its_data(folder, tmp_path):
     out = tmp_path / "model.onnx"
     assert main([str(folder), "--sparsity", "0.5", "--score", "wanda", "--quiet", *SHORT[:4], "-o", str(out)]) == 0
     assert {f.name for f in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data", "model.onnx.report.json"}
+
+
+def test_rates_and_patterns_that_besa_learns_are_lowered(folder, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(besa, "LEAST_STEPS", 4)
+    given = [str(folder), "--sparsity", "0.5", "--calibration", str(text), "--effort", "fast", *SHORT]
+    assert main([*given, "--allocate", "besa-row", "--besa-epochs", "2", "-o", str(tmp_path / "row.onnx")]) == 0
+    report = json.loads((tmp_path / "row.onnx.report.json").read_text())
+    assert report["settings"]["allocation"]["epochs"] == 2
+    found = [(entry["sparsity"], math.prod(entry["shape"])) for entry in report["linears"] if entry["sparsity"]]
+    assert sum(rate * size for rate, size in found) == pytest.approx(sum(size for _, size in found) / 2)
+    assert len(set(found)) > 2
+    assert main([*given, "--allocate", "besa-nm", "--besa-patterns", "2:4,dense", "-o", str(tmp_path / "nm.onnx")]) == 0
+    report = json.loads((tmp_path / "nm.onnx.report.json").read_text())
+    pruned = [entry for entry in report["linears"] if entry["pattern"] == "2:4"]
+    assert len(pruned) == 14  # half of everything is 2:4 everywhere
+    assert {entry["op"] for entry in pruned} == {"linear_nm"}
 
 
 def test_auto_leaves_dense_what_this_machine_runs_slower(folder, text, tmp_path, monkeypatch, capsys):
@@ -224,6 +242,10 @@ def test_standard_ops_write_plain_matmul_with_zeros(folder, tmp_path, capsys):
     assert "2:4" in shown
 
 
+HALF = ["--sparsity", "0.5"]
+BESA = [*HALF, "--allocate", "besa-row"]
+
+
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
@@ -252,6 +274,19 @@ def test_standard_ops_write_plain_matmul_with_zeros(folder, tmp_path, capsys):
         (["--nm", "2:4", "--lower", "auto", "--ops", "standard"], "--lower auto has no effect with --ops standard"),
         (["--nm", "2:4", "--lower-for", "16"], "--lower-for 16 has no effect without --lower auto"),
         (["--nm", "2:4", "--lower", "auto", "--lower-for", "0"], "--lower-for 0 is too small"),
+        (["--allocate", "besa-row"], "--allocate has no effect without --nm or --sparsity"),
+        (["--nm", "2:4", "--allocate", "besa-row"], "--allocate besa-row wants --sparsity"),
+        (
+            [*HALF, "--besa-epochs", "2"],
+            "--besa-epochs 2 has no effect without --allocate besa-row",
+        ),
+        ([*BESA, "--besa-epochs", "0"], "--besa-epochs 0 is too small"),
+        ([*BESA, "--besa-rate-step", "0.03"], "--besa-rate-step 0.03 wants a fraction like 0.01"),
+        ([*BESA, "--mask-from", "update", "--update", "admm"], "--mask-from update would undo --allocate besa-row"),
+        (
+            ["--sparsity", "0.7", "--allocate", "besa-row", "--besa-logits", "sigmoid"],
+            "--besa-logits sigmoid reaches rates from 0.376 to 0.624, not 0.7",
+        ),
     ],
 )
 def test_bad_flags(folder, tmp_path, capsys, flags, why):

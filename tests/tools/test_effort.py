@@ -1,6 +1,7 @@
 """From flags to recipes."""
 
 import pytest
+from sparsify_export.calibrate.besa import Learning
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.effort import Flags, effort_of, make_recipe
 from sparsify_export.passes.errors import InputError
@@ -42,6 +43,39 @@ def test_an_onnx_file_is_scored_and_masked():
 def test_a_flag_that_is_given_changes_only_itself(flag, changed):
     default = vars(recipe())
     assert vars(recipe(**flag)) == {**default, **flag, **changed}
+
+
+HALF = Unstructured(0.5)
+
+
+def test_allocation_learns_rates_and_keeps_its_mask():
+    by_row = recipe(pattern=HALF, allocate="besa-row")
+    assert by_row.allocation == Learning()
+    assert (by_row.update, by_row.mask_from) == ("admm-cg", "score")
+    by_layer = recipe(pattern=HALF, allocate="besa-layer", besa_optimiser="prodigy", besa_rate_step=0.02, besa_epochs=3)
+    assert by_layer.allocation == Learning("layer", "dense", "prodigy", rate_steps=50, epochs=3)
+    published = recipe(pattern=HALF, allocate="besa-row", besa_logits="sigmoid", besa_reference="dense")
+    assert published.allocation == Learning(reference="dense", bounded=True, width=None)
+    patterns = recipe(pattern=HALF, allocate="besa-nm", besa_patterns="1:4,dense").allocation
+    assert patterns == Learning("pattern", patterns=(NM(1, 4), None))
+    assert recipe(pattern=HALF, allocate="none").allocation is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"onnx": True, "allocate": "besa-row"}, "needs the traced model"),
+        ({"onnx": True, "score": "hessian"}, "--score hessian needs the traced model"),
+        ({"allocate": "besa-nm", "besa_logits": "sigmoid"}, "no effect with --allocate besa-nm, which learns no rates"),
+        ({"allocate": "besa-row", "besa_patterns": "2:4,dense"}, "no effect without --allocate besa-nm"),
+        ({"allocate": "besa-nm", "besa_patterns": "2:4,4:2"}, "--besa-patterns wants names like 4:8"),
+        ({"allocate": "besa-nm", "besa_patterns": "2:4,2:4"}, "wants 2 to 8 different patterns"),
+        ({"allocate": "besa-nm", "besa_patterns": "3:4,dense"}, "--sparsity 0.5 is out of reach: .* has 0.25"),
+    ],
+)
+def test_allocations_that_are_refused(flags, why):
+    with pytest.raises(InputError, match=why):
+        recipe(pattern=HALF, **flags)
 
 
 def test_fast_with_an_update_is_that_update():

@@ -49,7 +49,7 @@ def compile_command(
     nm: str | None = None,
     sparsity: float | None = None,
     effort: Literal["fast", "balanced", "best"] | None = None,
-    score: Literal["ria", "wanda", "magnitude"] | None = None,
+    score: Literal["ria", "wanda", "magnitude", "hessian"] | None = None,
     ria_power: float = 0.5,
     permute: Literal["fold", "none"] | None = None,
     skip: tuple[str, ...] = (),
@@ -57,6 +57,13 @@ def compile_command(
     update: Literal["none", "sparsegpt", "admm", "cg", "admm-cg"] | None = None,
     mask_from: Literal["update", "score"] | None = None,
     damping: float | None = None,
+    allocate: Literal["none", "besa-row", "besa-layer", "besa-nm"] | None = None,
+    besa_reference: Literal["pruned", "dense"] | None = None,
+    besa_optimiser: Literal["adamw", "prodigy"] | None = None,
+    besa_logits: Literal["softmax", "sigmoid"] | None = None,
+    besa_rate_step: float | None = None,
+    besa_epochs: int | None = None,
+    besa_patterns: str | None = None,
     tune: Literal["none", "halves", "block"] | None = None,
     tune_epochs: int | None = None,
     tune_lr: float | None = None,
@@ -98,6 +105,16 @@ def compile_command(
             gradual zeros, conjugate gradients on the score's mask, or ADMM and then conjugate gradients.
         mask_from: whether the update chooses the mask as it goes, its default, or keeps that of the score.
         damping: added to the diagonal of the update's Hessian, as a fraction of its mean; default the method's own.
+        allocate: how --sparsity is shared out: none gives every row, or with RIA every matrix, the same rate;
+            besa-row and besa-layer learn by gradient what each row or each linear loses, block by block; besa-nm learns
+            which N:M pattern each linear gets.
+        besa_reference: what a block's output is compared with: the dense block on the pruned model's inputs, the
+            default by row, or the dense model's, the default by layer.
+        besa_optimiser: AdamW, the default, or Prodigy, which finds its own step size.
+        besa_logits: softmax, or as published softmax of a sigmoid, which reaches rates from 0.38 to 0.62 only.
+        besa_rate_step: distance between candidate rates; default 0.01.
+        besa_epochs: times that every window is used; more where that gives fewer than 128 steps; default 1.
+        besa_patterns: what besa-nm chooses from; default 4:8,2:4,1:4,dense.
         tune: fine-tune the surviving weights against the dense block: not at all, the attention half and then the MLP
             half, or the whole block at once.
         tune_epochs: passes over the calibration windows at most, for each half.
@@ -146,6 +163,13 @@ def compile_command(
                 "--update": update,
                 "--mask-from": mask_from,
                 "--damping": damping,
+                "--allocate": allocate,
+                "--besa-reference": besa_reference,
+                "--besa-optimiser": besa_optimiser,
+                "--besa-logits": besa_logits,
+                "--besa-rate-step": besa_rate_step,
+                "--besa-epochs": besa_epochs,
+                "--besa-patterns": besa_patterns,
                 "--tune": tune,
                 "--tune-epochs": tune_epochs,
                 "--tune-lr": tune_lr,
@@ -164,6 +188,13 @@ def compile_command(
         mask_from=mask_from,
         damping=damping,
         given=given,
+        allocate=allocate,
+        besa_reference=besa_reference,
+        besa_optimiser=besa_optimiser,
+        besa_logits=besa_logits,
+        besa_rate_step=besa_rate_step,
+        besa_epochs=besa_epochs,
+        besa_patterns=besa_patterns,
         tune=tune,
         tune_epochs=tune_epochs,
         tune_lr=tune_lr,

@@ -1,7 +1,7 @@
 """The compiler: a pretrained model in, a verified sparse ONNX model and its report out."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -278,6 +278,8 @@ def _batches(traced: Traced, pretrained: Pretrained, settings: Settings, windows
         return read_npz(settings.calibration.inputs, traced, samples=settings.calibration.samples)
     if windows is None:
         return []
+    if settings.recipe is not None and settings.recipe.allocation is not None:
+        return token_batches(traced, windows, names=pretrained.inputs, tokens_per_batch=1)  # BESA: a window a step
     tuned = settings.recipe.tune if settings.recipe else None
     tokens = tuned.tokens_per_step if tuned else TOKENS_PER_BATCH  # a step of the optimiser is a whole batch at least
     return token_batches(traced, windows, names=pretrained.inputs, tokens_per_batch=tokens)
@@ -372,6 +374,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "permute": recipe.permute if recipe else None,
         "skip": list(recipe.skip) if recipe else [],
         "mask": str(recipe.given.file) if recipe and recipe.given else None,
+        "allocation": asdict(recipe.allocation) if recipe and recipe.allocation else None,
         "update": recipe.update if recipe else None,
         "mask_from": recipe.mask_from if recipe and recipe.update != "none" else None,
         "damping": _damping(recipe) if recipe else None,

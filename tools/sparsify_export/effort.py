@@ -3,11 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .calibrate.patterns import Pattern, Unstructured
+from .calibrate.besa import Learning
+from .calibrate.choice import sparsities
+from .calibrate.patterns import NM, Pattern, Unstructured
+from .calibrate.rates import reachable
 from .passes.errors import InputError
 from .passes.given_masks import GivenMasks
 from .passes.recipe import MaskFrom, Recipe, Score, Tune, Update
 
+Allocate = Literal["none", "besa-row", "besa-layer", "besa-nm"]
 Effort = Literal["fast", "balanced", "best"]
 BALANCED: Update = "admm-cg"
 
@@ -24,6 +28,13 @@ class Flags:
     update: Update | None = None
     mask_from: MaskFrom | None = None
     damping: float | None = None
+    allocate: Allocate | None = None
+    besa_reference: Literal["pruned", "dense"] | None = None
+    besa_optimiser: Literal["adamw", "prodigy"] | None = None
+    besa_logits: Literal["softmax", "sigmoid"] | None = None
+    besa_rate_step: float | None = None
+    besa_epochs: int | None = None
+    besa_patterns: str | None = None
     given: GivenMasks | None = None
     tune: Literal["none", "halves", "block"] | None = None
     tune_epochs: int | None = None
@@ -54,6 +65,8 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
         raise InputError(f"--damping {flags.damping:g} is out of range; want 0 to 1")
     if onnx and flags.effort in ("balanced", "best"):
         raise InputError(f"--effort {flags.effort} needs the traced model; an .onnx file is pruned with --effort fast")
+    if onnx and flags.score == "hessian":
+        raise InputError("--score hessian needs the traced model and cannot be had for an .onnx file")
     if onnx and flags.update not in (None, "none"):
         raise InputError(f"--update {flags.update} needs the traced model and cannot be had for an .onnx file")
     if onnx and flags.tune not in (None, "none"):
@@ -65,13 +78,17 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
                 raise InputError(f"{flag} {value} has no effect without an update of the weights")
     if update == "cg" and flags.mask_from == "update":
         raise InputError("--update cg does not choose a mask; want --mask-from score, or leave it out")
-    chooses = update not in ("none", "cg") and flags.given is None
+    allocation = _allocation(pattern, flags, onnx=onnx)
+    if allocation is not None and flags.mask_from == "update":
+        raise InputError(f"--mask-from update would undo --allocate {flags.allocate}; want score, or leave it out")
+    chooses = update not in ("none", "cg") and flags.given is None and allocation is None
     return Recipe(
         pattern=pattern,
         score=flags.score or "ria",
         ria_power=flags.ria_power,
         permute=flags.permute or ("none" if onnx or flags.given else "fold"),
         skip=flags.skip,
+        allocation=allocation,
         update=update,
         mask_from=flags.mask_from or ("update" if chooses else "score"),
         damping=flags.damping,
@@ -87,6 +104,7 @@ def _check_given(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> None:
     if flags.permute == "fold":
         raise InputError("--permute fold would move the weights away from their --mask; leave it out")
     idle = {"--sparsity": isinstance(pattern, Unstructured), "--score": flags.score is not None}
+    idle[f"--allocate {flags.allocate}"] = flags.allocate not in (None, "none")
     idle["--mask-from update"] = flags.mask_from == "update"
     for flag, was_given in idle.items():
         if was_given:
@@ -105,3 +123,67 @@ def _tune(flags: Flags, *, onnx: bool) -> Tune | None:
     if flags.tune_lr is not None and not 0 < flags.tune_lr <= 1:
         raise InputError(f"--tune-lr {flags.tune_lr:g} is out of range; want above 0, at most 1")
     return Tune(scope, flags.tune_epochs or Tune.epochs, flags.tune_lr or Tune.rate)
+
+
+def _allocation(pattern: Pattern, flags: Flags, *, onnx: bool) -> Learning | None:
+    """How rates are to be learned, or None where they are the same everywhere."""
+    if flags.allocate in (None, "none"):
+        given = {
+            "--besa-reference": flags.besa_reference,
+            "--besa-optimiser": flags.besa_optimiser,
+            "--besa-logits": flags.besa_logits,
+            "--besa-rate-step": flags.besa_rate_step,
+            "--besa-epochs": flags.besa_epochs,
+            "--besa-patterns": flags.besa_patterns,
+        }
+        for flag, value in given.items():
+            if value is not None:
+                raise InputError(f"{flag} {value} has no effect without --allocate besa-row, besa-layer or besa-nm")
+        return None
+    if isinstance(pattern, NM):
+        raise InputError(f"--allocate {flags.allocate} wants --sparsity: --nm {pattern} prunes every row alike")
+    if onnx:
+        raise InputError(f"--allocate {flags.allocate} needs the traced model and cannot be had for an .onnx file")
+    if flags.allocate == "besa-nm":
+        for flag, value in {"--besa-logits": flags.besa_logits, "--besa-rate-step": flags.besa_rate_step}.items():
+            if value is not None:
+                raise InputError(f"{flag} {value} has no effect with --allocate besa-nm, which learns no rates")
+    elif flags.besa_patterns is not None:
+        raise InputError(f"--besa-patterns {flags.besa_patterns} has no effect without --allocate besa-nm")
+    step = 0.01 if flags.besa_rate_step is None else flags.besa_rate_step
+    if not 0.001 <= step <= 0.5 or abs(1 / step - round(1 / step)) > 1e-6:
+        raise InputError(f"--besa-rate-step {step:g} wants a fraction like 0.01 of which 1 is a multiple")
+    steps, bounded = round(1 / step), flags.besa_logits == "sigmoid"
+    low, high = reachable(steps) if bounded else (0.0, 1.0)
+    if not low < pattern.sparsity < high:
+        raise InputError(f"--besa-logits sigmoid reaches rates from {low:.3f} to {high:.3f}, not {pattern.sparsity:g}")
+    if flags.besa_epochs is not None and flags.besa_epochs < 1:
+        raise InputError(f"--besa-epochs {flags.besa_epochs} is too small; want 1 or more")
+    kinds: dict[str | None, Literal["row", "layer", "pattern"]] = {"besa-row": "row", "besa-layer": "layer"}
+    per = kinds.get(flags.allocate, "pattern")
+    return Learning(
+        per=per,
+        reference=flags.besa_reference or ("dense" if per == "layer" else "pruned"),
+        optimiser=flags.besa_optimiser or "adamw",
+        width=None if bounded else 0.1,
+        bounded=bounded,
+        rate_steps=steps,
+        epochs=flags.besa_epochs or 1,
+        patterns=_patterns(flags.besa_patterns, pattern.sparsity) if per == "pattern" else Learning.patterns,
+    )
+
+
+def _patterns(text: str | None, sparsity: float) -> tuple[NM | None, ...]:
+    """Read ``4:8,1:4,dense``."""
+    patterns = Learning.patterns
+    if text is not None:
+        try:
+            patterns = tuple(None if name == "dense" else NM.parse(name) for name in text.split(","))
+        except ValueError as error:
+            raise InputError(f"--besa-patterns wants names like 4:8,2:4,1:4,dense: {error}") from error
+    if not 2 <= len(patterns) <= 8 or len(set(patterns)) < len(patterns):
+        raise InputError(f"--besa-patterns {text} wants 2 to 8 different patterns")
+    if sparsity > max(sparsities(patterns)):
+        most = max(sparsities(patterns))
+        raise InputError(f"--sparsity {sparsity:g} is out of reach: the sparsest of the patterns has {most:g}")
+    return patterns
