@@ -58,4 +58,4 @@ class _Linear(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Copies: for views with gaps oneDNN has no fast kernel, and takes one that is thirty times slower.
     x, weight = x.contiguous(), weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ from torch import Tensor
 from .damping import one_thread
 from .masks import count_keep_mask, nm_keep_mask
 from .matmul import product
-from .patterns import NM, Pattern
+from .patterns import NM, Pattern, Unstructured
 
 BLOCK = 128  # columns: Frantar & Alistarh 2023, section 3.4
 
