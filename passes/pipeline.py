@@ -165,7 +165,8 @@ def _pattern(recipe: Recipe, keep: Tensor) -> str:
     found = find_pattern(keep) if recipe.allocation and recipe.allocation.per == "pattern" else None
     if isinstance(found, NM):
         return str(found)
-    return f"{1 - int(keep.sum()) / keep.numel():.3f}"
+    pruned = 1 - int(keep.sum()) / keep.numel()
+    return f"{pruned:.3f}" if recipe.allocation else f"{pruned:g}"
 
 
 def _targets(partition: Partition, recipe: Recipe, reasons: Mapping[str, str]) -> list[int]:

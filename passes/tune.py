@@ -13,7 +13,7 @@ from .errors import InputError
 from .frontend.batches import Batch
 from .fx.halves import split_halves
 from .fx.partition import Part
-from .fx.run import Values, run_part, run_part_recorded
+from .fx.run import Values, run_part, run_part_with_grad
 from .recipe import Progress, Tune, TuneReport
 
 HOLD_OUT = 8
@@ -140,7 +140,7 @@ def tune_part(
         seen = 0
         for step in _steps(train, settings.tokens_per_step, seed=epoch):
             for sample in step:
-                errors = _errors(sample, run_part_recorded(part, sample.inputs, live, names))
+                errors = _errors(sample, run_part_with_grad(part, sample.inputs, live, names))
                 torch.autograd.backward(torch.stack([error.square().sum() for error in errors]).sum() / energy)
             for key, weight in weights.items():
                 if weight.grad is not None:

@@ -29,12 +29,8 @@ def run_part(part: Part, values: Values, params: Mapping[str, Tensor], names: Ma
         names: outer placeholder name to parameter key.
     """
     with torch.no_grad():
-        return run_part_recorded(part, values, params, names)
-
-
-def run_part_recorded(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> Values:
-    """As ``run_part``, recorded for gradients of the weights that want them."""
-    return _named(part, _Fast(part.module).run(*_arguments(part, values, params, names)))
+        results = _Fast(part.module).run(*_arguments(part, values, params, names))
+    return _named(part, results)
 
 
 def run_part_with_grad(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> Values:

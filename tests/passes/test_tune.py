@@ -8,7 +8,7 @@ from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.batches import Batch
 from sparsify_export.passes.fx.partition import partition
-from sparsify_export.passes.fx.run import run_part, run_part_recorded, start
+from sparsify_export.passes.fx.run import run_part, run_part_with_grad, start
 from sparsify_export.passes.pipeline import prune
 from sparsify_export.passes.recipe import Recipe, Tune
 from sparsify_export.passes.tune import Sample, learning_rates, tune_part
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_finite_differences():
     (target,) = sample.targets.values()
 
     def loss():
-        (made,) = run_part_recorded(toy.block, sample.inputs, live, toy.names).values()
+        (made,) = run_part_with_grad(toy.block, sample.inputs, live, toy.names).values()
         return (made - target).square().sum()
 
     (grad,) = torch.autograd.grad(loss(), weight)
@@ -114,7 +114,7 @@ def test_the_first_step_by_hand():
     peaks = dict(zip(KEYS, found, strict=True))
     before, (sample,) = dict(toy.params), toy.samples
     live = {key: toy.params[key].clone().requires_grad_() for key in KEYS}
-    made = run_part_recorded(toy.block, sample.inputs, {**toy.params, **live}, toy.names)
+    made = run_part_with_grad(toy.block, sample.inputs, {**toy.params, **live}, toy.names)
     sum((made[name] - target).square().sum() for name, target in sample.targets.items()).backward()
     report = toy.tune(epochs=1, rate=1e-3)
     assert report.after < report.before
