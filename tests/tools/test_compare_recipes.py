@@ -124,3 +124,8 @@ def test_finished_cells_are_read_and_others_run(base, tmp_path, monkeypatch, cap
 def test_a_cell_by_itself(base, capsys):
     assert compare_recipes.cell_command(json.dumps(asdict(replace(base, model="nowhere/at/all")))) == 2
     assert "nowhere/at/all" in capsys.readouterr().err
+
+
+def test_learned_rates_are_left_out_where_the_pattern_fixes_them(base):
+    cells = plan(base, ["wanda", "wanda+besa-row"], ["2:4", "0.5"], None, None)[1:]
+    assert [(c.method, c.pattern) for c in cells] == [("wanda", "2:4"), ("wanda", "0.5"), ("wanda+besa-row", "0.5")]

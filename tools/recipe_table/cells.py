@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sparsify_export.calibrate.besa import Learning
+from sparsify_export.calibrate.patterns import NM
 from sparsify_export.compile import parse_pattern
 from sparsify_export.passes.dialect.storage import FP32, Storage
 from sparsify_export.passes.errors import InputError
+from sparsify_export.passes.recipe import Tune
 
 DENSE = "dense"
 METHODS: dict[str, dict[str, Any]] = {
@@ -19,6 +22,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "admm+fold": {"update": "admm", "mask_from": "update"},
     "cg+fold": {"update": "cg"},
     "balanced": {"update": "admm-cg", "mask_from": "update"},
+    "best": {"update": "admm-cg", "mask_from": "update", "tune": Tune()},
+    "best-2-epochs": {"update": "admm-cg", "mask_from": "update", "tune": Tune(epochs=2)},
+    "wanda+besa-row": {"score": "wanda", "allocation": Learning()},
 }
 """A method is what it changes of a ``Recipe``; a new one is a line here."""
 
@@ -66,6 +72,8 @@ def plan(
 ) -> list[Cell]:
     """The dense model, then every pattern with every method, and with every value of what is varied.
 
+    Left out: N:M patterns with methods that learn rates, which N:M has one of.
+
     Raises:
         InputError: something asked for is not known.
     """
@@ -76,7 +84,7 @@ def plan(
     if vary is None:
         if values is not None:
             raise InputError("--values has no effect without --vary")
-        return [base, *(replace(base, method=m, pattern=p) for p in patterns for m in methods)]
+        return [base, *(replace(base, method=m, pattern=p) for p in patterns for m in methods if _go_together(m, p))]
     if vary not in VARIED:
         raise InputError(f"--vary {vary} is not known; want one of {', '.join(VARIED)}")
     field, kind, usual = VARIED[vary]
@@ -86,11 +94,15 @@ def plan(
         raise InputError(f"--values {values}: want numbers with commas between them") from error
     cells = [base]
     for pattern in patterns:
-        for method in methods:
+        for method in (m for m in methods if _go_together(m, pattern)):
             for value in chosen:
                 cell = replace(base, method=method, pattern=pattern, varied=vary, value=value)
                 cells.append(cell if field else replace(cell, **{vary: value}))
     return cells
+
+
+def _go_together(method: str, pattern: str) -> bool:
+    return "allocation" not in METHODS[method] or not isinstance(split_pattern(pattern)[0], NM)
 
 
 def split_pattern(text: str) -> tuple[Any, Storage]:

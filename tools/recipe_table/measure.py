@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparsify_export.compile import as_stored, cache_pairs, store
+from sparsify_export.compile import as_stored, cache_pairs, store, text_batches
 from sparsify_export.passes.dialect.storage import FP32
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.batches import read_windows, token_batches
@@ -50,7 +50,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         pattern, storage = split_pattern(cell.pattern)
         field = VARIED[cell.varied][0] if cell.varied else ""
         recipe = Recipe(pattern, **METHODS[cell.method], **({field: cell.value} if field else {}))
-        batches = token_batches(traced, calibration, names=pretrained.inputs)
+        batches = text_batches(traced, pretrained, recipe, calibration)
         with stages.run("prune"):
             blocks = prune(parts, params, recipe, batches, cache=cache_pairs(traced, parts))
         if storage != FP32:
@@ -63,7 +63,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     linears = [linear for block in blocks for linear in block.linears]
     size = sum(math.prod(linear.shape) for linear in linears)
     kept = sum(math.prod(x.shape) * (1 - x.sparsity) for x in linears if x.pattern)
-    updated = cell.method != DENSE and METHODS[cell.method].get("update", "none") != "none"
+    updated = cell.method != DENSE and {"update", "tune"} & METHODS[cell.method].keys()
     last = stages.done[-1]
     return {
         "perplexity": found.perplexity,

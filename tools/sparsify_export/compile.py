@@ -278,10 +278,17 @@ def _batches(traced: Traced, pretrained: Pretrained, settings: Settings, windows
         return read_npz(settings.calibration.inputs, traced, samples=settings.calibration.samples)
     if windows is None:
         return []
-    if settings.recipe is not None and settings.recipe.allocation is not None:
-        return token_batches(traced, windows, names=pretrained.inputs, tokens_per_batch=1)  # BESA: a window a step
-    tuned = settings.recipe.tune if settings.recipe else None
-    tokens = tuned.tokens_per_step if tuned else TOKENS_PER_BATCH  # a step of the optimiser is a whole batch at least
+    assert settings.recipe is not None
+    return text_batches(traced, pretrained, settings.recipe, windows)
+
+
+def text_batches(traced: Traced, pretrained: Pretrained, recipe: Recipe, windows: Tensor) -> list[Batch]:
+    """Calibration windows in batches of the size that the recipe learns from: a step takes a whole batch at least."""
+    tokens = TOKENS_PER_BATCH
+    if recipe.tune is not None:
+        tokens = recipe.tune.tokens_per_step
+    if recipe.allocation is not None:
+        tokens = 1  # a window each
     return token_batches(traced, windows, names=pretrained.inputs, tokens_per_batch=tokens)
 
 
