@@ -26,7 +26,7 @@ PATTERNS = [
     (16, 32),
     (3, 32),
 ]
-TOKENS = [0, 1, 2, 3, 5, 8, 9, 15, 16, 17, 33, 127, 129]
+TOKENS = [0, 1, 2, 3, 5, 8, 9, 15, 16, 17, 27, 28, 33, 127, 129]
 DTYPES = ["f32", "f16", "bf16"]
 
 
@@ -39,6 +39,15 @@ def test_2_4(pack, dtype, tokens):
         x, bias = rng.standard_normal((tokens, cols), np.float32), rng.standard_normal(rows, np.float32)
         assert_close(_native.linear_nm(x, values, indices, 2, 4), x, dense, dtype=dtype)
         assert_close(_native.linear_nm(x, values, indices, 2, 4, bias), x, dense, bias, dtype=dtype)
+
+
+@pytest.mark.parametrize("rows", [2050, 4099])
+def test_2_4_with_so_many_rows_that_tasks_grow(pack, rows):
+    rng = np.random.default_rng(rows)
+    values, indices, dense = pack.nm(rng, rows, 548, 2, 4)
+    for tokens in (3, 16, 21):
+        x = rng.standard_normal((tokens, 548), np.float32)
+        assert_close(_native.linear_nm(x, values, indices, 2, 4), x, dense)
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
