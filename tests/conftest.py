@@ -1,6 +1,7 @@
 """Settings for all tests."""
 
 import os
+import signal
 
 import hypothesis
 import torch
@@ -12,3 +13,6 @@ hypothesis.settings.load_profile("sparsify")
 # Workers side by side (pytest -n) share the cores; of several threads each, they wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# A run in the background of a shell inherits that Ctrl-C is ignored; the tests of Ctrl-C, and what they start, want it.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -26,6 +26,7 @@ a cycle, with 2 and 4 products a lane.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -114,6 +115,8 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     args.nm = n, m
     if not 0 < n <= m or ("nm" in args.format and any(cols % m for _, cols in args.shape)):
         made.error(f"--nm must be N:M with N from 1 to M, and every K a multiple of M; got {n}:{m}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        made.error("--plot needs matplotlib: pip install matplotlib")
     if args.plot and len(args.shape) > 1:
         made.error(f"--plot takes one shape, got {len(args.shape)}")
     if args.against is None:

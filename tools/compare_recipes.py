@@ -10,6 +10,7 @@ again; FOLDER/table.json, table.csv and table.png are written from all lines. A 
 and tried again by the next run.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -61,6 +62,9 @@ def main(
         values: of what is varied, with commas between them.
     """
     screen = Console()
+    if importlib.util.find_spec("matplotlib") is None:  # before hours of work, not after
+        screen.print("compare_recipes: matplotlib is not installed, which draws table.png: pip install matplotlib")
+        return 2
     try:
         cells = plan(
             Cell(model, str(calibration), str(text), DENSE, "", samples, seq_len, window, windows),

@@ -129,3 +129,11 @@ def test_a_cell_by_itself(base, capsys):
 def test_learned_rates_are_left_out_where_the_pattern_fixes_them(base):
     cells = plan(base, ["wanda", "wanda+besa-row"], ["2:4", "0.5"], None, None)[1:]
     assert [(c.method, c.pattern) for c in cells] == [("wanda", "2:4"), ("wanda", "0.5"), ("wanda+besa-row", "0.5")]
+
+
+def test_a_missing_matplotlib_is_said_before_anything_runs(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare_recipes.importlib.util, "find_spec", lambda name: None)
+    paths = {"calibration": Path(base.calibration), "text": Path(base.text), "out": tmp_path / "out"}
+    assert compare_recipes.main(base.model, **paths) == 2
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
