@@ -228,3 +228,11 @@ def test_the_tool_refuses(options, why, capsys):
         parse(options)
     assert refused.value.code == 2
     assert why in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as refused:
+        parse(["--plot", "x.png"])
+    assert refused.value.code == 2
+    assert "--plot needs matplotlib" in capsys.readouterr().err
