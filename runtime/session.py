@@ -25,7 +25,12 @@ Past: TypeAlias = Sequence[Any]
 
 
 def open_session(
-    path: Path, *, kernels: bool = True, threads: int | None = None, profile: Path | None = None
+    path: Path,
+    *,
+    kernels: bool = True,
+    threads: int | None = None,
+    profile: Path | None = None,
+    fold_constants: bool = True,
 ) -> ort.InferenceSession:
     """Open an ONNX file on the CPU.
 
@@ -37,6 +42,9 @@ def open_session(
         kernels: run the sparse ops by our kernels; False leaves them to the functions inside the file.
         threads: how many threads an op uses; None lets ONNX Runtime decide (one a physical core).
         profile: record every op that runs, to a file whose name starts so; ``sparse_runs`` reads it.
+        fold_constants: compute once, before the first run, what depends on weights alone. Without our kernels that
+            unpacks every sparse weight and keeps it: for a file that is run once it costs time and five times the
+            memory.
 
     Raises:
         InputError: there is no such file, or ONNX Runtime cannot read it.
@@ -52,7 +60,10 @@ def open_session(
         options.profile_file_prefix = str(profile)
     file = model_file(path)
     try:
-        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        disabled = [] if fold_constants else ["ConstantFolding"]
+        return ort.InferenceSession(
+            str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
     except Exception as error:  # its exceptions have no common base class of their own
         raise InputError(f"cannot open {file}: {_first_line(error)}") from error
 
