@@ -37,6 +37,19 @@ class Tune:
 
 
 @dataclass(frozen=True)
+class Distil:
+    """How to train the surviving weights of all blocks together, after the last one is pruned.
+
+    Attributes:
+        epochs: passes over the calibration batches at most.
+        rate: peak learning rate, as a fraction of the root mean square of each weight's non-zeros.
+    """
+
+    epochs: int = 2
+    rate: float = 0.0015
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How to prune.
 
@@ -55,6 +68,7 @@ class Recipe:
             They are for the order of channels that the model has and for no other, so ``permute`` must be ``none``
             and ``mask_from`` ``score``.
         tune: how the surviving weights are fine-tuned after that, or None.
+        distil: how they are trained once more when all blocks are pruned, or None.
     """
 
     pattern: Pattern
@@ -68,6 +82,7 @@ class Recipe:
     damping: float | None = None
     given: GivenMasks | None = field(default=None, compare=False)
     tune: Tune | None = None
+    distil: Distil | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,21 @@ class TuneReport:
     """
 
     linears: tuple[str, ...]
+    before: float
+    after: float
+    epochs: int
+
+
+@dataclass(frozen=True)
+class DistilReport:
+    """What training all blocks together made of the model.
+
+    Attributes:
+        before: loss on the held-out batches, before: nats a token, or squared error over the target's energy.
+        after: the same with the weights that were kept.
+        epochs: passes over the batches until nothing more was gained.
+    """
+
     before: float
     after: float
     epochs: int

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from .fx.halves import split_halves
 from .fx.partition import Part
 from .fx.run import Values, run_part, run_part_with_grad
 from .recipe import Progress, Tune, TuneReport
+
+T = TypeVar("T")
 
 HOLD_OUT = 8
 """One batch of so many is not trained on; it decides which epoch's weights are kept."""
@@ -128,7 +131,7 @@ def tune_part(
     weights = {key: params[key].detach().clone().requires_grad_() for key in keys}
     keep = {key: weight.detach() != 0 for key, weight in weights.items()}
     live = {**params, **weights}
-    train, held_out = _split(samples)
+    train, held_out = hold_out(samples)
     energy = sum(_energy(sample) for sample in train) or 1.0
     tokens = sum(_tokens(sample) for sample in train)
     peaks = learning_rates(part, held_out[0], params, names, keys, rate=settings.rate)
@@ -146,7 +149,7 @@ def tune_part(
                 if weight.grad is not None:
                     weight.grad.masked_fill_(~keep[key], 0.0)
             count = sum(_tokens(sample) for sample in step)
-            factor = _rate((epoch + (seen + count / 2) / tokens) / settings.epochs)
+            factor = warm_up_and_cosine((epoch + (seen + count / 2) / tokens) / settings.epochs)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = factor * peak
             optimizer.step()
@@ -210,7 +213,7 @@ def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+def hold_out(samples: Sequence[T]) -> tuple[list[T], list[T]]:
     """What is trained on, and what decides."""
     every = min(HOLD_OUT, len(samples))
     if every < 2:
@@ -233,7 +236,7 @@ def _steps(samples: Sequence[Sample], tokens: int, *, seed: int) -> list[list[Sa
     return steps
 
 
-def _rate(done: float) -> float:
+def warm_up_and_cosine(done: float) -> float:
     """The learning rate over its peak after a fraction of all steps."""
     return min(1.0, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
 

@@ -67,6 +67,8 @@ def compile_command(
     tune: Literal["none", "halves", "block"] | None = None,
     tune_epochs: int | None = None,
     tune_lr: float | None = None,
+    distil: int | None = None,
+    distil_lr: float | None = None,
     calibration: str = "self",
     calibration_inputs: Path | None = None,
     samples: int | None = None,
@@ -119,6 +121,9 @@ def compile_command(
             half, or the whole block at once.
         tune_epochs: passes over the calibration windows at most, for each half.
         tune_lr: peak learning rate; a step moves a half's output by about this fraction of the error there is.
+        distil: then train the surviving weights of all blocks together against the dense model's predictions, so many
+            passes over the calibration windows at most; 0 for not at all. It needs memory for the whole model.
+        distil_lr: peak learning rate, as a fraction of the root mean square of each weight; default 0.0015.
         calibration: text file, JSONL with a text field, or self: text the model writes itself.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
             is also verified and timed on them.
@@ -173,6 +178,8 @@ def compile_command(
                 "--tune": tune,
                 "--tune-epochs": tune_epochs,
                 "--tune-lr": tune_lr,
+                "--distil": distil,
+                "--distil-lr": distil_lr,
                 "--samples": None if is_onnx else samples,
                 "--seq-len": seq_len,
                 "--calibration-inputs": None if is_onnx else calibration_inputs,  # an ONNX model is verified on them
@@ -198,6 +205,8 @@ def compile_command(
         tune=tune,
         tune_epochs=tune_epochs,
         tune_lr=tune_lr,
+        distil=distil,
+        distil_lr=distil_lr,
     )
     recipe = make_recipe(pattern, flags, onnx=is_onnx) if pattern or given else None
     if group is not None and dtype != "int4":

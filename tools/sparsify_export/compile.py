@@ -1,6 +1,6 @@
 """The compiler: a pretrained model in, a verified sparse ONNX model and its report out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +28,9 @@ from .passes.fx.canonical import canonicalise
 from .passes.fx.partition import Partition, partition
 from .passes.fx.rewrite import lower_linears, stored_weights
 from .passes.lower import to_onnx
+from .passes.distil import Output, distil
 from .passes.pipeline import prune
-from .passes.recipe import BlockReport, Recipe, Timings
+from .passes.recipe import BlockReport, DistilReport, Recipe, Timings, Tune
 from .report import Evaluation, Report, build_report
 from .runtime.benchmark import compare_kernels
 from .runtime.evaluate import Logits, Perplexity, onnx_logits, perplexity, torch_logits
@@ -147,7 +148,9 @@ def compile_model(
     batches = _batches(traced, pretrained, settings, windows)
     params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
     blocks: list[BlockReport] = []
+    distilled: DistilReport | None = None
     if settings.recipe is not None:
+        dense = dict(params) if settings.recipe.distil else {}
         with stages.run("prune"):
             cache = cache_pairs(traced, parts)
             blocks = prune(
@@ -160,6 +163,19 @@ def compile_model(
                 note=console.note,
                 timings=timings,
             )
+        if settings.recipe.distil is not None:
+            with stages.run("distil"):
+                distilled = distil(
+                    parts,
+                    dense,
+                    params,
+                    pruned_weights(parts, blocks),
+                    batches,
+                    settings.recipe.distil,
+                    output=output_of(traced),
+                    progress=console.progress,
+                )
+        del dense
         store(traced, params)
     with stages.run("lower"):
         console.progress("lowering", 0, 0)
@@ -197,6 +213,7 @@ def compile_model(
             stages=stages.done,
             machine=machine.key if machine else None,
             pruning_seconds=timings.seconds,
+            distilled=distilled,
             model=target.model,
         )
         target.finish(pretrained, report)
@@ -285,8 +302,8 @@ def _batches(traced: Traced, pretrained: Pretrained, settings: Settings, windows
 def text_batches(traced: Traced, pretrained: Pretrained, recipe: Recipe, windows: Tensor) -> list[Batch]:
     """Calibration windows in batches of the size that the recipe learns from: a step takes a whole batch at least."""
     tokens = TOKENS_PER_BATCH
-    if recipe.tune is not None:
-        tokens = recipe.tune.tokens_per_step
+    if recipe.tune is not None or recipe.distil is not None:
+        tokens = Tune.tokens_per_step if recipe.tune is None else recipe.tune.tokens_per_step
     if recipe.allocation is not None:
         tokens = 1  # a window each
     return token_batches(traced, windows, names=pretrained.inputs, tokens_per_batch=tokens)
@@ -319,6 +336,17 @@ def cache_pairs(traced: Traced, parts: Partition) -> list[tuple[str, str]]:
     outputs = dict(zip(traced.outputs, parts.outputs, strict=True))
     pasts = [name for name in traced.inputs if name.startswith("past_key_values.")]
     return [(inputs[name], outputs[name.replace("past_key_values.", "present.")]) for name in pasts]
+
+
+def pruned_weights(parts: Partition, blocks: Sequence[BlockReport]) -> list[str]:
+    """The keys of the weights that were pruned."""
+    pruned = {linear.path for block in blocks for linear in block.linears if linear.pattern is not None}
+    return [linear.weight for part in parts.blocks for linear in part.linears if linear.path in pruned]
+
+
+def output_of(traced: Traced) -> Output:
+    """What the model returns first."""
+    return "logits" if traced.kind == "causal" else "values"
 
 
 def store(traced: Traced, params: Mapping[str, Tensor]) -> None:
@@ -388,6 +416,8 @@ def plain(settings: Settings) -> dict[str, Any]:
         "tune": recipe.tune.scope if recipe and recipe.tune else None,
         "tune_epochs": recipe.tune.epochs if recipe and recipe.tune else None,
         "tune_lr": recipe.tune.rate if recipe and recipe.tune else None,
+        "distil": recipe.distil.epochs if recipe and recipe.distil else None,
+        "distil_lr": recipe.distil.rate if recipe and recipe.distil else None,
         "calibration": str(settings.calibration.inputs or settings.calibration.text),
         "samples": settings.calibration.samples,
         "seq_len": settings.calibration.length,

@@ -9,7 +9,7 @@ from .calibrate.patterns import NM, Pattern, Unstructured
 from .calibrate.rates import reachable
 from .passes.errors import InputError
 from .passes.given_masks import GivenMasks
-from .passes.recipe import MaskFrom, Recipe, Score, Tune, Update
+from .passes.recipe import Distil, MaskFrom, Recipe, Score, Tune, Update
 
 Allocate = Literal["none", "besa-row", "besa-layer", "besa-nm"]
 Effort = Literal["fast", "balanced", "best"]
@@ -39,6 +39,8 @@ class Flags:
     tune: Literal["none", "halves", "block"] | None = None
     tune_epochs: int | None = None
     tune_lr: float | None = None
+    distil: int | None = None
+    distil_lr: float | None = None
 
 
 def effort_of(flags: Flags, *, onnx: bool) -> Effort:
@@ -94,6 +96,7 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
         damping=flags.damping,
         given=flags.given,
         tune=_tune(flags, onnx=onnx),
+        distil=_distil(flags, onnx=onnx),
     )
 
 
@@ -123,6 +126,22 @@ def _tune(flags: Flags, *, onnx: bool) -> Tune | None:
     if flags.tune_lr is not None and not 0 < flags.tune_lr <= 1:
         raise InputError(f"--tune-lr {flags.tune_lr:g} is out of range; want above 0, at most 1")
     return Tune(scope, flags.tune_epochs or Tune.epochs, flags.tune_lr or Tune.rate)
+
+
+def _distil(flags: Flags, *, onnx: bool) -> Distil | None:
+    if onnx and flags.distil:
+        raise InputError(f"--distil {flags.distil} needs the traced model and cannot be had for an .onnx file")
+    if flags.distil is not None and flags.distil < 0:
+        raise InputError(f"--distil {flags.distil} is negative; want a number of epochs, or 0 for none")
+    default = Distil.epochs if effort_of(flags, onnx=onnx) == "best" else 0
+    epochs = default if flags.distil is None else flags.distil
+    if not epochs:
+        if flags.distil_lr is not None:
+            raise InputError(f"--distil-lr {flags.distil_lr:g} has no effect without --distil EPOCHS")
+        return None
+    if flags.distil_lr is not None and not 0 < flags.distil_lr <= 1:
+        raise InputError(f"--distil-lr {flags.distil_lr:g} is out of range; want above 0, at most 1")
+    return Distil(epochs, flags.distil_lr or Distil.rate)
 
 
 def _allocation(pattern: Pattern, flags: Flags, *, onnx: bool) -> Learning | None:

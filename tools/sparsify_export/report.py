@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .passes.frontend.trace import PREFIX
 from .passes.fx.rewrite import Lowered
-from .passes.recipe import BlockReport
+from .passes.recipe import BlockReport, DistilReport
 from .runtime.benchmark import Row
 from .runtime.evaluate import Perplexity
 from .runtime.exact import ExactAnswers
@@ -95,6 +95,7 @@ class Report:
         stored_linear_bytes: the same as stored.
         given_bytes: the ONNX model that was given and its data; None for other sources.
         not_verified: the way of running the file that was left out, and why; "" for none.
+        distilled: what training all blocks together made of the model's output, or None.
     """
 
     source: str
@@ -112,6 +113,7 @@ class Report:
     stored_linear_bytes: int
     given_bytes: int | None = None
     not_verified: str = ""
+    distilled: DistilReport | None = None
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
@@ -130,6 +132,7 @@ def build_report(
     stages: Sequence[Stage],
     machine: Mapping[str, Any] | None,
     pruning_seconds: Mapping[str, float],
+    distilled: DistilReport | None,
     model: Path,
 ) -> Report:
     """Put together what the stages reported."""
@@ -168,6 +171,7 @@ def build_report(
         file_bytes=sum(file.stat().st_size for file in (model, model.with_name(model.name + ".data"))),
         dense_linear_bytes=sum(entry.dense_bytes for entry in inside),
         stored_linear_bytes=sum(entry.stored_bytes for entry in inside),
+        distilled=distilled,
     )
 
 
@@ -264,6 +268,9 @@ def _totals(report: Report) -> Table:
         if row.against is not None and row.ratio is not None:
             gain = f"{row.ratio:.2f}x" if row.ratio >= NO_GAIN else f"{row.ratio:.2f}x: no gain"
             table.add_row(row.name, f"{row.model.p50:.1f} ms, {against} {row.against.p50:.1f} ms ({gain})")
+    if report.distilled:
+        loss = report.distilled
+        table.add_row("distilled", f"loss on held-out text {loss.before:.3f}, now {loss.after:.3f}")
     if report.evaluation:
         dense, result = report.evaluation.dense, report.evaluation.result
         where = f"{result.windows} windows of {result.window} tokens"

@@ -1,0 +1,147 @@
+"""Train the surviving weights of the whole model until it predicts again what the dense model predicts."""
+
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..calibrate.sums import total
+from .errors import InputError
+from .frontend.batches import Batch
+from .fx.partition import Partition
+from .fx.run import Values, live_after, run_part, run_part_with_grad, start
+from .recipe import Distil, DistilReport, Progress
+from .tune import BETAS, PATIENCE, hold_out, warm_up_and_cosine
+
+Output = Literal["logits", "values"]
+"""What the model returns first: logits of the next token, or values such as hidden states."""
+
+
+def distil(
+    partition: Partition,
+    dense: Mapping[str, Tensor],
+    params: MutableMapping[str, Tensor],
+    keys: Sequence[str],
+    batches: Sequence[Batch],
+    settings: Distil,
+    *,
+    output: Output,
+    progress: Progress = lambda stage, done, total: None,
+) -> DistilReport:
+    r"""Train the non-zeros of the pruned weights, all blocks together, against the dense model's output.
+
+    Of logits z, with a softmax over the vocabulary (Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a
+    Neural Network", temperature 1), and of other values y:
+
+    .. math:: \frac{1}{n} \sum_t \mathrm{KL}\bigl(\operatorname{softmax} z_t \,\Vert\, \operatorname{softmax} z_t^W\bigr)
+              \qquad \sum_t \lVert y_t^W - y_t \rVert_2^2 \Big/ \sum_t \lVert y_t \rVert_2^2
+
+    Block by block a model is taught to repeat every hidden state; here only what it says counts, so an error that the
+    next blocks can make good costs nothing. A step takes one batch. AdamW as in ``tune``; the learning rate of a
+    weight is a fraction of its root mean square, since Adam moves every number by about the learning rate. One batch
+    of eight is held out and decides which epoch's weights are kept, those from before included.
+
+    Before:  W with zeros
+    After:   W with the same zeros
+    Left alone: everything but ``keys``: biases, norms, embeddings, the head, linears that were not pruned.
+    Numerics: activations of the whole model are in memory for one batch, and a dense copy of its weights.
+
+    Args:
+        partition: the model.
+        dense: weights by key before pruning; folded or not, for a fold changes nothing that comes out.
+        params: weights by key, pruned; ``keys`` are replaced, unless no epoch was better.
+        keys: the weights to train.
+        batches: the calibration batches.
+        settings: epochs and learning rate.
+        output: what the model's first output is.
+        progress: told about every step.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    weights = {key: params[key].detach().clone().requires_grad_() for key in dict.fromkeys(keys)}
+    keep = {key: weight.detach() != 0 for key, weight in weights.items()}
+    live = {**params, **weights}
+    train, held_out = hold_out(batches)
+    model = _Model(partition, output)
+    groups = [{"params": [w], "lr": 0.0, "peak": settings.rate * _size(w.detach(), keep[k])} for k, w in weights.items()]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
+    before = best = model.mean_loss(held_out, dense, live)
+    epoch = waited = step = 0
+    while epoch < settings.epochs and waited < PATIENCE:
+        for index in torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch)).tolist():
+            target = model.target(train[index], dense)
+            loss, counted = model.loss(model.run(train[index], live, learn=True), target, train[index])
+            torch.autograd.backward(loss / counted)
+            for key, weight in weights.items():
+                if weight.grad is not None:
+                    weight.grad.masked_fill_(~keep[key], 0.0)
+            factor = warm_up_and_cosine((step + 0.5) / (settings.epochs * len(train)))
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["peak"]
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            progress("distilling", step, settings.epochs * len(train))
+        epoch += 1
+        waited += 1
+        found = model.mean_loss(held_out, dense, live)
+        if not math.isfinite(found):
+            raise InputError(f"the loss of distillation is {found} after epoch {epoch}; try a lower --distil-lr")
+        if found < best:
+            best, waited = found, 0
+            for key, weight in weights.items():  # + 0.0 turns -0.0 into 0.0
+                params[key] = torch.where(keep[key], weight.detach(), 0.0) + 0.0
+    return DistilReport(before, best, epoch)
+
+
+class _Model:
+    """The partitioned graph as one function, and how far two of its outputs are apart."""
+
+    def __init__(self, partition: Partition, output: Output) -> None:
+        self._partition = partition
+        self._alive = live_after(partition)
+        self._output = output
+
+    def run(self, batch: Batch, params: Mapping[str, Tensor], *, learn: bool = False) -> Tensor:
+        """The first output, ``[tokens that count, features]``."""
+        values: Values = start(self._partition, batch.inputs)
+        name = self._partition.outputs[0]
+        run = run_part_with_grad if learn else run_part
+        for part, needed in zip(self._partition.parts, self._alive, strict=True):
+            values.update(run(part, values, params, self._partition.params))
+            for dead in [n for n in values if n not in needed and n != name]:
+                del values[dead]
+        rows: Tensor = values[name].float().flatten(end_dim=-2)
+        return rows if batch.token_mask is None else rows[batch.token_mask.reshape(-1)]
+
+    def target(self, batch: Batch, dense: Mapping[str, Tensor]) -> Tensor:
+        """What the dense model says: log-probabilities, or values."""
+        rows = self.run(batch, dense)
+        return rows.log_softmax(-1) if self._output == "logits" else rows
+
+    def loss(self, rows: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, float]:
+        """The summed loss of a batch, and what it is divided by: tokens, or the target's energy."""
+        if self._output == "values":
+            return (rows - target).square().sum(), total(target.square()) or 1.0
+        return (target.exp() * (target - rows.log_softmax(-1))).sum(), float(len(rows))
+
+    def mean_loss(self, batches: Sequence[Batch], dense: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> float:
+        """The loss over some batches; rounded, so that it is the same for any number of threads."""
+        wrong = size = 0.0
+        for batch in batches:
+            target, rows = self.target(batch, dense), self.run(batch, params)
+            if self._output == "logits":
+                wrong += total(target.exp() * (target - rows.log_softmax(-1)))
+                size += len(rows)
+            else:
+                wrong += total((rows - target).square())
+                size += total(target.square())
+        return float(torch.tensor(wrong / size if size else wrong, dtype=torch.float32))
+
+
+def _size(weight: Tensor, keep: Tensor) -> float:
+    """Root mean square of the non-zeros."""
+    return math.sqrt(total(weight.square()) / max(1, int(keep.sum())))
