@@ -9,7 +9,8 @@ The passes over a block, in the order in which each may rely on those before it:
    given mask has them;
 5. update: the surviving weights make up for those that are gone, whose choice may be part of it;
 6. tune: the surviving weights of each half of the block, trained against the dense block;
-7. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
+7. quantise: every weight to a grid; ``joint`` does so before it tunes, and tunes what the grid makes of the weights;
+8. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
 """
 
 import fnmatch
@@ -23,6 +24,7 @@ from ..calibrate import masks
 from ..calibrate.patterns import NM, find_pattern
 from .besa import Examples, learn_masks
 from .block import Block, mask, observe, propagate, run_dense, score_linear
+from .dialect.packed import OnGrid
 from .errors import InputError
 from .frontend.batches import Batch
 from .fx.linears import Linear
@@ -30,7 +32,8 @@ from .fx.partition import Partition
 from .fx.run import Values, live_after, run_part, start
 from .given_masks import masks_by_weight
 from .permute import permute
-from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings
+from .quantise import for_packing, quantise_block, quantised_errors
+from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings, TuneReport
 from .tune import tune
 from .update import update_block
 
@@ -45,6 +48,7 @@ def prune(
     progress: Progress = lambda stage, done, total: None,
     note: Note = lambda text: None,
     timings: Timings | None = None,
+    on_grid: MutableMapping[str, OnGrid] | None = None,
 ) -> list[BlockReport]:
     """Prune every block of ``partition``, replacing the pruned weights in ``params``.
 
@@ -57,6 +61,7 @@ def prune(
         progress: told about every block.
         note: told what the user should know.
         timings: seconds per stage are added here.
+        on_grid: what packing has to know of the weights that were quantised is added here, by key.
 
     Raises:
         InputError: nothing can be pruned, ``skip`` matches nothing, a given mask does not fit, weights or activations
@@ -91,7 +96,10 @@ def prune(
                 progress=progress,
                 timings=timings,
             )
-            reports.append(_prune_block(block, params, states, dense, batches, check))
+            report, quantised = _prune_block(block, params, states, dense, batches, check)
+            reports.append(report)
+            if on_grid is not None:
+                on_grid.update(quantised)
             progress("pruning", len(reports), len(partition.blocks))
         elif not reports:  # the prologue; what follows the last block is nobody's input
             for values in [*states, *dense, check]:
@@ -109,8 +117,8 @@ def _prune_block(
     dense: list[Values],
     batches: Sequence[Batch],
     check: Values,
-) -> BlockReport:
-    """Run all passes over one block.
+) -> tuple[BlockReport, dict[str, OnGrid]]:
+    """Run all passes over one block; returns its report and its quantised weights.
 
     Args:
         block: the block.
@@ -127,10 +135,12 @@ def _prune_block(
         score = {linear.weight: score_linear(block, linear, params, observed) for linear in block.pruned}
         before = {key: masks.retained(s, mask(block, key, s)) for key, s in score.items()}
     folds = permute(block, params, score, observed, check)
+    strengths: dict[str, Tensor] = {}
     if block.recipe.allocation is not None:
         with timings.stage("learn rates"):
             wanted = run_dense(block, params, dense) if dense else observed.outputs
-            keep = learn_masks(block, params, score, Examples(states, wanted, [batch.token_mask for batch in batches]))
+            learned = learn_masks(block, params, score, Examples(states, wanted, [b.token_mask for b in batches]))
+            keep, strengths = learned.keep, learned.strengths
     with timings.stage("mask"):
         if block.recipe.allocation is None:
             keep = {key: mask(block, key, s) for key, s in score.items()}
@@ -139,8 +149,17 @@ def _prune_block(
         after = {key: masks.retained(score[key], updated.keep) for key, updated in done.items()}
         unpruned = {key: params[key] for key in done}
         params.update({key: updated.weight for key, updated in done.items()})
-    with timings.stage("tune"):
-        tuned = tune(block, {**params, **unpruned}, params, states, observed.outputs, batches)
+    joint = block.recipe.quantise is not None and block.recipe.quantise.method == "joint"
+    tuned: tuple[TuneReport, ...] = ()
+    if not joint:
+        with timings.stage("tune"):
+            tuned = tune(block, {**params, **unpruned}, params, states, observed.outputs, batches)
+    with timings.stage("quantise"):
+        quantised = quantise_block(block, params, {k: updated.keep for k, updated in done.items()}, observed, strengths)
+    if joint:
+        with timings.stage("tune"):
+            tuned = tune(block, {**params, **unpruned}, params, states, observed.outputs, batches, quantised)
+    errors = quantised_errors(block, params, unpruned, quantised, observed)
     with timings.stage("propagate"):
         error = propagate(block, params, states, observed.outputs)
         check.update(run_part(block.part, check, params, block.names))
@@ -151,11 +170,23 @@ def _prune_block(
             linears.append(LinearReport(linear.path, shape, None, reason))
             continue
         key = linear.weight
-        zeros = 1 - int(params[key].count_nonzero()) / params[key].numel()
-        pattern = _pattern(block.recipe, done[key].keep)
-        errors = done[key].error_before, done[key].error_after
-        linears.append(LinearReport(linear.path, shape, pattern, "", before[key], after[key], zeros, *errors))
-    return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned)
+        linears.append(
+            LinearReport(
+                path=linear.path,
+                shape=shape,
+                pattern=_pattern(block.recipe, done[key].keep),
+                reason="",
+                retained_before=before[key],
+                retained_after=after[key],
+                sparsity=1 - int(done[key].weight.count_nonzero()) / done[key].weight.numel(),
+                error_before=done[key].error_before,
+                error_after=done[key].error_after,
+                quantiser=block.recipe.quantise.method if block.recipe.quantise and key in quantised else None,
+                error_quantised=errors.get(key),
+            )
+        )
+    found = {key: for_packing(its, done[key].keep) for key, its in quantised.items()}
+    return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned), found
 
 
 def _pattern(recipe: Recipe, keep: Tensor) -> str:

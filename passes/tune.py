@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .frontend.batches import Batch
 from .fx.halves import split_halves
 from .fx.partition import Part
 from .fx.run import Values, run_part, run_part_with_grad
+from .quantise import LEAST_STRENGTH, Gridded
 from .recipe import Progress, Tune, TuneReport
 
 HOLD_OUT = 8
@@ -23,6 +24,8 @@ WARM_UP = 0.1
 BETAS = (0.9, 0.95)
 SHAKE = 1e-2
 """How far weights are moved, relative to their size, to find out how much the output depends on them."""
+STRENGTH_RATE = 0.002
+"""Peak learning rate of clipping strengths."""
 PATIENCE = 2
 """Epochs without a gain on the held-out batches after which a half is done."""
 
@@ -49,6 +52,7 @@ def tune(
     states: Sequence[Values],
     outputs: Sequence[Values],
     batches: Sequence[Batch],
+    quantised: MutableMapping[str, Gridded] | None = None,
 ) -> tuple[TuneReport, ...]:
     """Fine-tune the pruned linears of a block: its halves in order, or all of it at once.
 
@@ -62,6 +66,7 @@ def tune(
         states: live values of every batch before the block; not changed.
         outputs: the dense block's outputs by batch.
         batches: the batches they come from.
+        quantised: the weights that are on a grid, by key; replaced as well.
 
     Raises:
         InputError: a loss is not finite.
@@ -87,7 +92,7 @@ def tune(
         ]
         keys = [linear.weight for linear in half.linears if linear.weight in pruned]
         if keys:
-            reports.append(tune_part(half, samples, params, block.names, keys, settings, block.progress))
+            reports.append(tune_part(half, samples, params, block.names, keys, settings, block.progress, quantised))
         if half is not halves[-1]:
             for values in inner:
                 values.update(run_part(half, values, params, block.names))
@@ -102,6 +107,7 @@ def tune_part(
     keys: Sequence[str],
     settings: Tune,
     progress: Progress = lambda stage, done, total: None,
+    quantised: MutableMapping[str, Gridded] | None = None,
 ) -> TuneReport:
     r"""Train the non-zeros of some weights of one part by AdamW (Loshchilov and Hutter 2019) without weight decay.
 
@@ -113,6 +119,9 @@ def tune_part(
     the loss on the held-out batches, rounded to float32, decides: the best epoch's weights are kept, those from
     before included. Biases and norms stay.
 
+    A weight that is on a grid is trained as the float it was before, together with the clipping strengths of its
+    groups: the part runs with what the grid makes of both, and the gradient passes straight through (`grid.quantise`).
+
     Args:
         part: a half or a block.
         samples: one a batch; with fewer than two, the one is trained on and decides as well.
@@ -121,26 +130,39 @@ def tune_part(
         keys: what to train.
         settings: epochs, learning rate, tokens in a step.
         progress: told about every epoch.
+        quantised: the weights that are on a grid, by key; replaced where ``params`` are.
 
     Raises:
         InputError: the loss is not finite.
     """
-    weights = {key: params[key].detach().clone().requires_grad_() for key in keys}
+    on_grid = {key: quantised[key] for key in keys if quantised and key in quantised}
+    exact = {key: on_grid[key].exact if key in on_grid else params[key] for key in keys}
+    weights = {key: weight.detach().clone().requires_grad_() for key, weight in exact.items()}
+    strengths = {key: its.strengths.clone().requires_grad_() for key, its in on_grid.items()}
     keep = {key: weight.detach() != 0 for key, weight in weights.items()}
-    live = {**params, **weights}
+
+    def live() -> dict[str, Tensor]:
+        """The parameters as the part runs with them, differentiable in weights and strengths."""
+        made = {key: replace(its, exact=weights[key], strengths=strengths[key]).value() for key, its in on_grid.items()}
+        return {**params, **weights, **made}
+
     train, held_out = _split(samples)
     energy = sum(_energy(sample) for sample in train) or 1.0
     tokens = sum(_tokens(sample) for sample in train)
-    peaks = learning_rates(part, held_out[0], params, names, keys, rate=settings.rate)
-    groups = [{"params": [w], "lr": lr} for w, lr in zip(weights.values(), peaks, strict=True)]
+    peaks = learning_rates(part, held_out[0], {**params, **exact}, names, keys, rate=settings.rate)
+    trained = [*weights.values(), *strengths.values()]
+    peaks += [STRENGTH_RATE] * len(strengths)
+    groups = [{"params": [w], "lr": lr} for w, lr in zip(trained, peaks, strict=True)]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
-    before = best = _loss(part, held_out, live, names)
+    before = best = _loss(part, held_out, params, names)
     epoch = waited = 0
     while epoch < settings.epochs and waited < PATIENCE:
         seen = 0
         for step in _steps(train, settings.tokens_per_step, seed=epoch):
             for sample in step:
-                errors = _errors(sample, run_part_with_grad(part, sample.inputs, live, names))
+                with torch.enable_grad():
+                    tried = live()
+                errors = _errors(sample, run_part_with_grad(part, sample.inputs, tried, names))
                 torch.autograd.backward(torch.stack([error.square().sum() for error in errors]).sum() / energy)
             for key, weight in weights.items():
                 if weight.grad is not None:
@@ -151,10 +173,14 @@ def tune_part(
                 group["lr"] = factor * peak
             optimizer.step()
             optimizer.zero_grad()
+            for strength in strengths.values():
+                strength.data.clamp_min_(LEAST_STRENGTH)
             seen += count
         epoch += 1
         waited += 1
-        loss = _loss(part, held_out, live, names)
+        with torch.no_grad():
+            now = live()
+        loss = _loss(part, held_out, now, names)
         progress(f"tuning {part.path}", epoch, settings.epochs)
         if not math.isfinite(loss):
             raise InputError(
@@ -162,8 +188,11 @@ def tune_part(
             )
         if loss < best:
             best, waited = loss, 0
-            for key, weight in weights.items():  # + 0.0 turns -0.0 into 0.0
-                params[key] = torch.where(keep[key], weight.detach(), 0.0)
+            for key in keys:  # never -0.0
+                params[key] = torch.where(keep[key], now[key].detach(), 0.0)
+            for key, its in on_grid.items():
+                assert quantised is not None
+                quantised[key] = replace(its, exact=exact[key], strengths=strengths[key].detach().clone())
     return TuneReport(tuple(linear.path for linear in part.linears if linear.weight in keys), before, best, epoch)
 
 

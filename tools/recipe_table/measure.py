@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from sparsify_export.compile import as_stored, cache_pairs, store, text_batches
+from sparsify_export.passes.dialect.packed import OnGrid
 from sparsify_export.passes.dialect.storage import FP32
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.batches import read_windows, token_batches
@@ -17,12 +18,12 @@ from sparsify_export.passes.fx.partition import Partition, partition
 from sparsify_export.passes.fx.rewrite import lower_linears, stored_weights
 from sparsify_export.passes.fx.run import live_after, run_part_rounded, start
 from sparsify_export.passes.pipeline import prune
-from sparsify_export.passes.recipe import BlockReport, Recipe
+from sparsify_export.passes.recipe import BlockReport
 from sparsify_export.runtime.evaluate import Logits, perplexity
 from sparsify_export.runtime.exact import exact_answers
 from sparsify_export.stages import Stages
 
-from .cells import DENSE, METHODS, VARIED, Cell, split_pattern
+from .cells import DENSE, METHODS, Cell, recipe_of, split_pattern
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -47,15 +48,15 @@ def measure(cell: Cell) -> dict[str, Any]:
     blocks: list[BlockReport] = []
     rounded: dict[str, Any] = {}
     if cell.method != DENSE:
-        pattern, storage = split_pattern(cell.pattern)
-        field = VARIED[cell.varied][0] if cell.varied else ""
-        recipe = Recipe(pattern, **METHODS[cell.method], **({field: cell.value} if field else {}))
+        recipe, storage = recipe_of(cell), split_pattern(cell.pattern)[1]
+        on_grid: dict[str, OnGrid] = {}
         batches = text_batches(traced, pretrained, recipe, calibration)
         with stages.run("prune"):
-            blocks = prune(parts, params, recipe, batches, cache=cache_pairs(traced, parts))
+            blocks = prune(parts, params, recipe, batches, cache=cache_pairs(traced, parts), on_grid=on_grid)
         if storage != FP32:
             store(traced, params)
-            packed = stored_weights(traced.program, lower_linears(traced.program, storage=storage))
+            lowered = lower_linears(traced.program, storage=storage, on_grid=on_grid)
+            packed = stored_weights(traced.program, lowered)
             params, rounded = as_stored(params, packed), dict.fromkeys(packed, storage.activations)
     logits = graph_logits(pretrained, traced, parts, params, rounded)
     found = perplexity(logits, evaluation)

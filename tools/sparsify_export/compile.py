@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .calibrate.patterns import NM, Pattern, Unstructured
 from .calibrate.update import DAMPING
-from .passes.dialect.packed import Packed
+from .passes.dialect.packed import OnGrid, Packed
 from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError, VerificationError
 from .passes.frontend.batches import (
@@ -147,6 +147,7 @@ def compile_model(
     batches = _batches(traced, pretrained, settings, windows)
     params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
     blocks: list[BlockReport] = []
+    on_grid: dict[str, OnGrid] = {}
     if settings.recipe is not None:
         with stages.run("prune"):
             cache = cache_pairs(traced, parts)
@@ -159,6 +160,7 @@ def compile_model(
                 progress=console.progress,
                 note=console.note,
                 timings=timings,
+                on_grid=on_grid,
             )
         store(traced, params)
     with stages.run("lower"):
@@ -167,7 +169,7 @@ def compile_model(
         machine = this_machine() if settings.lower_for is not None else None
         worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
         sparse = settings.ops == "sparse"
-        lowered = lower_linears(traced.program, storage=settings.storage, sparse=sparse, worth=worth)
+        lowered = lower_linears(traced.program, storage=settings.storage, sparse=sparse, worth=worth, on_grid=on_grid)
         packed = stored_weights(traced.program, lowered)
         rounded = dict.fromkeys(packed, settings.storage.activations)
         expected = expect(parts, as_stored(params, packed), probe, rounded)
@@ -371,6 +373,13 @@ def _damping(recipe: Recipe) -> float | None:
     return DAMPING[recipe.update]
 
 
+def _quantiser(settings: Settings) -> str | None:
+    """How weights are quantised: as the recipe says, else to nearest where they are packed."""
+    if settings.recipe and settings.recipe.quantise:
+        return settings.recipe.quantise.method
+    return "rtn" if settings.storage.quantised and settings.ops == "sparse" else None
+
+
 def plain(settings: Settings) -> dict[str, Any]:
     """The settings as JSON-able values."""
     recipe = settings.recipe
@@ -388,6 +397,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "tune": recipe.tune.scope if recipe and recipe.tune else None,
         "tune_epochs": recipe.tune.epochs if recipe and recipe.tune else None,
         "tune_lr": recipe.tune.rate if recipe and recipe.tune else None,
+        "quantise": _quantiser(settings),
         "calibration": str(settings.calibration.inputs or settings.calibration.text),
         "samples": settings.calibration.samples,
         "seq_len": settings.calibration.length,

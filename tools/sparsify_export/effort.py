@@ -7,9 +7,10 @@ from .calibrate.besa import Learning
 from .calibrate.choice import sparsities
 from .calibrate.patterns import NM, Pattern, Unstructured
 from .calibrate.rates import reachable
+from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError
 from .passes.given_masks import GivenMasks
-from .passes.recipe import MaskFrom, Recipe, Score, Tune, Update
+from .passes.recipe import MaskFrom, Quantise, Quantiser, Recipe, Score, Tune, Update
 
 Allocate = Literal["none", "besa-row", "besa-layer", "besa-nm"]
 Effort = Literal["fast", "balanced", "best"]
@@ -39,6 +40,8 @@ class Flags:
     tune: Literal["none", "halves", "block"] | None = None
     tune_epochs: int | None = None
     tune_lr: float | None = None
+    quantise: Quantiser | None = None
+    storage: Storage = FP32
 
 
 def effort_of(flags: Flags, *, onnx: bool) -> Effort:
@@ -81,6 +84,7 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
     allocation = _allocation(pattern, flags, onnx=onnx)
     if allocation is not None and flags.mask_from == "update":
         raise InputError(f"--mask-from update would undo --allocate {flags.allocate}; want score, or leave it out")
+    tune = _tune(flags, onnx=onnx)
     chooses = update not in ("none", "cg") and flags.given is None and allocation is None
     return Recipe(
         pattern=pattern,
@@ -93,7 +97,8 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
         mask_from=flags.mask_from or ("update" if chooses else "score"),
         damping=flags.damping,
         given=flags.given,
-        tune=_tune(flags, onnx=onnx),
+        tune=tune,
+        quantise=_quantise(flags, onnx=onnx, learns=tune is not None or allocation is not None),
     )
 
 
@@ -123,6 +128,22 @@ def _tune(flags: Flags, *, onnx: bool) -> Tune | None:
     if flags.tune_lr is not None and not 0 < flags.tune_lr <= 1:
         raise InputError(f"--tune-lr {flags.tune_lr:g} is out of range; want above 0, at most 1")
     return Tune(scope, flags.tune_epochs or Tune.epochs, flags.tune_lr or Tune.rate)
+
+
+def _quantise(flags: Flags, *, onnx: bool, learns: bool) -> Quantise | None:
+    """How weights get onto their grid, or None where they are floats, or rounded when they are packed."""
+    if not flags.storage.quantised:
+        if flags.quantise is not None:
+            raise InputError(f"--quantise {flags.quantise} has no effect without --dtype int8 or --dtype int4")
+        return None
+    if onnx:
+        if flags.quantise in ("sweep", "joint"):
+            raise InputError(f"--quantise {flags.quantise} needs the traced model and cannot be had for an .onnx file")
+        return None
+    if flags.quantise == "joint" and not learns:
+        raise InputError("--quantise joint learns with --tune or --allocate; give one of them, or take sweep")
+    usual: dict[Effort, Quantiser] = {"fast": "rtn", "balanced": "sweep", "best": "joint" if learns else "sweep"}
+    return Quantise(flags.storage, flags.quantise or usual[effort_of(flags, onnx=onnx)])
 
 
 def _allocation(pattern: Pattern, flags: Flags, *, onnx: bool) -> Learning | None:
