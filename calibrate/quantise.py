@@ -36,7 +36,8 @@ def sweep(weight: Tensor, inverse: Tensor, keep: Tensor, scale: Tensor, grid: Gr
     columns = weight.shape[1]
     with one_thread():
         factor = torch.linalg.cholesky(inverse, upper=True).float()
-    w, kept = weight.mT.contiguous(), keep.mT.contiguous()  # columns as rows: what is read together lies together
+    # Columns as rows: what is read together lies together. Clones, since a single row is contiguous either way.
+    w, kept = weight.mT.clone(memory_format=torch.contiguous_format), keep.mT.contiguous()
     steps = spread(scale, columns, grid).mT
     done = torch.empty_like(w)
     for start in range(0, columns, BLOCK):
@@ -74,7 +75,7 @@ def descend(
         On the grid, +0.0 where pruned.
     """
     columns = weight.shape[1]
-    q, kept = start.mT.contiguous(), keep.mT.contiguous()
+    q, kept = start.mT.clone(memory_format=torch.contiguous_format), keep.mT.contiguous()
     steps = spread(scale, columns, grid).mT
     slope = product(start - weight, hessian).mT.contiguous()
     curvature = hessian.diagonal()

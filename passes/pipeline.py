@@ -9,7 +9,7 @@ The passes over a block, in the order in which each may rely on those before it:
    given mask has them;
 5. update: the surviving weights make up for those that are gone, whose choice may be part of it;
 6. tune: the surviving weights of each half of the block, trained against the dense block;
-7. quantise: every weight to a grid; ``joint`` does so before it tunes, and tunes what the grid makes of the weights;
+7. quantise: every weight to a grid, and for ``joint`` once more 6, of what the grid makes of the weights;
 8. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
 """
 
@@ -33,7 +33,7 @@ from .fx.run import Values, live_after, run_part, start
 from .given_masks import masks_by_weight
 from .permute import permute
 from .quantise import for_packing, quantise_block, quantised_errors
-from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings, TuneReport
+from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings
 from .tune import tune
 from .update import update_block
 
@@ -149,16 +149,14 @@ def _prune_block(
         after = {key: masks.retained(score[key], updated.keep) for key, updated in done.items()}
         unpruned = {key: params[key] for key in done}
         params.update({key: updated.weight for key, updated in done.items()})
-    joint = block.recipe.quantise is not None and block.recipe.quantise.method == "joint"
-    tuned: tuple[TuneReport, ...] = ()
-    if not joint:
-        with timings.stage("tune"):
-            tuned = tune(block, {**params, **unpruned}, params, states, observed.outputs, batches)
+    whole = {**params, **unpruned}
+    with timings.stage("tune"):
+        tuned = tune(block, whole, params, states, observed.outputs, batches)
     with timings.stage("quantise"):
         quantised = quantise_block(block, params, {k: updated.keep for k, updated in done.items()}, observed, strengths)
-    if joint:
-        with timings.stage("tune"):
-            tuned = tune(block, {**params, **unpruned}, params, states, observed.outputs, batches, quantised)
+    if block.recipe.quantise is not None and block.recipe.quantise.method == "joint":
+        with timings.stage("tune on the grid"):
+            tuned += tune(block, whole, params, states, observed.outputs, batches, quantised)
     errors = quantised_errors(block, params, unpruned, quantised, observed)
     with timings.stage("propagate"):
         error = propagate(block, params, states, observed.outputs)

@@ -40,6 +40,11 @@ class Gridded:
         """``[R, G]`` float32, differentiable in the strengths."""
         return grid.scales(self.top, self.strengths, self.storage.grid)
 
+    def near(self, value: Tensor) -> Tensor:
+        """The weight, moved as far as it must to be rounded to ``value``, which is on the grid."""
+        room = 0.45 * grid.spread(self.scales(), value.shape[1], self.storage.grid)
+        return value + (self.exact - value).clamp(-room, room)
+
     def value(self) -> Tensor:
         """The nearest weight on the grid, differentiable in ``exact`` and ``strengths``."""
         its = self.storage.grid

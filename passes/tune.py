@@ -24,6 +24,8 @@ WARM_UP = 0.1
 BETAS = (0.9, 0.95)
 SHAKE = 1e-2
 """How far weights are moved, relative to their size, to find out how much the output depends on them."""
+ON_GRID_RATE = 0.3
+"""Learning rate of weights on a grid over that of floats."""
 STRENGTH_RATE = 0.002
 """Peak learning rate of clipping strengths."""
 PATIENCE = 2
@@ -66,7 +68,8 @@ def tune(
         states: live values of every batch before the block; not changed.
         outputs: the dense block's outputs by batch.
         batches: the batches they come from.
-        quantised: the weights that are on a grid, by key; replaced as well.
+        quantised: the weights that are on a grid, by key, to train so that they stay there; replaced as well. It
+            takes half of the epochs, with smaller steps: the weights were tuned as floats before.
 
     Raises:
         InputError: a loss is not finite.
@@ -74,6 +77,8 @@ def tune(
     settings = block.recipe.tune
     if settings is None:
         return ()
+    if quantised is not None:
+        settings = replace(settings, epochs=max(1, settings.epochs // 2), rate=ON_GRID_RATE * settings.rate)
     pruned = {linear.weight for linear in block.pruned}
     halves = split_halves(block.part, block.names) if settings.scope == "halves" else (block.part,)
     inner, exact = [dict(values) for values in states], [dict(values) for values in states]
@@ -119,8 +124,9 @@ def tune_part(
     the loss on the held-out batches, rounded to float32, decides: the best epoch's weights are kept, those from
     before included. Biases and norms stay.
 
-    A weight that is on a grid is trained as the float it was before, together with the clipping strengths of its
-    groups: the part runs with what the grid makes of both, and the gradient passes straight through (`grid.quantise`).
+    A weight that is on a grid is trained as the float it was before, moved where it would else be rounded to another
+    code, together with the clipping strengths of its groups: the part runs with what the grid makes of both, and the
+    gradient passes straight through (`grid.quantise`).
 
     Args:
         part: a half or a block.
@@ -136,7 +142,7 @@ def tune_part(
         InputError: the loss is not finite.
     """
     on_grid = {key: quantised[key] for key in keys if quantised and key in quantised}
-    exact = {key: on_grid[key].exact if key in on_grid else params[key] for key in keys}
+    exact = {key: on_grid[key].near(params[key]) if key in on_grid else params[key] for key in keys}
     weights = {key: weight.detach().clone().requires_grad_() for key, weight in exact.items()}
     strengths = {key: its.strengths.clone().requires_grad_() for key, its in on_grid.items()}
     keep = {key: weight.detach() != 0 for key, weight in weights.items()}

@@ -1,11 +1,14 @@
 """From flags to recipes."""
 
+from dataclasses import replace
+
 import pytest
 from sparsify_export.calibrate.besa import Learning
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.effort import Flags, effort_of, make_recipe
+from sparsify_export.passes.dialect.storage import Storage
 from sparsify_export.passes.errors import InputError
-from sparsify_export.passes.recipe import Recipe, Tune
+from sparsify_export.passes.recipe import Quantise, Recipe, Tune
 
 TWO_OF_FOUR = NM(2, 4)
 
@@ -111,3 +114,32 @@ def test_any_effort_may_end_with_fine_tuning():
 def test_what_fine_tuning_refuses(flags, onnx, message):
     with pytest.raises(InputError, match=message):
         recipe(onnx=onnx, **flags)
+
+
+INT4 = Storage("int4", 128)
+
+
+def test_the_effort_says_how_weights_are_quantised():
+    for effort, method in {"fast": "rtn", "balanced": "sweep", "best": "joint"}.items():
+        assert recipe(effort=effort, storage=INT4).quantise == Quantise(INT4, method)
+    assert recipe(effort="best", tune="none", storage=INT4).quantise == Quantise(INT4, "sweep")  # nothing to learn with
+    assert recipe(storage=INT4, quantise="rtn") == replace(recipe(), quantise=Quantise(INT4, "rtn"))
+    assert recipe(effort="fast", tune="halves", storage=INT4, quantise="joint").quantise == Quantise(INT4, "joint")
+    by_row = recipe(pattern=HALF, allocate="besa-row", storage=INT4, quantise="joint")
+    assert by_row.quantise == Quantise(INT4, "joint")
+    assert recipe(onnx=True, storage=INT4).quantise is None  # packing rounds to nearest
+    assert recipe(onnx=True, storage=INT4, quantise="rtn").quantise is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"quantise": "rtn"}, "--quantise rtn has no effect without --dtype int8 or --dtype int4"),
+        ({"quantise": "sweep", "storage": Storage("bf16")}, "--quantise sweep has no effect without --dtype int8"),
+        ({"quantise": "joint", "storage": INT4}, "--quantise joint learns with --tune or --allocate; give one"),
+        ({"quantise": "sweep", "storage": INT4, "onnx": True}, "--quantise sweep needs the traced model"),
+    ],
+)
+def test_quantisers_that_are_refused(flags, why):
+    with pytest.raises(InputError, match=why):
+        recipe(**flags)
