@@ -1,6 +1,7 @@
 """The grid that stored integer weights lie on: whole codes times a scale that neighbouring columns share."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,15 +88,34 @@ def quantise(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
     Args:
         weight: float32 of any shape.
-        scale: of every weight, by `spread` or anything that broadcasts; 0 makes 0.
+        scale: that of every weight, as of `spread`, of the same shape; 0 makes 0.
         grid: the grid.
 
     Returns:
         As ``weight``; differentiable in both. Zeros stay +0.0.
     """
-    steps = (weight / torch.where(scale > 0, scale, 1.0)).clamp(-grid.limit, grid.limit)
-    codes = steps.detach().round() + (steps - steps.detach())
-    return codes * scale + 0.0  # + 0.0 turns -0.0 into 0.0
+    result: Tensor = _Quantise.apply(weight, scale, grid.limit)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Quantise(torch.autograd.Function):
+    """`quantise`: keeps the weight and its scales, and makes the codes anew for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, limit: int) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.limit = limit
+        codes = (weight / torch.where(scale > 0, scale, 1.0)).round().clamp(-limit, limit)
+        return codes * scale + 0.0  # + 0.0 turns -0.0 into 0.0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
+        weight, scale = ctx.saved_tensors
+        steps = weight / torch.where(scale > 0, scale, 1.0)
+        inside = steps.abs() <= ctx.limit
+        off = steps.round().clamp(-ctx.limit, ctx.limit) - torch.where(inside, steps, 0.0)
+        return torch.where(inside & (scale > 0), grad, 0.0), grad * off, None
 
 
 def search_strengths(weight: Tensor, importance: Tensor, grid: Grid) -> Tensor:

@@ -22,7 +22,7 @@ from .block import Block
 from .errors import InputError
 from .fx.linears import Linear
 from .fx.run import Values, run_part_with_grad
-from .quantise import LEAST_STRENGTH, first_grids
+from .quantise import LEAST_STRENGTH, Gridded, first_grids
 
 Prune = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From a weight's key, the weight and its logits: the weight as pruned, and its mean rate; differentiable in both."""
@@ -36,11 +36,11 @@ class Learned:
 
     Attributes:
         keep: bool masks.
-        strengths: clipping strengths ``[R, G]``, where they were learned together with the rates; else empty.
+        grids: of the dense weights, where their strengths were learned together with the rates; else empty.
     """
 
     keep: dict[str, Tensor]
-    strengths: dict[str, Tensor]
+    grids: dict[str, Gridded]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def learn_masks(block: Block, params: Mapping[str, Tensor], score: Mapping[str, 
         examples: what to learn from; one batch is one step.
 
     Returns:
-        Keep masks and strengths. All masks together have exactly ``block.target`` False, or with patterns at least
+        Keep masks and grids. All masks together have exactly ``block.target`` False, or with patterns at least
         that many.
 
     Raises:
@@ -107,14 +107,14 @@ def _learn_counts(
         counts = (alpha.detach() * linears[key].in_features + 0.5).floor().int()
         return ranked.prune(weight, rank[key], beta, counts), alpha.mean()
 
-    learned, strengths = _learn(block, linears, params, examples, learning, logits, pruned)
+    learned, grids = _learn(block, linears, params, examples, learning, logits, pruned)
     rates = []
     for key, linear in linears.items():
         alpha = mean_rate(distribution(learned[key].double(), bounded=learning.bounded))
         rates.append(alpha.clamp(0, 1).expand(linear.out_features))
     counts = exact_counts(rates, [linear.in_features for linear in linears.values()], block.target)
     keep = {key: ranked.keep_mask(rank[key], count) for key, count in zip(linears, counts, strict=True)}
-    return Learned(keep, strengths)
+    return Learned(keep, grids)
 
 
 def _learn_patterns(
@@ -136,7 +136,7 @@ def _learn_patterns(
         beta = distribution(z)
         return choice.prune(weight, codes[key], beta), beta[0] @ torch.tensor(choice.sparsities(candidates[key]))
 
-    learned, strengths = _learn(block, linears, params, examples, learning, logits, pruned)
+    learned, grids = _learn(block, linears, params, examples, learning, logits, pruned)
     sizes = {key: linear.out_features * linear.in_features for key, linear in linears.items()}
     likelihood = [learned[key][0].double().log_softmax(dim=0).tolist() for key in linears]
     prunes = [[round(size * s) for s in choice.sparsities(candidates[key])] for key, size in sizes.items()]
@@ -145,7 +145,7 @@ def _learn_patterns(
     except ValueError as error:
         raise InputError(f"{block.part.path}: {error}") from error
     keep = {key: choice.kept(codes[key], pick) for key, pick in zip(linears, picks, strict=True)}
-    return Learned(keep, strengths)
+    return Learned(keep, grids)
 
 
 def _learn(
@@ -156,7 +156,7 @@ def _learn(
     learning: Learning,
     logits: Mapping[str, Tensor],
     pruned: Prune,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Gridded]]:
     """Learn the logits, and with joint quantisation the strengths; one batch a step.
 
     The loss is that of the block's output and the penalty on its sparsity.
@@ -201,7 +201,8 @@ def _learn(
         for strength in strengths.values():
             strength.data.clamp_min_(LEAST_STRENGTH)
         block.progress(f"learning rates of {block.part.path}", step + 1, steps)
-    return {key: z.detach() for key, z in logits.items()}, {key: s.detach() for key, s in strengths.items()}
+    grids = {key: replace(its, strengths=strengths[key].detach()) for key, its in grids.items()}
+    return {key: z.detach() for key, z in logits.items()}, grids
 
 
 def _size(linears: Mapping[str, Linear]) -> int:

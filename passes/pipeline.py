@@ -32,7 +32,7 @@ from .fx.partition import Partition
 from .fx.run import Values, live_after, run_part, start
 from .given_masks import masks_by_weight
 from .permute import permute
-from .quantise import for_packing, quantise_block, quantised_errors
+from .quantise import Gridded, for_packing, quantise_block, quantised_errors
 from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings
 from .tune import tune
 from .update import update_block
@@ -135,12 +135,12 @@ def _prune_block(
         score = {linear.weight: score_linear(block, linear, params, observed) for linear in block.pruned}
         before = {key: masks.retained(s, mask(block, key, s)) for key, s in score.items()}
     folds = permute(block, params, score, observed, check)
-    strengths: dict[str, Tensor] = {}
+    grids: dict[str, Gridded] = {}
     if block.recipe.allocation is not None:
         with timings.stage("learn rates"):
             wanted = run_dense(block, params, dense) if dense else observed.outputs
             learned = learn_masks(block, params, score, Examples(states, wanted, [b.token_mask for b in batches]))
-            keep, strengths = learned.keep, learned.strengths
+            keep, grids = learned.keep, learned.grids
     with timings.stage("mask"):
         if block.recipe.allocation is None:
             keep = {key: mask(block, key, s) for key, s in score.items()}
@@ -153,7 +153,8 @@ def _prune_block(
     with timings.stage("tune"):
         tuned = tune(block, whole, params, states, observed.outputs, batches)
     with timings.stage("quantise"):
-        quantised = quantise_block(block, params, {k: updated.keep for k, updated in done.items()}, observed, strengths)
+        own = {key: updated.keep for key, updated in done.items()}
+        quantised = quantise_block(block, params, own, observed, grids)
     if block.recipe.quantise is not None and block.recipe.quantise.method == "joint":
         with timings.stage("tune on the grid"):
             tuned += tune(block, whole, params, states, observed.outputs, batches, quantised)

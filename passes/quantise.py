@@ -1,7 +1,7 @@
 """Put the pruned weights of a block on the grid that they are stored on."""
 
 from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -25,20 +25,29 @@ class Gridded:
     """A weight, and the grid that its strengths give it.
 
     Attributes:
+        path: of the linear, for messages.
         storage: what it is to be stored as, int8 or int4.
         exact: the weight, ``[R, C]`` float32; 0 where pruned.
         top: the largest magnitude of every group, ``[R, G]``, which its strength is a fraction of.
         strengths: clipping strengths, ``[R, G]``.
     """
 
+    path: str
     storage: Storage
     exact: Tensor
     top: Tensor
     strengths: Tensor
 
     def scales(self) -> Tensor:
-        """``[R, G]`` float32, differentiable in the strengths."""
-        return grid.scales(self.top, self.strengths, self.storage.grid)
+        """``[R, G]`` float32, differentiable in the strengths.
+
+        Raises:
+            InputError: one does not fit the storage.
+        """
+        try:
+            return grid.scales(self.top, self.strengths, self.storage.grid)
+        except ValueError as error:
+            raise InputError(f"{self.path}: {error}; store the weights as fp32 or bf16") from error
 
     def near(self, value: Tensor) -> Tensor:
         """The weight, moved as far as it must to be rounded to ``value``, which is on the grid."""
@@ -56,7 +65,7 @@ def quantise_block(
     params: MutableMapping[str, Tensor],
     keep: Mapping[str, Tensor],
     observed: Observed,
-    strengths: Mapping[str, Tensor],
+    learned: Mapping[str, Gridded],
 ) -> dict[str, Gridded]:
     """Quantise the pruned weights of a block; nothing is done where its recipe does not ask for it.
 
@@ -68,8 +77,8 @@ def quantise_block(
         params: weights by key, pruned; replaced by weights on the grid.
         keep: their masks.
         observed: the Hessians of their inputs.
-        strengths: clipping strengths that were learned with the masks, by key. Without an update such weights are
-            rounded to nearest, as they were when the strengths were learned.
+        learned: grids of the dense weights, by key, whose strengths were learned with the masks. Without an update such
+            weights are rounded to nearest, as they were while that was learned; with one the strengths are taken on.
 
     Returns:
         What was quantised, by key: the weights as they were before, and their grids.
@@ -81,7 +90,8 @@ def quantise_block(
     if wanted is None:
         return {}
     paths = {linear.weight: linear.path for linear in block.pruned}
-    nearest = wanted.method == "rtn" or (bool(strengths) and block.recipe.update == "none")
+    as_learned = bool(learned) and block.recipe.update == "none"
+    nearest = wanted.method == "rtn" or as_learned
     done = {}
     for nodes, keys in alike(block, keep).items():
         hessian = None if nearest else observed.hessian(nodes)
@@ -90,8 +100,11 @@ def quantise_block(
             weight = params[key].float()
             if not _gains(weight, keep[key], wanted.storage):
                 continue
-            importance = hessian.diagonal() if hessian is not None else None
-            done[key] = _gridded(weight, wanted.storage, importance, strengths.get(key), paths[key])
+            if as_learned:
+                done[key] = replace(learned[key], exact=weight)
+            else:
+                importance = hessian.diagonal() if hessian is not None else None
+                done[key] = _gridded(paths[key], wanted.storage, weight, importance, learned.get(key))
             new = done[key].value()
             if hessian is not None and inverse is not None:
                 scale, its = done[key].scales(), wanted.storage.grid
@@ -116,7 +129,7 @@ def first_grids(block: Block, keys: Iterable[str], params: Mapping[str, Tensor])
     found = {}
     for key in keys:
         weight = params[key].float()
-        found[key] = _gridded(weight, wanted.storage, torch.ones(weight.shape[1]), None, paths[key])
+        found[key] = _gridded(paths[key], wanted.storage, weight, torch.ones(weight.shape[1]), None)
     return found
 
 
@@ -153,17 +166,19 @@ def quantised_errors(
 
 
 def _gridded(
-    weight: Tensor, storage: Storage, importance: Tensor | None, strengths: Tensor | None, path: str
+    path: str, storage: Storage, weight: Tensor, importance: Tensor | None, learned: Gridded | None
 ) -> Gridded:
-    """The strengths given, else the best by importance, else 1."""
+    """A grid with the strengths learned, else those that are best by importance, else 1."""
     try:
         top = grid.largest(weight, storage.grid)
-        if strengths is None and importance is not None:
-            strengths = grid.search_strengths(weight, importance, storage.grid)
-        made = Gridded(storage, weight, top, torch.ones_like(top) if strengths is None else strengths)
-        made.scales()
     except ValueError as error:
-        raise InputError(f"{path}: {error}; store the weights as fp32 or bf16") from error
+        raise InputError(f"{path}: {error}") from error
+    made = Gridded(path, storage, weight, top, torch.ones_like(top))
+    made.scales()  # refuses what does not fit
+    if learned is not None:
+        return replace(made, strengths=learned.strengths)
+    if importance is not None:
+        return replace(made, strengths=grid.search_strengths(weight, importance, storage.grid))
     return made
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers as t
 from sparsify_export import compile as compiler
 from sparsify_export.calibrate.patterns import NM, Pattern
-from sparsify_export.passes.dialect.packed import Packed
+from sparsify_export.passes.dialect.packed import OnGrid, Packed
 from sparsify_export.passes.dialect.storage import FP32, Storage
 from sparsify_export.passes.frontend.batches import Batch, token_batches
 from sparsify_export.passes.frontend.load import describe
@@ -134,14 +134,15 @@ def compile_family(
     source = {**traced.program.constants, **{k: v.detach().clone() for k, v in traced.program.state_dict.items()}}
     params = dict(source)
     blocks: list[BlockReport] = []
+    on_grid: dict[str, OnGrid] = {}
     if pattern is not None:
         cache = compiler.cache_pairs(traced, parts)
         if name in UPDATED:
             recipe = {"update": "admm-cg", "mask_from": "update", **recipe}
-        blocks = prune(parts, params, Recipe(pattern, **recipe), batches, cache=cache)
+        blocks = prune(parts, params, Recipe(pattern, **recipe), batches, cache=cache, on_grid=on_grid)
         compiler.store(traced, params)
     load_into(pretrained.model, params)
-    lowered = lower_linears(traced.program, storage=storage)
+    lowered = lower_linears(traced.program, storage=storage, on_grid=on_grid)
     packed = stored_weights(traced.program, lowered)
     path = folder / f"{name}.onnx"
     to_onnx(traced, path, metadata={"source": name})

@@ -17,7 +17,7 @@ from sparsify_export.passes.frontend.load import describe
 from sparsify_export.passes.frontend.trace import trace
 from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import partition
-from sparsify_export.passes.recipe import Tune
+from sparsify_export.passes.recipe import Quantise, Tune
 from sparsify_export.runtime.inspection import check_pattern
 from sparsify_export.runtime.session import CausalSession, open_session, sparse_runs
 from sparsify_export.runtime.verify import expect, verify
@@ -101,6 +101,27 @@ def test_every_storage_is_verified_against_its_own_rounding(name, pattern, stora
     wrong = {key: value * 1.5 if key in compiled.packed else value for key, value in stored.items()}
     with pytest.raises(VerificationError, match="differs from the model"):
         verify(compiled.path, compiled.traced, expect(compiled.parts, wrong, compiled.probe, rounded))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "quantise", "recipe"),
+    [
+        ("llama", NM(2, 4), Quantise(Storage("int4", 32), "joint"), {"tune": Tune(epochs=2, tokens_per_step=40)}),
+        ("gpt2", NM(4, 8), Quantise(Storage("int4", 128)), {"update": "admm-cg", "mask_from": "update"}),
+        ("bert", Unstructured(0.5), Quantise(Storage("int8")), {}),
+    ],
+    ids=["llama", "gpt2", "bert"],
+)
+def test_the_file_holds_what_quantisation_made_bit_for_bit(name, pattern, quantise, recipe, tmp_path):
+    storage = quantise.storage
+    compiled = compile_family(name, tmp_path, pattern=pattern, storage=storage, quantise=quantise, **recipe)
+    assert {entry.op for entry in compiled.lowered if not entry.reason} == {op_name(pattern, storage)}
+    linears = {linear.path: linear for part in compiled.parts.blocks for linear in part.linears}
+    weights = stored_linears(compiled.path, lambda path: linears[path].out_features)
+    assert weights.keys() == linears.keys()
+    assert all(torch.equal(weight, compiled.params[linears[path].weight]) for path, weight in weights.items())
+    rounded = dict.fromkeys(compiled.packed, storage.activations)
+    verify(compiled.path, compiled.traced, expect(compiled.parts, compiled.params, compiled.probe, rounded))
 
 
 def test_kernels_run_with_the_library_and_functions_without(family, tmp_path):

@@ -48,8 +48,9 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("storage", [INT4, INT8], ids=["int4", "int8"])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("name", "storage"), [*((name, INT4) for name in RECIPES), ("sweep", INT8), ("joint", INT8)], ids=str
+)
 def test_every_weight_packs_to_what_the_next_block_saw(name, storage):
     pattern = HALF if "rates" in name else TWO_OF_FOUR
     params, on_grid, reports, program = pruned(pattern, storage=storage, **RECIPES[name])
