@@ -22,12 +22,10 @@ from .block import Block
 from .errors import InputError
 from .fx.linears import Linear
 from .fx.run import Values, run_part_with_grad
-from .quantise import LEAST_STRENGTH, Gridded, first_grids
+from .quantise import LEAST_STRENGTH, STRENGTH_RATE, Gridded, first_grids
 
 Prune = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From a weight's key, the weight and its logits: the weight as pruned, and its mean rate; differentiable in both."""
-STRENGTH_RATE = 0.002
-"""Peak learning rate of clipping strengths, of AdamW; Prodigy finds its own."""
 
 
 @dataclass(frozen=True)

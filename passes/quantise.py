@@ -16,6 +16,8 @@ from .dialect.packed import OnGrid, packed_bytes
 from .dialect.storage import Storage
 from .errors import InputError
 
+STRENGTH_RATE: Final = 0.002
+"""Peak learning rate of clipping strengths under AdamW."""
 LEAST_STRENGTH: Final = 0.01
 """Clipping strengths that are learned stay at this or above."""
 

@@ -14,7 +14,7 @@ from .frontend.batches import Batch
 from .fx.halves import split_halves
 from .fx.partition import Part
 from .fx.run import Values, run_part, run_part_with_grad
-from .quantise import LEAST_STRENGTH, Gridded
+from .quantise import LEAST_STRENGTH, STRENGTH_RATE, Gridded
 from .recipe import Progress, Tune, TuneReport
 
 HOLD_OUT = 8
@@ -26,8 +26,6 @@ SHAKE = 1e-2
 """How far weights are moved, relative to their size, to find out how much the output depends on them."""
 ON_GRID_RATE = 0.3
 """Learning rate of weights on a grid over that of floats."""
-STRENGTH_RATE = 0.002
-"""Peak learning rate of clipping strengths."""
 PATIENCE = 2
 """Epochs without a gain on the held-out batches after which a half is done."""
 
