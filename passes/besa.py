@@ -7,7 +7,7 @@ block's output and then repaired, so that the block prunes its share of the targ
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,9 +22,23 @@ from .block import Block
 from .errors import InputError
 from .fx.linears import Linear
 from .fx.run import Values, run_part_with_grad
+from .quantise import LEAST_STRENGTH, STRENGTH_RATE, Gridded, first_grids
 
-Prune = Callable[[str, Tensor], tuple[Tensor, Tensor]]
-"""From a weight's key and its logits: the weight as pruned, and its mean rate; both differentiable in the logits."""
+Prune = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From a weight's key, the weight and its logits: the weight as pruned, and its mean rate; differentiable in both."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What was learned of a block's weights, by key.
+
+    Attributes:
+        keep: bool masks.
+        grids: of the dense weights, where their strengths were learned together with the rates; else empty.
+    """
+
+    keep: dict[str, Tensor]
+    grids: dict[str, Gridded]
 
 
 @dataclass(frozen=True)
@@ -42,10 +56,12 @@ class Examples:
     token_masks: Sequence[Tensor | None]
 
 
-def learn_masks(
-    block: Block, params: Mapping[str, Tensor], score: Mapping[str, Tensor], examples: Examples
-) -> dict[str, Tensor]:
+def learn_masks(block: Block, params: Mapping[str, Tensor], score: Mapping[str, Tensor], examples: Examples) -> Learned:
     """Choose how many weights every row of a block loses, or which pattern every linear gets.
+
+    Joint quantisation (section 3.3 of the paper) learns in the same loss how much every group of columns is clipped
+    when it is quantised: the weight is quantised first and pruned then. The grid is ours, symmetric around 0, with one
+    strength a group where the paper has one for either end.
 
     Args:
         block: the block; its pruned linears are learned, the others stay as they are.
@@ -54,8 +70,8 @@ def learn_masks(
         examples: what to learn from; one batch is one step.
 
     Returns:
-        Bool keep masks by key of the weight. All of them together have exactly ``block.target`` False, or with
-        patterns at least that many.
+        Keep masks and grids. All masks together have exactly ``block.target`` False, or with patterns at least
+        that many.
 
     Raises:
         InputError: the loss is not finite, or no choice of patterns prunes enough.
@@ -75,7 +91,7 @@ def _learn_counts(
     score: Mapping[str, Tensor],
     examples: Examples,
     learning: Learning,
-) -> dict[str, Tensor]:
+) -> Learned:
     rate = block.target / _size(linears)
     rank = {key: ranked.ranks(score[key]) for key in linears}
     logits = {}
@@ -83,19 +99,20 @@ def _learn_counts(
         groups = linear.out_features if learning.per == "row" else 1
         logits[key] = initial_logits(groups, rate, steps=learning.rate_steps, width=learning.width)
 
-    def pruned(key: str, z: Tensor) -> tuple[Tensor, Tensor]:
+    def pruned(key: str, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         beta = distribution(z, bounded=learning.bounded)
         alpha = mean_rate(beta)
         counts = (alpha.detach() * linears[key].in_features + 0.5).floor().int()
-        return ranked.prune(params[key], rank[key], beta, counts), alpha.mean()
+        return ranked.prune(weight, rank[key], beta, counts), alpha.mean()
 
-    learned = _learn(block, linears, params, examples, learning, logits, pruned)
+    learned, grids = _learn(block, linears, params, examples, learning, logits, pruned)
     rates = []
     for key, linear in linears.items():
         alpha = mean_rate(distribution(learned[key].double(), bounded=learning.bounded))
         rates.append(alpha.clamp(0, 1).expand(linear.out_features))
     counts = exact_counts(rates, [linear.in_features for linear in linears.values()], block.target)
-    return {key: ranked.keep_mask(rank[key], count) for key, count in zip(linears, counts, strict=True)}
+    keep = {key: ranked.keep_mask(rank[key], count) for key, count in zip(linears, counts, strict=True)}
+    return Learned(keep, grids)
 
 
 def _learn_patterns(
@@ -105,7 +122,7 @@ def _learn_patterns(
     score: Mapping[str, Tensor],
     examples: Examples,
     learning: Learning,
-) -> dict[str, Tensor]:
+) -> Learned:
     rate = block.target / _size(linears)
     candidates: dict[str, list[NM | None]] = {}
     for key, linear in linears.items():
@@ -113,11 +130,11 @@ def _learn_patterns(
     codes = {key: choice.keep_codes(score[key], candidates[key]) for key in linears}
     logits = {key: choice.start_near(candidates[key], rate) for key in linears}
 
-    def pruned(key: str, z: Tensor) -> tuple[Tensor, Tensor]:
+    def pruned(key: str, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         beta = distribution(z)
-        return choice.prune(params[key], codes[key], beta), beta[0] @ torch.tensor(choice.sparsities(candidates[key]))
+        return choice.prune(weight, codes[key], beta), beta[0] @ torch.tensor(choice.sparsities(candidates[key]))
 
-    learned = _learn(block, linears, params, examples, learning, logits, pruned)
+    learned, grids = _learn(block, linears, params, examples, learning, logits, pruned)
     sizes = {key: linear.out_features * linear.in_features for key, linear in linears.items()}
     likelihood = [learned[key][0].double().log_softmax(dim=0).tolist() for key in linears]
     prunes = [[round(size * s) for s in choice.sparsities(candidates[key])] for key, size in sizes.items()]
@@ -125,7 +142,8 @@ def _learn_patterns(
         picks = choice.choose(likelihood, prunes, block.target)
     except ValueError as error:
         raise InputError(f"{block.part.path}: {error}") from error
-    return {key: choice.kept(codes[key], pick) for key, pick in zip(linears, picks, strict=True)}
+    keep = {key: choice.kept(codes[key], pick) for key, pick in zip(linears, picks, strict=True)}
+    return Learned(keep, grids)
 
 
 def _learn(
@@ -136,23 +154,32 @@ def _learn(
     learning: Learning,
     logits: Mapping[str, Tensor],
     pruned: Prune,
-) -> dict[str, Tensor]:
-    """Learn the logits from the block's output and the penalty on its sparsity; one batch a step."""
+) -> tuple[dict[str, Tensor], dict[str, Gridded]]:
+    """Learn the logits, and with joint quantisation the strengths; one batch a step.
+
+    The loss is that of the block's output and the penalty on its sparsity.
+    """
     size = _size(linears)
     rate = block.target / size
     logits = {key: z.requires_grad_() for key, z in logits.items()}
+    grids = first_grids(block, linears, params)
+    strengths = {key: its.strengths.clone().requires_grad_() for key, its in grids.items()}
     optimiser: torch.optim.Optimizer
     if learning.optimiser == "prodigy":
-        optimiser = Prodigy(logits.values(), growth=learning.growth)
+        optimiser = Prodigy([*logits.values(), *strengths.values()], growth=learning.growth)
     else:
-        optimiser = torch.optim.AdamW(logits.values(), lr=learning.step_size, weight_decay=0.0)
+        groups = [{"params": list(logits.values()), "lr": learning.step_size}]
+        groups += [{"params": list(strengths.values()), "lr": STRENGTH_RATE}] if strengths else []
+        optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+    peaks = [group["lr"] for group in optimiser.param_groups]
     count = len(examples.states)
     steps = learning.steps(count)
     for step in range(steps):
         tried = dict(params)
         expected = torch.zeros(())
         for key, linear in linears.items():
-            tried[key], alpha = pruned(key, logits[key])
+            weight = replace(grids[key], strengths=strengths[key]).value() if key in grids else params[key]
+            tried[key], alpha = pruned(key, weight, logits[key])
             expected = expected + alpha * (linear.out_features * linear.in_features / size)
         got = run_part_with_grad(block.part, examples.states[step % count], tried, block.names)
         loss = learning.penalty * rate_loss(expected, rate)
@@ -166,10 +193,14 @@ def _learn(
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if learning.optimiser == "adamw":
-            optimiser.param_groups[0]["lr"] = learning.step_size * (1 - step / steps)
+            for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+                group["lr"] = peak * (1 - step / steps)
         optimiser.step()
+        for strength in strengths.values():
+            strength.data.clamp_min_(LEAST_STRENGTH)
         block.progress(f"learning rates of {block.part.path}", step + 1, steps)
-    return {key: z.detach() for key, z in logits.items()}
+    grids = {key: replace(its, strengths=strengths[key].detach()) for key, its in grids.items()}
+    return {key: z.detach() for key, z in logits.items()}, grids
 
 
 def _size(linears: Mapping[str, Linear]) -> int:

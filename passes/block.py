@@ -1,6 +1,6 @@
 """One block, and the small passes over it; `pipeline` has them in order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -73,13 +73,19 @@ class Observed:
 
     Attributes:
         norms: activation norms by input node.
-        hessians: second moments by input node; empty where neither the score nor an update needs them.
+        hessians: second moments by input node; empty where neither score, update nor quantiser needs them.
         outputs: the judged outputs, by batch.
     """
 
     norms: dict[str, Tensor]
     hessians: dict[str, Tensor]
     outputs: list[Values]
+
+    def hessian(self, nodes: Sequence[str]) -> Tensor | None:
+        """The second moments of some inputs together; None where they are not known."""
+        if not self.hessians:
+            return None
+        return sum((self.hessians[node] for node in nodes[1:]), self.hessians[nodes[0]])
 
 
 def observe(block: Block, params: Mapping[str, Tensor], states: list[Values], batches: Sequence[Batch]) -> Observed:
@@ -88,7 +94,9 @@ def observe(block: Block, params: Mapping[str, Tensor], states: list[Values], ba
     Raises:
         InputError: activations hold NaN, or the batches hold nothing but padding.
     """
-    plain = block.recipe.update == "none" and block.recipe.score != "hessian"
+    recipe = block.recipe
+    sweeps = recipe.quantise is not None and recipe.quantise.method != "rtn"
+    plain = recipe.update == "none" and recipe.score != "hessian" and not sweeps
     kind: type[ActNorm] | type[Hessian] = ActNorm if plain else Hessian
     statistics = {linear.input: kind(linear.in_features) for linear in block.pruned}
     first = {linear.input: linear for linear in reversed(block.pruned)}
@@ -138,6 +146,20 @@ def score_linear(block: Block, linear: Linear, params: Mapping[str, Tensor], obs
 def mask(block: Block, key: str, score: Tensor) -> Tensor:
     """The keep mask of one weight: the given one, or that of the best scores at the recipe's rate."""
     return block.given[key] if block.given else masks.keep_mask(score, block.recipe.pattern, GROUPS[block.recipe.score])
+
+
+def alike(block: Block, keys: Iterable[str]) -> dict[tuple[str, ...], list[str]]:
+    """Weights by the input nodes that they are fitted to: those of all the block's linears that they belong to.
+
+    Left out: weights that another block reads as well, which would be fitted to this block's inputs.
+    """
+    shared = {block.names[name] for name in block.shared if name in block.names}
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for key in keys:
+        if key not in shared:
+            inputs = dict.fromkeys(linear.input for linear in block.pruned if linear.weight == key)
+            groups.setdefault(tuple(inputs), []).append(key)
+    return groups
 
 
 def run_dense(block: Block, params: Mapping[str, Tensor], dense: list[Values]) -> list[Values]:

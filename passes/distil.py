@@ -12,7 +12,9 @@ from .errors import InputError
 from .frontend.batches import Batch
 from .fx.partition import Partition
 from .fx.run import Values, live_after, run_part, run_part_with_grad, start
+from .quantise import STRENGTH_RATE, Gridded
 from .recipe import Distil, DistilReport, Progress
+from .trained import Trained
 from .tune import BETAS, PATIENCE, hold_out, warm_up_and_cosine
 
 Output = Literal["logits", "values"]
@@ -28,6 +30,7 @@ def distil(
     settings: Distil,
     *,
     output: Output,
+    quantised: MutableMapping[str, Gridded] | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> DistilReport:
     r"""Train the non-zeros of the pruned weights, all blocks together, against the dense model's output.
@@ -41,7 +44,8 @@ def distil(
     Block by block a model is taught to repeat every hidden state; here only what it says counts, so an error that the
     next blocks can make good costs nothing. A step takes one batch. AdamW as in ``tune``; the learning rate of a
     weight is a fraction of its root mean square, since Adam moves every number by about the learning rate. One batch
-    of eight is held out and decides which epoch's weights are kept, those from before included.
+    of eight is held out and decides which epoch's weights are kept, those from before included. Weights on a grid
+    stay there: see `Trained`.
 
     Before:  W with zeros
     After:   W with the same zeros
@@ -56,44 +60,40 @@ def distil(
         batches: the calibration batches.
         settings: epochs and learning rate.
         output: what the model's first output is.
+        quantised: the weights that are on a grid, by key; replaced where ``params`` are.
         progress: told about every step.
 
     Raises:
         InputError: the loss is not finite.
     """
-    weights = {key: params[key].detach().clone().requires_grad_() for key in dict.fromkeys(keys)}
-    keep = {key: weight.detach() != 0 for key, weight in weights.items()}
-    live = {**params, **weights}
+    trained = Trained(params, list(dict.fromkeys(keys)), quantised)
     train, held_out = hold_out(batches)
     model = _Model(partition, output)
-    groups = [{"params": [w], "lr": 0.0, "peak": settings.rate * _size(w.detach(), keep[k])} for k, w in weights.items()]
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
-    before = best = model.mean_loss(held_out, dense, live)
+    groups = [{"params": [w], "peak": settings.rate * _size(w, trained.keep[k])} for k, w in trained.weights.items()]
+    groups += [{"params": [strength], "peak": STRENGTH_RATE} for strength in trained.strengths.values()]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0)
+    before = best = model.mean_loss(held_out, dense, params)
     epoch = waited = step = 0
     while epoch < settings.epochs and waited < PATIENCE:
         for index in torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch)).tolist():
             target = model.target(train[index], dense)
-            loss, counted = model.loss(model.run(train[index], live, learn=True), target, train[index])
+            rows = model.run(train[index], trained.live(learn=True), learn=True)
+            loss, counted = model.loss(rows, target)
             torch.autograd.backward(loss / counted)
-            for key, weight in weights.items():
-                if weight.grad is not None:
-                    weight.grad.masked_fill_(~keep[key], 0.0)
             factor = warm_up_and_cosine((step + 0.5) / (settings.epochs * len(train)))
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak"]
-            optimizer.step()
-            optimizer.zero_grad()
+            trained.step(optimizer)
             step += 1
             progress("distilling", step, settings.epochs * len(train))
         epoch += 1
         waited += 1
-        found = model.mean_loss(held_out, dense, live)
+        found = model.mean_loss(held_out, dense, trained.live(learn=False))
         if not math.isfinite(found):
             raise InputError(f"the loss of distillation is {found} after epoch {epoch}; try a lower --distil-lr")
         if found < best:
             best, waited = found, 0
-            for key, weight in weights.items():  # + 0.0 turns -0.0 into 0.0
-                params[key] = torch.where(keep[key], weight.detach(), 0.0) + 0.0
+            trained.store(params, quantised)
     return DistilReport(before, best, epoch)
 
 
@@ -122,7 +122,7 @@ class _Model:
         rows = self.run(batch, dense)
         return rows.log_softmax(-1) if self._output == "logits" else rows
 
-    def loss(self, rows: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, float]:
+    def loss(self, rows: Tensor, target: Tensor) -> tuple[Tensor, float]:
         """The summed loss of a batch, and what it is divided by: tokens, or the target's energy."""
         if self._output == "values":
             return (rows - target).square().sum(), total(target.square()) or 1.0
@@ -144,4 +144,4 @@ class _Model:
 
 def _size(weight: Tensor, keep: Tensor) -> float:
     """Root mean square of the non-zeros."""
-    return math.sqrt(total(weight.square()) / max(1, int(keep.sum())))
+    return math.sqrt(total(weight.detach().square()) / max(1, int(keep.sum())))

@@ -9,7 +9,8 @@ The passes over a block, in the order in which each may rely on those before it:
    given mask has them;
 5. update: the surviving weights make up for those that are gone, whose choice may be part of it;
 6. tune: the surviving weights of each half of the block, trained against the dense block;
-7. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
+7. quantise: every weight to a grid, and for ``joint`` once more 6, of what the grid makes of the weights;
+8. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
 """
 
 import fnmatch
@@ -30,6 +31,7 @@ from .fx.partition import Partition
 from .fx.run import Values, live_after, run_part, start
 from .given_masks import masks_by_weight
 from .permute import permute
+from .quantise import Gridded, quantise_block, quantised_errors
 from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings
 from .tune import tune
 from .update import update_block
@@ -45,6 +47,7 @@ def prune(
     progress: Progress = lambda stage, done, total: None,
     note: Note = lambda text: None,
     timings: Timings | None = None,
+    quantised: MutableMapping[str, Gridded] | None = None,
 ) -> list[BlockReport]:
     """Prune every block of ``partition``, replacing the pruned weights in ``params``.
 
@@ -57,6 +60,7 @@ def prune(
         progress: told about every block.
         note: told what the user should know.
         timings: seconds per stage are added here.
+        quantised: the weights that were quantised are added here with their grids, by key.
 
     Raises:
         InputError: nothing can be pruned, ``skip`` matches nothing, a given mask does not fit, weights or activations
@@ -91,7 +95,10 @@ def prune(
                 progress=progress,
                 timings=timings,
             )
-            reports.append(_prune_block(block, params, states, dense, batches, check))
+            report, on_grid = _prune_block(block, params, states, dense, batches, check)
+            reports.append(report)
+            if quantised is not None:
+                quantised.update(on_grid)
             progress("pruning", len(reports), len(partition.blocks))
         elif not reports:  # the prologue; what follows the last block is nobody's input
             for values in [*states, *dense, check]:
@@ -109,8 +116,8 @@ def _prune_block(
     dense: list[Values],
     batches: Sequence[Batch],
     check: Values,
-) -> BlockReport:
-    """Run all passes over one block.
+) -> tuple[BlockReport, dict[str, Gridded]]:
+    """Run all passes over one block; returns its report and its quantised weights.
 
     Args:
         block: the block.
@@ -127,10 +134,12 @@ def _prune_block(
         score = {linear.weight: score_linear(block, linear, params, observed) for linear in block.pruned}
         before = {key: masks.retained(s, mask(block, key, s)) for key, s in score.items()}
     folds = permute(block, params, score, observed, check)
+    grids: dict[str, Gridded] = {}
     if block.recipe.allocation is not None:
         with timings.stage("learn rates"):
             wanted = run_dense(block, params, dense) if dense else observed.outputs
-            keep = learn_masks(block, params, score, Examples(states, wanted, [batch.token_mask for batch in batches]))
+            learned = learn_masks(block, params, score, Examples(states, wanted, [b.token_mask for b in batches]))
+            keep, grids = learned.keep, learned.grids
     with timings.stage("mask"):
         if block.recipe.allocation is None:
             keep = {key: mask(block, key, s) for key, s in score.items()}
@@ -139,8 +148,16 @@ def _prune_block(
         after = {key: masks.retained(score[key], updated.keep) for key, updated in done.items()}
         unpruned = {key: params[key] for key in done}
         params.update({key: updated.weight for key, updated in done.items()})
+    whole = {**params, **unpruned}
     with timings.stage("tune"):
-        tuned = tune(block, {**params, **unpruned}, params, states, observed.outputs, batches)
+        tuned = tune(block, whole, params, states, observed.outputs, batches)
+    with timings.stage("quantise"):
+        own = {key: updated.keep for key, updated in done.items()}
+        quantised = quantise_block(block, params, own, observed, grids)
+    if block.recipe.quantise is not None and block.recipe.quantise.method == "joint":
+        with timings.stage("tune on the grid"):
+            tuned += tune(block, whole, params, states, observed.outputs, batches, quantised)
+    errors = quantised_errors(block, params, unpruned, quantised, observed)
     with timings.stage("propagate"):
         error = propagate(block, params, states, observed.outputs)
         check.update(run_part(block.part, check, params, block.names))
@@ -151,11 +168,22 @@ def _prune_block(
             linears.append(LinearReport(linear.path, shape, None, reason))
             continue
         key = linear.weight
-        zeros = 1 - int(params[key].count_nonzero()) / params[key].numel()
-        pattern = _pattern(block.recipe, done[key].keep)
-        errors = done[key].error_before, done[key].error_after
-        linears.append(LinearReport(linear.path, shape, pattern, "", before[key], after[key], zeros, *errors))
-    return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned)
+        linears.append(
+            LinearReport(
+                path=linear.path,
+                shape=shape,
+                pattern=_pattern(block.recipe, done[key].keep),
+                reason="",
+                retained_before=before[key],
+                retained_after=after[key],
+                sparsity=1 - int(done[key].weight.count_nonzero()) / done[key].weight.numel(),
+                error_before=done[key].error_before,
+                error_after=done[key].error_after,
+                quantiser=block.recipe.quantise.method if block.recipe.quantise and key in quantised else None,
+                error_quantised=errors.get(key),
+            )
+        )
+    return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned), quantised
 
 
 def _pattern(recipe: Recipe, keep: Tensor) -> str:

@@ -8,11 +8,13 @@ from typing import Literal
 
 from ..calibrate.besa import Learning
 from ..calibrate.patterns import Pattern
+from .dialect.storage import Storage
 from .given_masks import GivenMasks
 
 Score = Literal["ria", "wanda", "magnitude", "hessian"]
 Update = Literal["none", "sparsegpt", "admm", "cg", "admm-cg"]
 MaskFrom = Literal["update", "score"]
+Quantiser = Literal["rtn", "sweep", "joint"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 Note = Callable[[str], None]
@@ -50,6 +52,20 @@ class Distil:
 
 
 @dataclass(frozen=True)
+class Quantise:
+    """How the pruned weights get onto the grid that they are stored on, block by block.
+
+    Attributes:
+        storage: int8 or int4.
+        method: every weight to the nearest; a ``sweep`` that hands errors on to other weights; or ``joint``, the
+            sweep, with clipping strengths learned together with BESA's rates, and trained together with the weights.
+    """
+
+    storage: Storage
+    method: Quantiser = "sweep"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How to prune.
 
@@ -69,6 +85,7 @@ class Recipe:
             and ``mask_from`` ``score``.
         tune: how the surviving weights are fine-tuned after that, or None.
         distil: how they are trained once more when all blocks are pruned, or None.
+        quantise: how they are quantised, or None for weights that are stored as floats or are rounded when packed.
     """
 
     pattern: Pattern
@@ -83,6 +100,7 @@ class Recipe:
     given: GivenMasks | None = field(default=None, compare=False)
     tune: Tune | None = None
     distil: Distil | None = None
+    quantise: Quantise | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,8 @@ class LinearReport:
         error_before: ``tr((W - W0) H (W - W0)^T) / tr(W0 H W0^T)`` with the original weights under the score's mask;
             None without an update.
         error_after: the same with the weights as pruned.
+        quantiser: how it was quantised; None where it was not.
+        error_quantised: the same error with the weights as quantised; None where the Hessian is not known.
     """
 
     path: str
@@ -121,6 +141,8 @@ class LinearReport:
     sparsity: float = 0.0
     error_before: float | None = None
     error_after: float | None = None
+    quantiser: Quantiser | None = None
+    error_quantised: float | None = None
 
 
 @dataclass(frozen=True)

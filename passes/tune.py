@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -15,7 +15,9 @@ from .frontend.batches import Batch
 from .fx.halves import split_halves
 from .fx.partition import Part
 from .fx.run import Values, run_part, run_part_with_grad
+from .quantise import STRENGTH_RATE, Gridded
 from .recipe import Progress, Tune, TuneReport
+from .trained import Trained
 
 T = TypeVar("T")
 
@@ -26,6 +28,8 @@ WARM_UP = 0.1
 BETAS = (0.9, 0.95)
 SHAKE = 1e-2
 """How far weights are moved, relative to their size, to find out how much the output depends on them."""
+ON_GRID_RATE = 0.3
+"""Learning rate of weights on a grid over that of floats."""
 PATIENCE = 2
 """Epochs without a gain on the held-out batches after which a half is done."""
 
@@ -52,6 +56,7 @@ def tune(
     states: Sequence[Values],
     outputs: Sequence[Values],
     batches: Sequence[Batch],
+    quantised: MutableMapping[str, Gridded] | None = None,
 ) -> tuple[TuneReport, ...]:
     """Fine-tune the pruned linears of a block: its halves in order, or all of it at once.
 
@@ -65,6 +70,8 @@ def tune(
         states: live values of every batch before the block; not changed.
         outputs: the dense block's outputs by batch.
         batches: the batches they come from.
+        quantised: the weights that are on a grid, by key, to train so that they stay there; replaced as well. It
+            takes half of the epochs, with smaller steps: the weights were tuned as floats before.
 
     Raises:
         InputError: a loss is not finite.
@@ -72,6 +79,8 @@ def tune(
     settings = block.recipe.tune
     if settings is None:
         return ()
+    if quantised is not None:
+        settings = replace(settings, epochs=max(1, settings.epochs // 2), rate=ON_GRID_RATE * settings.rate)
     pruned = {linear.weight for linear in block.pruned}
     halves = split_halves(block.part, block.names) if settings.scope == "halves" else (block.part,)
     inner, exact = [dict(values) for values in states], [dict(values) for values in states]
@@ -90,7 +99,7 @@ def tune(
         ]
         keys = [linear.weight for linear in half.linears if linear.weight in pruned]
         if keys:
-            reports.append(tune_part(half, samples, params, block.names, keys, settings, block.progress))
+            reports.append(tune_part(half, samples, params, block.names, keys, settings, block.progress, quantised))
         if half is not halves[-1]:
             for values in inner:
                 values.update(run_part(half, values, params, block.names))
@@ -105,6 +114,7 @@ def tune_part(
     keys: Sequence[str],
     settings: Tune,
     progress: Progress = lambda stage, done, total: None,
+    quantised: MutableMapping[str, Gridded] | None = None,
 ) -> TuneReport:
     r"""Train the non-zeros of some weights of one part by AdamW (Loshchilov and Hutter 2019) without weight decay.
 
@@ -116,6 +126,8 @@ def tune_part(
     the loss on the held-out batches, rounded to float32, decides: the best epoch's weights are kept, those from
     before included. Biases and norms stay.
 
+    A weight that is on a grid stays there: see `Trained`.
+
     Args:
         part: a half or a block.
         samples: one a batch; with fewer than two, the one is trained on and decides as well.
@@ -124,40 +136,39 @@ def tune_part(
         keys: what to train.
         settings: epochs, learning rate, tokens in a step.
         progress: told about every epoch.
+        quantised: the weights that are on a grid, by key; replaced where ``params`` are.
 
     Raises:
         InputError: the loss is not finite.
     """
-    weights = {key: params[key].detach().clone().requires_grad_() for key in keys}
-    keep = {key: weight.detach() != 0 for key, weight in weights.items()}
-    live = {**params, **weights}
+    trained = Trained(params, keys, quantised)
+    weights, strengths = trained.weights, trained.strengths
     train, held_out = hold_out(samples)
     energy = sum(_energy(sample) for sample in train) or 1.0
     tokens = sum(_tokens(sample) for sample in train)
-    peaks = learning_rates(part, held_out[0], params, names, keys, rate=settings.rate)
-    groups = [{"params": [w], "lr": lr} for w, lr in zip(weights.values(), peaks, strict=True)]
+    peaks = learning_rates(part, held_out[0], {**params, **weights}, names, keys, rate=settings.rate)
+    peaks += [STRENGTH_RATE] * len(strengths)
+    learned = [*weights.values(), *strengths.values()]
+    groups = [{"params": [w], "lr": lr} for w, lr in zip(learned, peaks, strict=True)]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
-    before = best = _loss(part, held_out, live, names)
+    before = best = _loss(part, held_out, params, names)
     epoch = waited = 0
     while epoch < settings.epochs and waited < PATIENCE:
         seen = 0
         for step in _steps(train, settings.tokens_per_step, seed=epoch):
             for sample in step:
+                live = trained.live(learn=True)
                 errors = _errors(sample, run_part_with_grad(part, sample.inputs, live, names))
                 torch.autograd.backward(torch.stack([error.square().sum() for error in errors]).sum() / energy)
-            for key, weight in weights.items():
-                if weight.grad is not None:
-                    weight.grad.masked_fill_(~keep[key], 0.0)
             count = sum(_tokens(sample) for sample in step)
             factor = warm_up_and_cosine((epoch + (seen + count / 2) / tokens) / settings.epochs)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = factor * peak
-            optimizer.step()
-            optimizer.zero_grad()
+            trained.step(optimizer)
             seen += count
         epoch += 1
         waited += 1
-        loss = _loss(part, held_out, live, names)
+        loss = _loss(part, held_out, trained.live(learn=False), names)
         progress(f"tuning {part.path}", epoch, settings.epochs)
         if not math.isfinite(loss):
             raise InputError(
@@ -165,8 +176,7 @@ def tune_part(
             )
         if loss < best:
             best, waited = loss, 0
-            for key, weight in weights.items():  # + 0.0 turns -0.0 into 0.0
-                params[key] = torch.where(keep[key], weight.detach(), 0.0)
+            trained.store(params, quantised)
     return TuneReport(tuple(linear.path for linear in part.linears if linear.weight in keys), before, best, epoch)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..calibrate.patterns import Pattern
 from ..calibrate.update import prepare, relative_error, update
-from .block import GROUPS, Block, Observed
+from .block import GROUPS, Block, Observed, alike
 from .errors import InputError
 
 
@@ -44,17 +44,14 @@ def update_block(
     Raises:
         InputError: a Hessian is not positive definite with any damping.
     """
-    shared = {block.names[name] for name in block.shared if name in block.names}
     done = {}
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for key in keep:
-        if block.recipe.update == "none" or key in shared:
-            done[key] = Updated(torch.where(keep[key], params[key], 0.0), keep[key])  # literal +0.0, never -0.0
-        else:
-            inputs = dict.fromkeys(linear.input for linear in block.pruned if linear.weight == key)
-            groups.setdefault(tuple(inputs), []).append(key)
+    groups = {} if block.recipe.update == "none" else alike(block, keep)
+    fitted = {key for keys in groups.values() for key in keys}
+    for key in (key for key in keep if key not in fitted):
+        done[key] = Updated(torch.where(keep[key], params[key], 0.0), keep[key])  # literal +0.0, never -0.0
     for nodes, keys in groups.items():
-        hessian = sum((observed.hessians[node] for node in nodes[1:]), observed.hessians[nodes[0]])
+        hessian = observed.hessian(nodes)
+        assert hessian is not None
         own = {key: block.recipe.pattern if block.recipe.mask_from == "update" else keep[key] for key in keys}
         done |= _update_alike(block, {key: params[key] for key in keys}, keep, own, hessian)
     return done

@@ -18,8 +18,8 @@ from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import Partition, partition
 from sparsify_export.passes.fx.rewrite import Lowered, lower_linears, stored_weights
 from sparsify_export.passes.lower import to_onnx
-from sparsify_export.passes.pipeline import prune
-from sparsify_export.passes.recipe import BlockReport, Recipe
+from sparsify_export.passes.recipe import Recipe
+from sparsify_export.passes.sparsify import Sparsified, sparsify
 from sparsify_export.runtime.inspection import sparse_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -94,7 +94,7 @@ class Compiled:
     parts: Partition
     params: dict[str, torch.Tensor]
     source: dict[str, torch.Tensor]
-    blocks: list[BlockReport]
+    done: Sparsified
     lowered: list[Lowered]
     packed: dict[str, Packed]
     path: Path
@@ -133,19 +133,20 @@ def compile_family(
     # Copies: the model gets the pruned weights further down, and shares its own with the program.
     source = {**traced.program.constants, **{k: v.detach().clone() for k, v in traced.program.state_dict.items()}}
     params = dict(source)
-    blocks: list[BlockReport] = []
+    done = Sparsified((), None, {})
     if pattern is not None:
         cache = compiler.cache_pairs(traced, parts)
         if name in UPDATED:
             recipe = {"update": "admm-cg", "mask_from": "update", **recipe}
-        blocks = prune(parts, params, Recipe(pattern, **recipe), batches, cache=cache)
+        output = compiler.output_of(traced)
+        done = sparsify(parts, params, Recipe(pattern, **recipe), batches, output=output, cache=cache)
         compiler.store(traced, params)
     load_into(pretrained.model, params)
-    lowered = lower_linears(traced.program, storage=storage)
+    lowered = lower_linears(traced.program, storage=storage, on_grid=done.on_grid)
     packed = stored_weights(traced.program, lowered)
     path = folder / f"{name}.onnx"
     to_onnx(traced, path, metadata={"source": name})
-    return Compiled(pretrained.model, traced, parts, params, source, blocks, lowered, packed, path, probe)
+    return Compiled(pretrained.model, traced, parts, params, source, done, lowered, packed, path, probe)
 
 
 def load_into(model: Any, params: dict[str, torch.Tensor]) -> None:

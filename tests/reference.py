@@ -231,3 +231,53 @@ def admm(weight: torch.Tensor, hessian: torch.Tensor, keeps: list[torch.Tensor])
         dual = dual + w - z
         w = torch.stack([torch.linalg.solve(shifted, matrix @ w0[i] + z[i] - dual[i]) for i in range(len(w))])
     return (w + dual) * keeps[-1]
+
+
+def on_grid(value: float, scale: float, limit: int) -> float:
+    """The nearest of ``-limit .. limit`` times ``scale``; ties to even."""
+    if scale == 0:
+        return 0.0
+    return max(-limit, min(limit, round(value / scale))) * scale
+
+
+def quantised_sweep(
+    weight: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor, scale: torch.Tensor, limit: int
+) -> torch.Tensor:
+    """Optimal Brain Surgeon that rounds: column by column, with the inverse of the columns that are left taken anew.
+
+    ``scale [R, C]`` is that of every weight.
+    """
+    done = weight.double().clone()
+    for j in range(weight.shape[1]):
+        inverse = torch.linalg.inv(hessian.double()[j:, j:])
+        for row in range(len(weight)):
+            value = done[row, j].item()
+            wanted = on_grid(value, scale[row, j].item(), limit) if keep[row, j] else 0.0
+            done[row, j:] -= (value - wanted) / inverse[0, 0] * inverse[0]
+            done[row, j] = wanted
+    return done
+
+
+def quantised_descent(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    keep: torch.Tensor,
+    scale: torch.Tensor,
+    limit: int,
+    start: torch.Tensor,
+    passes: int,
+) -> torch.Tensor:
+    """Every kept weight in turn to the place on its grid where the row's error is least, found by trying them all."""
+    done, matrix = start.double().clone(), hessian.double()
+    for _ in range(passes):
+        for row in range(len(weight)):
+            for j in range(weight.shape[1]):
+                if not keep[row, j]:
+                    continue
+                tried = []
+                for code in range(-limit, limit + 1):
+                    moved = done[row] - weight[row].double()
+                    moved[j] = code * scale[row, j].item() - weight[row, j].item()
+                    tried.append(((moved @ matrix @ moved).item(), code))
+                done[row, j] = min(tried)[1] * scale[row, j].item()
+    return done

@@ -10,14 +10,14 @@ from families import CAUSAL, FAMILIES, GROUPED, UPDATED, VOCABULARY, compile_fam
 from sparsify_export import compile as compiler
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.passes.dialect.packed import op_name
-from sparsify_export.passes.dialect.storage import Storage
+from sparsify_export.passes.dialect.storage import FP32, Storage
 from sparsify_export.passes.equivalence import compare
 from sparsify_export.passes.errors import InputError, VerificationError
 from sparsify_export.passes.frontend.load import describe
 from sparsify_export.passes.frontend.trace import trace
 from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import partition
-from sparsify_export.passes.recipe import Tune
+from sparsify_export.passes.recipe import Distil, Quantise, Tune
 from sparsify_export.runtime.inspection import check_pattern
 from sparsify_export.runtime.session import CausalSession, open_session, sparse_runs
 from sparsify_export.runtime.verify import expect, verify
@@ -36,12 +36,12 @@ def compiled(family):
 def test_exactly_these_linears_are_pruned_and_folded(family):
     name, compiled = family
     wanted = FAMILIES[name]
-    pruned = [linear for block in compiled.blocks for linear in block.linears if linear.pattern == "2:4"]
+    pruned = [linear for block in compiled.done.blocks for linear in block.linears if linear.pattern == "2:4"]
     assert len(pruned) == wanted.pruned
-    assert sum(len(block.folds) for block in compiled.blocks) == wanted.folded
+    assert sum(len(block.folds) for block in compiled.done.blocks) == wanted.folded
     assert [entry.op for entry in compiled.lowered].count("linear_nm") == wanted.pruned
     assert [entry.op for entry in compiled.lowered].count("MatMul") == wanted.dense
-    assert all(fold.retained_after > fold.retained_before for block in compiled.blocks for fold in block.folds)
+    assert all(fold.retained_after > fold.retained_before for block in compiled.done.blocks for fold in block.folds)
     if name in UPDATED:
         assert all(linear.error_after < linear.error_before for linear in pruned)
     else:
@@ -73,14 +73,28 @@ def test_fine_tuning_keeps_the_pattern_and_mends_both_halves(name, tmp_path):
     tune = Tune(epochs=2, rate=0.02, tokens_per_step=40)
     plain, tuned = (compile_family(name, tmp_path, tune=choice) for choice in (None, tune))
     assert check_pattern(tuned.path, NM(2, 4)).weights == FAMILIES[name].ops
-    for before, after in zip(plain.blocks, tuned.blocks, strict=True):
+    for before, after in zip(plain.done.blocks, tuned.done.blocks, strict=True):
         assert len(after.tuned) == 2
         assert {path for half in after.tuned for path in half.linears} == {linear.path for linear in after.linears}
         assert all(half.after <= half.before for half in after.tuned)
         assert after.error < before.error
-    assert any(half.after < half.before for block in tuned.blocks for half in block.tuned)
+    assert any(half.after < half.before for block in tuned.done.blocks for half in block.tuned)
     for key, weight in tuned.params.items():
         assert torch.equal(weight, plain.params[key]) or not torch.signbit(weight[weight == 0]).any()
+
+
+@pytest.mark.parametrize("storage", [FP32, Storage("int4", 32)], ids=str)
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_distillation_mends_the_output_and_the_file_holds_its_weights(name, storage, tmp_path):
+    quantise = Quantise(storage, "joint") if storage.quantised else None
+    compiled = compile_family(name, tmp_path, storage=storage, quantise=quantise, distil=Distil(epochs=2, rate=0.01))
+    assert check_pattern(compiled.path, NM(2, 4)).weights == FAMILIES[name].ops
+    assert compiled.done.distilled.after < compiled.done.distilled.before
+    assert len(compiled.done.on_grid) == (FAMILIES[name].pruned if storage.quantised else 0)
+    stored = compiler.as_stored(compiled.params, compiled.packed)
+    assert all(torch.equal(stored[key], compiled.params[key]) for key in compiled.done.on_grid)
+    rounded = dict.fromkeys(compiled.packed, storage.activations)
+    verify(compiled.path, compiled.traced, expect(compiled.parts, stored, compiled.probe, rounded))
 
 
 @pytest.mark.parametrize("storage", [Storage("bf16"), Storage("int8"), Storage("int4", 32)], ids=str)
@@ -101,6 +115,27 @@ def test_every_storage_is_verified_against_its_own_rounding(name, pattern, stora
     wrong = {key: value * 1.5 if key in compiled.packed else value for key, value in stored.items()}
     with pytest.raises(VerificationError, match="differs from the model"):
         verify(compiled.path, compiled.traced, expect(compiled.parts, wrong, compiled.probe, rounded))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "quantise", "recipe"),
+    [
+        ("llama", NM(2, 4), Quantise(Storage("int4", 32), "joint"), {"tune": Tune(epochs=2, tokens_per_step=40)}),
+        ("gpt2", NM(4, 8), Quantise(Storage("int4", 128)), {"update": "admm-cg", "mask_from": "update"}),
+        ("bert", Unstructured(0.5), Quantise(Storage("int8")), {}),
+    ],
+    ids=["llama", "gpt2", "bert"],
+)
+def test_the_file_holds_what_quantisation_made_bit_for_bit(name, pattern, quantise, recipe, tmp_path):
+    storage = quantise.storage
+    compiled = compile_family(name, tmp_path, pattern=pattern, storage=storage, quantise=quantise, **recipe)
+    assert {entry.op for entry in compiled.lowered if not entry.reason} == {op_name(pattern, storage)}
+    linears = {linear.path: linear for part in compiled.parts.blocks for linear in part.linears}
+    weights = stored_linears(compiled.path, lambda path: linears[path].out_features)
+    assert weights.keys() == linears.keys()
+    assert all(torch.equal(weight, compiled.params[linears[path].weight]) for path, weight in weights.items())
+    rounded = dict.fromkeys(compiled.packed, storage.activations)
+    verify(compiled.path, compiled.traced, expect(compiled.parts, compiled.params, compiled.probe, rounded))
 
 
 def test_kernels_run_with_the_library_and_functions_without(family, tmp_path):

@@ -53,7 +53,7 @@ def main(
         text: text file to evaluate on.
         out: folder for cells.jsonl, table.json, table.csv and table.png.
         methods: names, with commas between them.
-        patterns: the same.
+        patterns: the same; N:M or a fraction of zeros, with +int8, +int4 or +int4g32 behind it for quantised weights.
         samples: calibration windows.
         seq_len: tokens in one.
         window: tokens in an evaluation window.

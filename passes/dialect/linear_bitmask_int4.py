@@ -17,8 +17,8 @@ x' is x quantised token by token to 8 bits (storage.py: quantise_tokens). W is s
     Row n holds the bytes ``values[row_start[n] : row_start[n + 1]]``.
 
 ``scales``     [N, ceil(K / group)]  float16
-    Finite. The largest ``|W|`` of ``group`` neighbouring columns over 7, rounded to float16 before codes are made;
-    0 for nothing but zeros, else at least the smallest positive float16.
+    Finite. Unless given, the largest ``|W|`` of ``group`` neighbouring columns over 7, rounded to float16 before codes
+    are made; 0 for nothing but zeros, else at least the smallest positive float16.
 
 One row of five columns::
 

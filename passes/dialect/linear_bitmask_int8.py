@@ -13,7 +13,7 @@ added up in integers. W is stored as four tensors:
     As in linear_bitmask.py; K is the attribute ``in_features``.
 
 ``scales``     [N]  float32
-    Finite. The largest ``|W|`` of the row over 127; 0 for a row of zeros.
+    Finite. Unless given, the largest ``|W|`` of the row over 127; 0 for a row of zeros.
 
 At a sparsity of 50 % that is 0.63 of the dense bytes in int8. A row keeps at most 131072 values, so that its sum fits
 32 bits.

@@ -14,8 +14,8 @@ x' is x quantised token by token to 8 bits (storage.py: quantise_tokens). W is s
     As in linear_nm.py.
 
 ``scales``   [N, ceil(K / group)]  float16
-    Finite. The largest ``|W|`` of ``group`` neighbouring columns over 7, rounded to float16 before codes are made;
-    0 for nothing but zeros, else at least the smallest positive float16.
+    Finite. Unless given, the largest ``|W|`` of ``group`` neighbouring columns over 7, rounded to float16 before codes
+    are made; 0 for nothing but zeros, else at least the smallest positive float16.
 
 One row of 2:4, a = 7 and the others smaller::
 

@@ -13,7 +13,7 @@ added up in integers. W is stored as three tensors:
     As in linear_nm.py.
 
 ``scales``   [N]  float32
-    Finite. The largest ``|W|`` of the row over 127; 0 for a row of zeros.
+    Finite. Unless given, the largest ``|W|`` of the row over 127; 0 for a row of zeros.
 
 For 2:4 that is 16 codes and one 32-bit word for 32 columns: 0.63 of the dense bytes in int8.
 A row keeps at most 131072 values, so that its sum fits 32 bits.

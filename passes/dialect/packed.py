@@ -69,8 +69,21 @@ class Packed:
         return tensor(dense)
 
 
-def pack(weight: Tensor, pattern: Pattern, storage: Storage) -> Packed:
-    """Store a sparse weight ``[out_features, in_features]``.
+@dataclass(frozen=True)
+class OnGrid:
+    """What packing has to know of a weight that was put on the grid of its storage before.
+
+    Attributes:
+        pattern: of its mask, which keeps weights whose code became 0.
+        scales: as the op stores them.
+    """
+
+    pattern: Pattern
+    scales: Tensor
+
+
+def pack(weight: Tensor, pattern: Pattern, storage: Storage, scales: Tensor | None = None) -> Packed:
+    """Store a sparse weight ``[out_features, in_features]``; quantised storage takes ``scales`` or finds its own.
 
     Raises:
         ValueError: it does not have the pattern, or does not fit the storage; see the op's file.
@@ -81,15 +94,15 @@ def pack(weight: Tensor, pattern: Pattern, storage: Storage) -> Packed:
     if isinstance(pattern, NM):
         every |= {"n": pattern.n, "m": pattern.m}
         if storage.kind == "int8":
-            tensors = linear_nm_int8.pack(weight, pattern)
+            tensors = linear_nm_int8.pack(weight, pattern, scales)
         elif storage.kind == "int4":
-            tensors = linear_nm_int4.pack(weight, pattern, storage.group)
+            tensors = linear_nm_int4.pack(weight, pattern, storage.group, scales)
         else:
             tensors = linear_nm.pack(weight, pattern, storage.dtype)
     elif storage.kind == "int8":
-        tensors = linear_bitmask_int8.pack(weight)
+        tensors = linear_bitmask_int8.pack(weight, scales)
     elif storage.kind == "int4":
-        tensors = linear_bitmask_int4.pack(weight, storage.group)
+        tensors = linear_bitmask_int4.pack(weight, storage.group, scales)
     else:
         tensors = linear_bitmask.pack(weight, storage.dtype)
     order = [a for a in ("n", "m", "group", "in_features") if a in OPS[name].SCHEMA.attributes]

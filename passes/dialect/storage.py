@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...calibrate.grid import Grid
+
 Kind: TypeAlias = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 FLOATS: dict[torch.dtype, Kind] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -50,6 +52,16 @@ class Storage:
             KeyError: they are.
         """
         return {kind: dtype for dtype, kind in FLOATS.items()}[self.kind]
+
+    @property
+    def grid(self) -> Grid:
+        """Of the values that are quantised.
+
+        Raises:
+            KeyError: they are not.
+        """
+        grids = {"int8": Grid(127, 0, torch.float32), "int4": Grid(7, self.group, torch.float16)}
+        return grids[self.kind]
 
     def activations(self, x: Tensor) -> Tensor:
         """Activations ``[..., K]`` as the coarsest of our kernels multiplies them, in x's dtype.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.fx import Node
 from ...calibrate.patterns import Pattern, find_pattern
 from ..cost import Worth
 from ..dialect import packed
-from ..dialect.packed import Packed
+from ..dialect.packed import OnGrid, Packed
 from ..dialect.storage import FP32, Storage
 from ..errors import InputError
 from .canonical import parameter_names
@@ -44,7 +45,12 @@ class Lowered:
 
 
 def lower_linears(
-    program: ExportedProgram, *, storage: Storage = FP32, sparse: bool = True, worth: Worth | None = None
+    program: ExportedProgram,
+    *,
+    storage: Storage = FP32,
+    sparse: bool = True,
+    worth: Worth | None = None,
+    on_grid: Mapping[str, OnGrid] = MappingProxyType({}),
 ) -> list[Lowered]:
     """Rewrite every linear whose weight is sparse to a sparse op, in place.
 
@@ -63,6 +69,7 @@ def lower_linears(
         storage: how packed values are stored.
         sparse: False only reports.
         worth: asked for every weight that could be lowered; None lowers all of them.
+        on_grid: the weights, by key, that were quantised before; all others are rounded to nearest here.
 
     Raises:
         InputError: a weight does not fit the storage.
@@ -77,13 +84,15 @@ def lower_linears(
         if weight is None:
             results.append(Lowered(linear, None, "MatMul", "the weight is a constant, not a parameter", dense, dense))
             continue
-        pattern, reason = _why_dense(node, weight, storage, sparse, worth)
+        known = on_grid.get(linear.weight)
+        pattern = known.pattern if known else find_pattern(weight.detach())
+        reason = _why_dense(node, weight, pattern, storage, sparse, worth)
         if reason or pattern is None:
             found = None if pattern is None else str(pattern)
             results.append(Lowered(linear, found, "MatMul", reason, dense, dense))
             continue
         try:
-            stored = packed.pack(weight.detach(), pattern, storage)
+            stored = packed.pack(weight.detach(), pattern, storage, known.scales if known else None)
         except ValueError as error:
             raise InputError(f"{linear.path}: {error}; store the weights as fp32 or bf16") from error
         _replace(program, node, stored)
@@ -108,24 +117,23 @@ def stored_weights(program: ExportedProgram, lowered: Sequence[Lowered]) -> dict
 
 
 def _why_dense(
-    node: Node, weight: Tensor, storage: Storage, sparse: bool, worth: Worth | None
-) -> tuple[Pattern | None, str]:
-    """The pattern found in the weight, and the reason why its linear must stay a MatMul ("" if it need not)."""
-    pattern = find_pattern(weight.detach())
+    node: Node, weight: Tensor, pattern: Pattern | None, storage: Storage, sparse: bool, worth: Worth | None
+) -> str:
+    """The reason why a linear must stay a MatMul, "" if it need not."""
     if pattern is None:
-        return None, "the weight is dense"
+        return "the weight is dense"
     if not sparse:
-        return pattern, "--ops standard"
+        return "--ops standard"
     holder = node.args[1]
     assert isinstance(holder, Node)
     if any(user.target is not torch.ops.aten.linear.default for user in holder.users):
-        return pattern, "the weight is tied to something that is not a linear"
+        return "the weight is tied to something that is not a linear"
     rows, columns = weight.shape
     nonzeros = int(weight.count_nonzero())
     size = packed.packed_bytes(rows, columns, nonzeros, pattern, storage)
     if size >= weight.numel() * weight.element_size():
-        return pattern, f"packed it would take {size} bytes, dense {weight.numel() * weight.element_size()}"
-    return pattern, worth(pattern, rows, columns, nonzeros) if worth is not None else ""
+        return f"packed it would take {size} bytes, dense {weight.numel() * weight.element_size()}"
+    return worth(pattern, rows, columns, nonzeros) if worth is not None else ""
 
 
 def _replace(program: ExportedProgram, node: Node, stored: Packed) -> None:

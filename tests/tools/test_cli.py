@@ -147,21 +147,33 @@ def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("flags", "op", "group"),
+    ("flags", "op", "group", "quantiser"),
     [
-        (["--nm", "2:4", "--dtype", "int8"], "linear_nm_int8", None),
-        (["--nm", "2:4", "--dtype", "int4"], "linear_nm_int4", 128),
-        (["--sparsity", "0.5", "--dtype", "int4", "--group", "32"], "linear_bitmask_int4", 32),
+        (["--nm", "2:4", "--dtype", "int8", "--effort", "fast"], "linear_nm_int8", None, "rtn"),
+        (["--nm", "2:4", "--dtype", "int4"], "linear_nm_int4", 128, "sweep"),
+        (
+            ["--sparsity", "0.5", "--dtype", "int4", "--group", "32", "--quantise", "joint", "--tune", "block"],
+            "linear_bitmask_int4",
+            32,
+            "joint",
+        ),
     ],
 )
-def test_integers_are_stored_verified_and_shown(folder, text, tmp_path, capsys, monkeypatch, flags, op, group):
+def test_integers_are_stored_verified_and_shown(
+    folder, text, tmp_path, capsys, monkeypatch, flags, op, group, quantiser
+):
     monkeypatch.setattr(cli.terminal, "width", 200)  # a slow run makes another cell wide, and this one wrap
     out = tmp_path / "model.onnx"
     assert main([str(folder), *flags, "--calibration", str(text), *SHORT[:4], "-o", str(out)]) == 0
-    assert "quantised to 8 bits" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "quantised to 8 bits" in shown
+    assert (f"quantised ({quantiser})" in shown) == (quantiser != "rtn")  # fast looks at no Hessian, which errors need
     report = json.loads((tmp_path / "model.onnx.report.json").read_text())
     assert report["settings"]["dtype"] == flags[3]
     assert report["settings"]["group"] == group
+    assert report["settings"]["quantise"] == quantiser
+    assert {entry["quantiser"] for entry in report["linears"] if entry["op"] == op} == {quantiser}
+    assert all((e["error_quantised"] is None) == (quantiser == "rtn") for e in report["linears"] if e["op"] == op)
     assert sum(entry["op"] == op for entry in report["linears"]) == 14
     assert report["stored_linear_bytes"] < 0.25 * report["dense_linear_bytes"]
     assert main(["inspect", str(out)]) == 0
@@ -270,6 +282,16 @@ BESA = [*HALF, "--allocate", "besa-row"]
         (["--nm", "2:4", "--dtype", "int8", "--group", "64"], "--group 64 has no effect without --dtype int4"),
         (["--nm", "2:4", "--dtype", "int4", "--group", "16"], "16"),
         (["--nm", "2:4", "--dtype", "int2"], "int2"),
+        (["--nm", "2:4", "--quantise", "rtn"], "--quantise rtn has no effect without --dtype int8 or --dtype int4"),
+        (["--dtype", "int4", "--quantise", "sweep"], "--quantise has no effect without --nm or --sparsity"),
+        (
+            ["--nm", "2:4", "--dtype", "int4", "--quantise", "joint"],
+            "--quantise joint learns with --tune, --distil or --allocate; give one of them, or take sweep",
+        ),
+        (
+            ["--nm", "2:4", "--dtype", "int4", "--quantise", "rtn", "--ops", "standard"],
+            "--quantise rtn has no effect with --ops standard, which writes floats",
+        ),
         (["--nm", "2:4", "--no-such-flag"], "no-such-flag"),
         (["--nm", "2:4", "--lower", "auto", "--ops", "standard"], "--lower auto has no effect with --ops standard"),
         (["--nm", "2:4", "--lower-for", "16"], "--lower-for 16 has no effect without --lower auto"),

@@ -1,11 +1,14 @@
 """From flags to recipes."""
 
+from dataclasses import replace
+
 import pytest
 from sparsify_export.calibrate.besa import Learning
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.effort import Flags, effort_of, make_recipe
+from sparsify_export.passes.dialect.storage import Storage
 from sparsify_export.passes.errors import InputError
-from sparsify_export.passes.recipe import Recipe, Tune
+from sparsify_export.passes.recipe import Distil, Quantise, Recipe, Tune
 
 TWO_OF_FOUR = NM(2, 4)
 
@@ -82,15 +85,33 @@ def test_fast_with_an_update_is_that_update():
     assert recipe(effort="fast", update="admm") == Recipe(TWO_OF_FOUR, update="admm", mask_from="update")
 
 
-def test_best_is_balanced_and_fine_tuning():
-    assert recipe(effort="best") == Recipe(TWO_OF_FOUR, update="admm-cg", mask_from="update", tune=Tune())
-    assert recipe(effort="best", pattern=Unstructured(0.5)).tune == Tune()
-    assert recipe(effort="best", tune="none") == recipe()
-    assert recipe(effort="best", update="none").tune == Tune()
+def test_best_is_balanced_and_distillation():
+    assert recipe(effort="best") == Recipe(TWO_OF_FOUR, update="admm-cg", mask_from="update", distil=Distil())
+    assert recipe(effort="best", pattern=Unstructured(0.5)).distil == Distil()
+    assert recipe(effort="best", distil=0) == recipe()
+    assert recipe(effort="best", update="none").distil == Distil()
+    assert recipe(effort="best", tune="halves").tune == Tune()
+    assert recipe(effort="fast", distil=5, distil_lr=0.25) == Recipe(TWO_OF_FOUR, distil=Distil(5, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("flags", "onnx", "message"),
+    [
+        ({"distil": -1}, False, "--distil -1 is negative; want a number of epochs, or 0 for none"),
+        ({"distil_lr": 0.1}, False, "--distil-lr 0.1 has no effect without --distil EPOCHS"),
+        ({"effort": "best", "distil": 0, "distil_lr": 0.1}, False, "--distil-lr 0.1 has no effect without --distil"),
+        ({"distil": 2, "distil_lr": 0.0}, False, "--distil-lr 0 is out of range; want above 0, at most 1"),
+        ({"distil": 2, "distil_lr": float("nan")}, False, "--distil-lr nan is out of range"),
+        ({"distil": 2}, True, "--distil 2 needs the traced model and cannot be had for an .onnx file"),
+    ],
+)
+def test_what_distillation_refuses(flags, onnx, message):
+    with pytest.raises(InputError, match=message):
+        recipe(onnx=onnx, **flags)
 
 
 def test_any_effort_may_end_with_fine_tuning():
-    assert recipe(tune="halves") == recipe(effort="best")
+    assert recipe(tune="halves") == Recipe(TWO_OF_FOUR, update="admm-cg", mask_from="update", tune=Tune())
     assert recipe(effort="fast", tune="block") == Recipe(TWO_OF_FOUR, tune=Tune("block"))
     assert recipe(tune="halves", tune_epochs=9, tune_lr=0.5).tune == Tune("halves", 9, 0.5)
 
@@ -99,10 +120,10 @@ def test_any_effort_may_end_with_fine_tuning():
     ("flags", "onnx", "message"),
     [
         ({"tune_epochs": 2}, False, "--tune-epochs 2 has no effect without --tune halves or --tune block"),
-        ({"effort": "best", "tune": "none", "tune_lr": 0.1}, False, "--tune-lr 0.1 has no effect without --tune"),
-        ({"effort": "best", "tune_epochs": 0}, False, "--tune-epochs 0 is too few; want 1 or more"),
-        ({"effort": "best", "tune_lr": 0.0}, False, "--tune-lr 0 is out of range; want above 0, at most 1"),
-        ({"effort": "best", "tune_lr": float("nan")}, False, "--tune-lr nan is out of range"),
+        ({"tune": "none", "tune_lr": 0.1}, False, "--tune-lr 0.1 has no effect without --tune"),
+        ({"tune": "halves", "tune_epochs": 0}, False, "--tune-epochs 0 is too few; want 1 or more"),
+        ({"tune": "block", "tune_lr": 0.0}, False, "--tune-lr 0 is out of range; want above 0, at most 1"),
+        ({"tune": "block", "tune_lr": float("nan")}, False, "--tune-lr nan is out of range"),
         ({"effort": "best"}, True, "--effort best needs the traced model"),
         ({"tune": "block"}, True, "--tune block needs the traced model"),
         ({"tune_lr": 0.1}, True, "--tune-lr 0.1 has no effect"),
@@ -111,3 +132,32 @@ def test_any_effort_may_end_with_fine_tuning():
 def test_what_fine_tuning_refuses(flags, onnx, message):
     with pytest.raises(InputError, match=message):
         recipe(onnx=onnx, **flags)
+
+
+INT4 = Storage("int4", 128)
+
+
+def test_the_effort_says_how_weights_are_quantised():
+    for effort, method in {"fast": "rtn", "balanced": "sweep", "best": "joint"}.items():
+        assert recipe(effort=effort, storage=INT4).quantise == Quantise(INT4, method)
+    assert recipe(effort="best", distil=0, storage=INT4).quantise == Quantise(INT4, "sweep")  # nothing to learn with
+    assert recipe(storage=INT4, quantise="rtn") == replace(recipe(), quantise=Quantise(INT4, "rtn"))
+    assert recipe(effort="fast", tune="halves", storage=INT4, quantise="joint").quantise == Quantise(INT4, "joint")
+    by_row = recipe(pattern=HALF, allocate="besa-row", storage=INT4, quantise="joint")
+    assert by_row.quantise == Quantise(INT4, "joint")
+    assert recipe(onnx=True, storage=INT4).quantise is None  # packing rounds to nearest
+    assert recipe(onnx=True, storage=INT4, quantise="rtn").quantise is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"quantise": "rtn"}, "--quantise rtn has no effect without --dtype int8 or --dtype int4"),
+        ({"quantise": "sweep", "storage": Storage("bf16")}, "--quantise sweep has no effect without --dtype int8"),
+        ({"quantise": "joint", "storage": INT4}, "--quantise joint learns with --tune, --distil or --allocate; give one"),
+        ({"quantise": "sweep", "storage": INT4, "onnx": True}, "--quantise sweep needs the traced model"),
+    ],
+)
+def test_quantisers_that_are_refused(flags, why):
+    with pytest.raises(InputError, match=why):
+        recipe(**flags)

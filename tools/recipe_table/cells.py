@@ -7,9 +7,9 @@ from typing import Any
 from sparsify_export.calibrate.besa import Learning
 from sparsify_export.calibrate.patterns import NM
 from sparsify_export.compile import parse_pattern
-from sparsify_export.passes.dialect.storage import FP32, Storage
+from sparsify_export.passes.dialect.storage import FP32, GROUPS, Storage
 from sparsify_export.passes.errors import InputError
-from sparsify_export.passes.recipe import Tune
+from sparsify_export.passes.recipe import Distil, Quantise, Recipe, Tune
 
 DENSE = "dense"
 METHODS: dict[str, dict[str, Any]] = {
@@ -22,13 +22,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "admm+fold": {"update": "admm", "mask_from": "update"},
     "cg+fold": {"update": "cg"},
     "balanced": {"update": "admm-cg", "mask_from": "update"},
-    "best": {"update": "admm-cg", "mask_from": "update", "tune": Tune()},
-    "best-2-epochs": {"update": "admm-cg", "mask_from": "update", "tune": Tune(epochs=2)},
+    "halves": {"update": "admm-cg", "mask_from": "update", "tune": Tune(epochs=2)},
+    "best": {"update": "admm-cg", "mask_from": "update", "distil": Distil()},
     "wanda+besa-row": {"score": "wanda", "allocation": Learning()},
+    "balanced+rtn": {"update": "admm-cg", "mask_from": "update", "quantise": "rtn"},
+    "best+sweep": {"update": "admm-cg", "mask_from": "update", "distil": Distil(), "quantise": "sweep"},
+    "wanda+besa-row+joint": {"score": "wanda", "allocation": Learning(), "quantise": "joint"},
 }
-"""A method is what it changes of a ``Recipe``; a new one is a line here."""
+"""A method is what it changes of a ``Recipe``; a new one is a line here. ``quantise`` is the quantiser of patterns that
+want one; where it is not said it is that of the effort: rtn without an update, joint with fine-tuning, else sweep."""
 
 PATTERNS = ("2:4", "4:8", "0.5", "0.6", "0.7", "2:4+int4", "0.5+int4")
+STORAGES = {"": FP32, "int8": Storage("int8"), "int4": Storage("int4", 128)}
+STORAGES |= {f"int4g{group}": Storage("int4", group) for group in GROUPS}
 VARIED: dict[str, tuple[str, type, tuple[float, ...]]] = {
     "samples": ("", int, (4, 8, 16, 32, 64, 128)),
     "ria-power": ("ria_power", float, (0.0, 0.25, 0.5, 0.75, 1.0)),
@@ -45,7 +51,8 @@ class Cell:
         calibration: text file.
         text: text file to evaluate on.
         method: a key of ``METHODS``, or ``dense``.
-        pattern: as ``--nm`` or ``--sparsity``, with ``+int4`` or ``+int8`` behind it for quantised weights.
+        pattern: as ``--nm`` or ``--sparsity``, with ``+int4`` (128 columns a scale), ``+int4g32``, ``+int4g64`` or
+            ``+int8`` behind it for quantised weights.
         samples: calibration windows.
         seq_len: tokens in one.
         window: tokens in an evaluation window.
@@ -72,7 +79,8 @@ def plan(
 ) -> list[Cell]:
     """The dense model, then every pattern with every method, and with every value of what is varied.
 
-    Left out: N:M patterns with methods that learn rates, which N:M has one of.
+    Left out: N:M patterns with methods that learn rates, which N:M has one of; and weights that are not quantised with
+    methods that are there for their quantiser.
 
     Raises:
         InputError: something asked for is not known.
@@ -102,21 +110,39 @@ def plan(
 
 
 def _go_together(method: str, pattern: str) -> bool:
-    return "allocation" not in METHODS[method] or not isinstance(split_pattern(pattern)[0], NM)
+    zeros, storage = split_pattern(pattern)
+    if "quantise" in METHODS[method] and not storage.quantised:
+        return False
+    return "allocation" not in METHODS[method] or not isinstance(zeros, NM)
+
+
+def recipe_of(cell: Cell) -> Recipe:
+    """What the cell asks of the pipeline."""
+    pattern, storage = split_pattern(cell.pattern)
+    changed = dict(METHODS[cell.method])
+    usual = "joint" if {"tune", "distil"} & changed.keys() else "sweep" if "update" in changed else "rtn"
+    quantiser = changed.pop("quantise", usual)
+    if storage.quantised:
+        changed["quantise"] = Quantise(storage, quantiser)
+    if cell.varied and (field := VARIED[cell.varied][0]):
+        changed[field] = cell.value
+    return Recipe(pattern, **changed)
 
 
 def split_pattern(text: str) -> tuple[Any, Storage]:
-    """A pattern and how its weights are stored: ``2:4``, ``0.5``, ``2:4+int4``.
+    """A pattern and how its weights are stored: ``2:4``, ``0.5``, ``2:4+int4``, ``2:4+int4g32``.
 
     Raises:
         InputError: it is none.
     """
     zeros, _, storage = text.partition("+")
-    if storage not in ("", "int4", "int8"):
-        raise InputError(f"--patterns {text}: {storage} is no storage; want int4 or int8 behind the +")
+    if storage not in STORAGES:
+        raise InputError(
+            f"--patterns {text}: {storage} is no storage; want one of {', '.join(STORAGES)[2:]} behind the +"
+        )
     try:
         fraction = None if ":" in zeros else float(zeros)
     except ValueError as error:
         raise InputError(f"--patterns {text}: want N:M or a fraction of zeros") from error
     pattern = parse_pattern(zeros if fraction is None else None, fraction)
-    return pattern, FP32 if not storage else Storage(storage, 128 if storage == "int4" else 0)  # type: ignore[arg-type]
+    return pattern, STORAGES[storage]

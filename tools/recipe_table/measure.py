@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparsify_export.compile import as_stored, cache_pairs, store, text_batches
+from sparsify_export.compile import as_stored, cache_pairs, output_of, store, text_batches
 from sparsify_export.passes.dialect.storage import FP32
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.batches import read_windows, token_batches
@@ -16,13 +16,13 @@ from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import Partition, partition
 from sparsify_export.passes.fx.rewrite import lower_linears, stored_weights
 from sparsify_export.passes.fx.run import live_after, run_part_rounded, start
-from sparsify_export.passes.pipeline import prune
-from sparsify_export.passes.recipe import BlockReport, Recipe
+from sparsify_export.passes.recipe import BlockReport
+from sparsify_export.passes.sparsify import sparsify
 from sparsify_export.runtime.evaluate import Logits, perplexity
 from sparsify_export.runtime.exact import exact_answers
 from sparsify_export.stages import Stages
 
-from .cells import DENSE, METHODS, VARIED, Cell, split_pattern
+from .cells import DENSE, METHODS, Cell, recipe_of, split_pattern
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -44,18 +44,20 @@ def measure(cell: Cell) -> dict[str, Any]:
         canonicalise(traced.program)
         parts = partition(traced.program)
     params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
-    blocks: list[BlockReport] = []
+    blocks: tuple[BlockReport, ...] = ()
     rounded: dict[str, Any] = {}
     if cell.method != DENSE:
-        pattern, storage = split_pattern(cell.pattern)
-        field = VARIED[cell.varied][0] if cell.varied else ""
-        recipe = Recipe(pattern, **METHODS[cell.method], **({field: cell.value} if field else {}))
+        recipe, storage = recipe_of(cell), split_pattern(cell.pattern)[1]
         batches = text_batches(traced, pretrained, recipe, calibration)
         with stages.run("prune"):
-            blocks = prune(parts, params, recipe, batches, cache=cache_pairs(traced, parts))
+            done = sparsify(
+                parts, params, recipe, batches, output=output_of(traced), cache=cache_pairs(traced, parts)
+            )
+        blocks = done.blocks
         if storage != FP32:
             store(traced, params)
-            packed = stored_weights(traced.program, lower_linears(traced.program, storage=storage))
+            lowered = lower_linears(traced.program, storage=storage, on_grid=done.on_grid)
+            packed = stored_weights(traced.program, lowered)
             params, rounded = as_stored(params, packed), dict.fromkeys(packed, storage.activations)
     logits = graph_logits(pretrained, traced, parts, params, rounded)
     found = perplexity(logits, evaluation)
@@ -63,7 +65,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     linears = [linear for block in blocks for linear in block.linears]
     size = sum(math.prod(linear.shape) for linear in linears)
     kept = sum(math.prod(x.shape) * (1 - x.sparsity) for x in linears if x.pattern)
-    updated = cell.method != DENSE and {"update", "tune"} & METHODS[cell.method].keys()
+    updated = cell.method != DENSE and {"update", "tune", "distil"} & METHODS[cell.method].keys()
     last = stages.done[-1]
     return {
         "perplexity": found.perplexity,

@@ -76,6 +76,7 @@ def compile_command(
     seed: int = 0,
     dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32",
     group: Literal[32, 64, 128] | None = None,
+    quantise: Literal["rtn", "sweep", "joint"] | None = None,
     ops: Literal["sparse", "standard"] = "sparse",
     lower: Literal["always", "auto"] = "always",
     lower_for: int | None = None,
@@ -94,7 +95,7 @@ def compile_command(
         nm: keep N of every M neighbouring weights, e.g. 2:4.
         sparsity: fraction of zeros anywhere, between 0 and 1.
         effort: the recipe that fills in flags not given; fast is score and fold, original weights; balanced, the
-            default, is fold and the best update of the weights without gradients; best fine-tunes every block after
+            default, is fold and the best update of the weights without gradients; best trains all blocks together after
             that, which takes several times as long. An .onnx file has fast only.
         score: what ranks the weights; default ria, of an .onnx file without calibration inputs from weights alone.
         ria_power: exponent of the activation norms in RIA.
@@ -132,6 +133,9 @@ def compile_command(
         seed: of everything random.
         dtype: storage of packed weights; with int8 and int4 activations are quantised too, token by token.
         group: neighbouring weights that share an int4 scale; default 128.
+        quantise: how pruned weights become int8 or int4: each to the nearest, the default of fast; by a sweep that
+            hands errors on to other weights, the default of balanced; or joint, the default of best, where clipping
+            strengths are also learned: with --tune or --distil together with the weights, with --allocate with the rates.
         ops: sparse ops, or standard MatMul with zeros.
         lower: sparse ops for every weight that gets smaller, or (auto) not for those that this machine runs slower.
         lower_for: tokens in a call that --lower auto decides for; default 1, decoding.
@@ -144,7 +148,7 @@ def compile_command(
     """
     from . import compile as compiler
     from .effort import Flags, effort_of, make_recipe
-    from .passes.dialect.storage import Storage
+    from .passes.dialect.storage import FP32, Storage
     from .passes.given_masks import read_masks
     from .report import render
 
@@ -155,6 +159,11 @@ def compile_command(
     _positive("--seq-len", seq_len, least=2)
     _positive("--window", window, least=2)
     _positive("--windows", windows)
+    if group is not None and dtype != "int4":
+        raise InputError(f"--group {group} has no effect without --dtype int4")
+    if quantise is not None and ops == "standard":
+        raise InputError(f"--quantise {quantise} has no effect with --ops standard, which writes floats")
+    storage = Storage(dtype, (group or 128) if dtype == "int4" else 0)
     pattern = compiler.parse_pattern(nm, sparsity)
     given = read_masks(mask) if mask is not None else None
     is_onnx = model.endswith(".onnx")
@@ -180,6 +189,7 @@ def compile_command(
                 "--tune-lr": tune_lr,
                 "--distil": distil,
                 "--distil-lr": distil_lr,
+                "--quantise": None if quantise == "rtn" else quantise,  # which packing does by itself
                 "--samples": None if is_onnx else samples,
                 "--seq-len": seq_len,
                 "--calibration-inputs": None if is_onnx else calibration_inputs,  # an ONNX model is verified on them
@@ -207,17 +217,16 @@ def compile_command(
         tune_lr=tune_lr,
         distil=distil,
         distil_lr=distil_lr,
+        quantise=quantise,
+        storage=storage if ops == "sparse" else FP32,
     )
     recipe = make_recipe(pattern, flags, onnx=is_onnx) if pattern or given else None
-    if group is not None and dtype != "int4":
-        raise InputError(f"--group {group} has no effect without --dtype int4")
     if lower == "auto" and ops == "standard":
         raise InputError("--lower auto has no effect with --ops standard, which lowers nothing")
     if lower_for is not None and lower != "auto":
         raise InputError(f"--lower-for {lower_for} has no effect without --lower auto")
     _positive("--lower-for", lower_for)
     tokens = (lower_for or 1) if lower == "auto" else None
-    storage = Storage(dtype, (group or 128) if dtype == "int4" else 0)
     source = compiler.Calibration(calibration, calibration_inputs, samples, seq_len, seed)
     settings = compiler.Settings(recipe, source, storage, ops, tokens, eval_, window, windows)
     with _progress(quiet) as console:

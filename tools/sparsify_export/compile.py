@@ -1,6 +1,6 @@
 """The compiler: a pretrained model in, a verified sparse ONNX model and its report out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +28,9 @@ from .passes.fx.canonical import canonicalise
 from .passes.fx.partition import Partition, partition
 from .passes.fx.rewrite import lower_linears, stored_weights
 from .passes.lower import to_onnx
-from .passes.distil import Output, distil
-from .passes.pipeline import prune
-from .passes.recipe import BlockReport, DistilReport, Recipe, Timings, Tune
+from .passes.distil import Output
+from .passes.recipe import Recipe, Timings, Tune
+from .passes.sparsify import Sparsified, sparsify
 from .report import Evaluation, Report, build_report
 from .runtime.benchmark import compare_kernels
 from .runtime.evaluate import Logits, Perplexity, onnx_logits, perplexity, torch_logits
@@ -147,35 +147,20 @@ def compile_model(
         parts = partition(traced.program)
     batches = _batches(traced, pretrained, settings, windows)
     params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
-    blocks: list[BlockReport] = []
-    distilled: DistilReport | None = None
+    done = Sparsified((), None, {})
     if settings.recipe is not None:
-        dense = dict(params) if settings.recipe.distil else {}
         with stages.run("prune"):
-            cache = cache_pairs(traced, parts)
-            blocks = prune(
+            done = sparsify(
                 parts,
                 params,
                 settings.recipe,
                 batches,
-                cache=cache,
+                output=output_of(traced),
+                cache=cache_pairs(traced, parts),
                 progress=console.progress,
                 note=console.note,
                 timings=timings,
             )
-        if settings.recipe.distil is not None:
-            with stages.run("distil"):
-                distilled = distil(
-                    parts,
-                    dense,
-                    params,
-                    pruned_weights(parts, blocks),
-                    batches,
-                    settings.recipe.distil,
-                    output=output_of(traced),
-                    progress=console.progress,
-                )
-        del dense
         store(traced, params)
     with stages.run("lower"):
         console.progress("lowering", 0, 0)
@@ -183,7 +168,9 @@ def compile_model(
         machine = this_machine() if settings.lower_for is not None else None
         worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
         sparse = settings.ops == "sparse"
-        lowered = lower_linears(traced.program, storage=settings.storage, sparse=sparse, worth=worth)
+        lowered = lower_linears(
+            traced.program, storage=settings.storage, sparse=sparse, worth=worth, on_grid=done.on_grid
+        )
         packed = stored_weights(traced.program, lowered)
         rounded = dict.fromkeys(packed, settings.storage.activations)
         expected = expect(parts, as_stored(params, packed), probe, rounded)
@@ -205,7 +192,7 @@ def compile_model(
         report = build_report(
             source=source,
             settings=plain(settings),
-            blocks=blocks,
+            blocks=done.blocks,
             lowered=lowered,
             verified=verified,
             evaluation=Evaluation(*before, *after) if before and after else None,
@@ -213,7 +200,7 @@ def compile_model(
             stages=stages.done,
             machine=machine.key if machine else None,
             pruning_seconds=timings.seconds,
-            distilled=distilled,
+            distilled=done.distilled,
             model=target.model,
         )
         target.finish(pretrained, report)
@@ -338,12 +325,6 @@ def cache_pairs(traced: Traced, parts: Partition) -> list[tuple[str, str]]:
     return [(inputs[name], outputs[name.replace("past_key_values.", "present.")]) for name in pasts]
 
 
-def pruned_weights(parts: Partition, blocks: Sequence[BlockReport]) -> list[str]:
-    """The keys of the weights that were pruned."""
-    pruned = {linear.path for block in blocks for linear in block.linears if linear.pattern is not None}
-    return [linear.weight for part in parts.blocks for linear in part.linears if linear.path in pruned]
-
-
 def output_of(traced: Traced) -> Output:
     """What the model returns first."""
     return "logits" if traced.kind == "causal" else "values"
@@ -399,6 +380,13 @@ def _damping(recipe: Recipe) -> float | None:
     return DAMPING[recipe.update]
 
 
+def _quantiser(settings: Settings) -> str | None:
+    """How weights are quantised: as the recipe says, else to nearest where they are packed."""
+    if settings.recipe and settings.recipe.quantise:
+        return settings.recipe.quantise.method
+    return "rtn" if settings.storage.quantised and settings.ops == "sparse" else None
+
+
 def plain(settings: Settings) -> dict[str, Any]:
     """The settings as JSON-able values."""
     recipe = settings.recipe
@@ -418,6 +406,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "tune_lr": recipe.tune.rate if recipe and recipe.tune else None,
         "distil": recipe.distil.epochs if recipe and recipe.distil else None,
         "distil_lr": recipe.distil.rate if recipe and recipe.distil else None,
+        "quantise": _quantiser(settings),
         "calibration": str(settings.calibration.inputs or settings.calibration.text),
         "samples": settings.calibration.samples,
         "seq_len": settings.calibration.length,

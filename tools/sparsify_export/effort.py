@@ -7,9 +7,10 @@ from .calibrate.besa import Learning
 from .calibrate.choice import sparsities
 from .calibrate.patterns import NM, Pattern, Unstructured
 from .calibrate.rates import reachable
+from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError
 from .passes.given_masks import GivenMasks
-from .passes.recipe import Distil, MaskFrom, Recipe, Score, Tune, Update
+from .passes.recipe import Distil, MaskFrom, Quantise, Quantiser, Recipe, Score, Tune, Update
 
 Allocate = Literal["none", "besa-row", "besa-layer", "besa-nm"]
 Effort = Literal["fast", "balanced", "best"]
@@ -41,6 +42,8 @@ class Flags:
     tune_lr: float | None = None
     distil: int | None = None
     distil_lr: float | None = None
+    quantise: Quantiser | None = None
+    storage: Storage = FP32
 
 
 def effort_of(flags: Flags, *, onnx: bool) -> Effort:
@@ -83,6 +86,7 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
     allocation = _allocation(pattern, flags, onnx=onnx)
     if allocation is not None and flags.mask_from == "update":
         raise InputError(f"--mask-from update would undo --allocate {flags.allocate}; want score, or leave it out")
+    tune, distil = _tune(flags, onnx=onnx), _distil(flags, onnx=onnx)
     chooses = update not in ("none", "cg") and flags.given is None and allocation is None
     return Recipe(
         pattern=pattern,
@@ -95,8 +99,9 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
         mask_from=flags.mask_from or ("update" if chooses else "score"),
         damping=flags.damping,
         given=flags.given,
-        tune=_tune(flags, onnx=onnx),
-        distil=_distil(flags, onnx=onnx),
+        tune=tune,
+        distil=distil,
+        quantise=_quantise(flags, onnx=onnx, learns=bool(tune or distil or allocation)),
     )
 
 
@@ -115,8 +120,7 @@ def _check_given(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> None:
 
 
 def _tune(flags: Flags, *, onnx: bool) -> Tune | None:
-    scope = flags.tune or ("halves" if effort_of(flags, onnx=onnx) == "best" else "none")
-    if scope == "none":
+    if flags.tune in (None, "none"):
         for flag, value in {"--tune-epochs": flags.tune_epochs, "--tune-lr": flags.tune_lr}.items():
             if value is not None:
                 raise InputError(f"{flag} {value:g} has no effect without --tune halves or --tune block")
@@ -125,7 +129,7 @@ def _tune(flags: Flags, *, onnx: bool) -> Tune | None:
         raise InputError(f"--tune-epochs {flags.tune_epochs} is too few; want 1 or more")
     if flags.tune_lr is not None and not 0 < flags.tune_lr <= 1:
         raise InputError(f"--tune-lr {flags.tune_lr:g} is out of range; want above 0, at most 1")
-    return Tune(scope, flags.tune_epochs or Tune.epochs, flags.tune_lr or Tune.rate)
+    return Tune(flags.tune, flags.tune_epochs or Tune.epochs, flags.tune_lr or Tune.rate)
 
 
 def _distil(flags: Flags, *, onnx: bool) -> Distil | None:
@@ -142,6 +146,22 @@ def _distil(flags: Flags, *, onnx: bool) -> Distil | None:
     if flags.distil_lr is not None and not 0 < flags.distil_lr <= 1:
         raise InputError(f"--distil-lr {flags.distil_lr:g} is out of range; want above 0, at most 1")
     return Distil(epochs, flags.distil_lr or Distil.rate)
+
+
+def _quantise(flags: Flags, *, onnx: bool, learns: bool) -> Quantise | None:
+    """How weights get onto their grid, or None where they are floats, or rounded when they are packed."""
+    if not flags.storage.quantised:
+        if flags.quantise is not None:
+            raise InputError(f"--quantise {flags.quantise} has no effect without --dtype int8 or --dtype int4")
+        return None
+    if onnx:
+        if flags.quantise in ("sweep", "joint"):
+            raise InputError(f"--quantise {flags.quantise} needs the traced model and cannot be had for an .onnx file")
+        return None
+    if flags.quantise == "joint" and not learns:
+        raise InputError("--quantise joint learns with --tune, --distil or --allocate; give one of them, or take sweep")
+    usual: dict[Effort, Quantiser] = {"fast": "rtn", "balanced": "sweep", "best": "joint" if learns else "sweep"}
+    return Quantise(flags.storage, flags.quantise or usual[effort_of(flags, onnx=onnx)])
 
 
 def _allocation(pattern: Pattern, flags: Flags, *, onnx: bool) -> Learning | None:

@@ -53,6 +53,8 @@ class LinearEntry:
         error_before: relative error of its output with the original weights under the score's mask; None where no
             weights were updated. See ``passes.recipe.LinearReport``.
         error_after: the same with the weights as pruned.
+        quantiser: how it was quantised, or None.
+        error_quantised: the same error with the weights as quantised; None where it was not measured.
     """
 
     path: str
@@ -67,6 +69,8 @@ class LinearEntry:
     stored_bytes: int
     error_before: float | None = None
     error_after: float | None = None
+    quantiser: str | None = None
+    error_quantised: float | None = None
 
     @property
     def lowered(self) -> bool:
@@ -154,6 +158,8 @@ def build_report(
                 stored_bytes=entry.stored_bytes,
                 error_before=linear.error_before if linear else None,
                 error_after=linear.error_after if linear else None,
+                quantiser=linear.quantiser if linear else None,
+                error_quantised=linear.error_quantised if linear else None,
             )
         )
     inside = [entry for entry in linears if entry.path in pruned] or [e for e in linears if e.lowered]
@@ -190,6 +196,8 @@ def _blocks(report: Report) -> Table:
     updated = any(e.error_after is not None for e in report.linears)
     layers = ("masked", "updated") if updated else ()
     tuned = ("tuned",) if any(block["tuned"] for block in report.blocks) else ()
+    names = {e.quantiser for e in report.linears if e.error_quantised is not None}
+    layers += tuple(f"quantised ({name})" for name in names if name)
     for name in ("block", "linears", "pattern", "retained", "folded", "folds", *layers, *tuned, "error", "bytes"):
         table.add_column(name, justify="left" if name in ("block", "pattern") else "right", no_wrap=name == "block")
     for block in report.blocks:
@@ -208,6 +216,7 @@ def _blocks(report: Report) -> Table:
             f"{after:.3f}",
             str(len(block["folds"])),
             *([_mean_error(own, "error_before"), _mean_error(own, "error_after")] if updated else []),
+            *([_mean_error(own, "error_quantised")] if any(names) else []),
             *([_gains(block["tuned"])] if tuned else []),
             f"{block['error']:.3f}",
             f"{stored:.3f}x",
@@ -220,7 +229,7 @@ def _block(block: BlockReport) -> dict[str, Any]:
     return {"path": block.path, "error": block.error, "folds": [asdict(f) for f in block.folds], "tuned": tuned}
 
 
-def _mean_error(linears: Sequence[LinearEntry], name: Literal["error_before", "error_after"]) -> str:
+def _mean_error(linears: Sequence[LinearEntry], name: Literal["error_before", "error_after", "error_quantised"]) -> str:
     """The mean relative error of the outputs of a block's linears, squared, over those that were updated."""
     errors = [error for error in (getattr(entry, name) for entry in linears) if error is not None]
     return f"{sum(errors) / len(errors):.3f}" if errors else ""

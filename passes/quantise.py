@@ -1,0 +1,202 @@
+"""Put the pruned weights of a block on the grid that they are stored on."""
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..calibrate import grid, quantise
+from ..calibrate.damping import damped_inverse
+from ..calibrate.patterns import find_pattern
+from ..calibrate.update import DAMPING, relative_error
+from .block import Block, Observed, alike
+from .dialect.packed import OnGrid, packed_bytes
+from .dialect.storage import Storage
+from .errors import InputError
+
+STRENGTH_RATE: Final = 0.002
+"""Peak learning rate of clipping strengths under AdamW."""
+LEAST_STRENGTH: Final = 0.01
+"""Clipping strengths that are learned stay at this or above."""
+
+
+@dataclass(frozen=True)
+class Gridded:
+    """A weight, and the grid that its strengths give it.
+
+    Attributes:
+        path: of the linear, for messages.
+        storage: what it is to be stored as, int8 or int4.
+        exact: the weight, ``[R, C]`` float32; 0 where pruned.
+        top: the largest magnitude of every group, ``[R, G]``, which its strength is a fraction of.
+        strengths: clipping strengths, ``[R, G]``.
+    """
+
+    path: str
+    storage: Storage
+    exact: Tensor
+    top: Tensor
+    strengths: Tensor
+
+    def scales(self) -> Tensor:
+        """``[R, G]`` float32, differentiable in the strengths.
+
+        Raises:
+            InputError: one does not fit the storage.
+        """
+        try:
+            return grid.scales(self.top, self.strengths, self.storage.grid)
+        except ValueError as error:
+            raise InputError(f"{self.path}: {error}; store the weights as fp32 or bf16") from error
+
+    def near(self, value: Tensor) -> Tensor:
+        """The weight, moved as far as it must to be rounded to ``value``, which is on the grid."""
+        room = 0.45 * grid.spread(self.scales(), value.shape[1], self.storage.grid)
+        return value + (self.exact - value).clamp(-room, room)
+
+    def value(self) -> Tensor:
+        """The nearest weight on the grid, differentiable in ``exact`` and ``strengths``."""
+        its = self.storage.grid
+        return grid.quantise(self.exact, grid.spread(self.scales(), self.exact.shape[1], its), its)
+
+
+def quantise_block(
+    block: Block,
+    params: MutableMapping[str, Tensor],
+    keep: Mapping[str, Tensor],
+    observed: Observed,
+    learned: Mapping[str, Gridded],
+) -> dict[str, Gridded]:
+    """Quantise the pruned weights of a block; nothing is done where its recipe does not ask for it.
+
+    Left alone: weights that another block reads as well, and those whose packed form would not be smaller than the
+    dense one. The first are rounded when they are packed, the others stay floats.
+
+    Args:
+        block: the block.
+        params: weights by key, pruned; replaced by weights on the grid.
+        keep: their masks.
+        observed: the Hessians of their inputs.
+        learned: grids of the dense weights, by key, whose strengths were learned with the masks. Without an update such
+            weights are rounded to nearest, as they were while that was learned; with one the strengths are taken on.
+
+    Returns:
+        What was quantised, by key: the weights as they were before, and their grids.
+
+    Raises:
+        InputError: a weight does not fit the storage, or a Hessian is not positive definite with any damping.
+    """
+    wanted = block.recipe.quantise
+    if wanted is None:
+        return {}
+    paths = {linear.weight: linear.path for linear in block.pruned}
+    as_learned = bool(learned) and block.recipe.update == "none"
+    nearest = wanted.method == "rtn" or as_learned
+    done = {}
+    for nodes, keys in alike(block, keep).items():
+        hessian = None if nearest else observed.hessian(nodes)
+        inverse = None if hessian is None else _inverse(hessian, paths[keys[0]])
+        for key in keys:
+            weight = params[key].float()
+            if not _gains(weight, keep[key], wanted.storage):
+                continue
+            if as_learned:
+                done[key] = replace(learned[key], exact=weight)
+            else:
+                importance = hessian.diagonal() if hessian is not None else None
+                done[key] = _gridded(paths[key], wanted.storage, weight, importance, learned.get(key))
+            new = done[key].value()
+            if hessian is not None and inverse is not None:
+                scale, its = done[key].scales(), wanted.storage.grid
+                new = quantise.sweep(weight, inverse, keep[key], scale, its)
+                new = quantise.descend(weight, hessian, keep[key], scale, its, new)
+            params[key] = new.to(params[key].dtype)
+    return done
+
+
+def first_grids(block: Block, keys: Iterable[str], params: Mapping[str, Tensor]) -> dict[str, Gridded]:
+    """Grids of dense weights whose strengths are to be learned with the rates; none unless the recipe says joint.
+
+    They begin at the strengths with the least error of the weights.
+
+    Raises:
+        InputError: a weight does not fit the storage.
+    """
+    wanted = block.recipe.quantise
+    if wanted is None or wanted.method != "joint":
+        return {}
+    paths = {linear.weight: linear.path for linear in block.pruned}
+    found = {}
+    for key in keys:
+        weight = params[key].float()
+        found[key] = _gridded(paths[key], wanted.storage, weight, torch.ones(weight.shape[1]), None)
+    return found
+
+
+def for_packing(gridded: Gridded) -> OnGrid:
+    """What packing has to know of a weight that is on its grid."""
+    pattern = find_pattern(gridded.exact != 0)
+    assert pattern is not None  # or it would not have been quantised
+    scales = gridded.scales().to(gridded.storage.grid.dtype)
+    return OnGrid(pattern, scales if gridded.storage.group else scales[:, 0].contiguous())
+
+
+def quantised_errors(
+    block: Block,
+    params: Mapping[str, Tensor],
+    dense: Mapping[str, Tensor],
+    quantised: Iterable[str],
+    observed: Observed,
+) -> dict[str, float]:
+    """Relative error of the outputs of quantised linears, by key of the weight; empty where no Hessian is known.
+
+    Args:
+        block: the block.
+        params: weights by key, as quantised.
+        dense: the same before pruning.
+        quantised: the keys in question.
+        observed: the Hessians of their inputs.
+    """
+    errors = {}
+    for nodes, keys in alike(block, quantised).items():
+        hessian = observed.hessian(nodes)
+        if hessian is not None:
+            errors |= {key: relative_error(params[key].float(), dense[key].float(), hessian) for key in keys}
+    return errors
+
+
+def _gridded(
+    path: str, storage: Storage, weight: Tensor, importance: Tensor | None, learned: Gridded | None
+) -> Gridded:
+    """A grid with the strengths learned, else those that are best by importance, else 1."""
+    try:
+        top = grid.largest(weight, storage.grid)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    made = Gridded(path, storage, weight, top, torch.ones_like(top))
+    made.scales()  # refuses what does not fit
+    if learned is not None:
+        return replace(made, strengths=learned.strengths)
+    if importance is not None:
+        return replace(made, strengths=grid.search_strengths(weight, importance, storage.grid))
+    return made
+
+
+def _inverse(hessian: Tensor, path: str) -> Tensor:
+    dead = hessian.diagonal() == 0
+    try:
+        return damped_inverse(hessian + torch.diag(dead.float()), DAMPING["sparsegpt"]).matrix
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; take --quantise rtn, or more calibration text") from error
+
+
+def _gains(weight: Tensor, keep: Tensor, storage: Storage) -> bool:
+    """Whether the packed form is smaller than the dense one, which else is what the file will hold."""
+    pattern = find_pattern(keep)
+    if pattern is None:
+        return False
+    rows, columns = weight.shape
+    size = packed_bytes(rows, columns, int(weight.count_nonzero()), pattern, storage)
+    return size < weight.numel() * weight.element_size()
