@@ -55,6 +55,6 @@ cudaError_t for_type(DType type, Body body) {
 }
 
 // The types that tensor cores multiply.
-inline bool has_tensor_cores(DType x, DType w) { return x == w && x != DType::f32; }
+inline bool has_tensor_cores(DType x, DType w) { return x == w && (x == DType::f16 || x == DType::bf16); }
 
 }  // namespace sparsify_cuda

@@ -7,6 +7,8 @@
 // W is the sparse operand, so the product is y^T = W x^T; row-major x is the column-major B that the instruction wants.
 // Values and activations pass through shared memory, one step ahead of their use. Indices do not: a lane takes the 16
 // bits of its rows straight from the file's layout (metadata_24).
+#include <type_traits>
+
 #include "launch.cuh"
 #include "load.cuh"
 #include "ptx.cuh"
@@ -18,7 +20,7 @@ constexpr int kThreads = 128;
 
 // Rows of shared memory are padded by 16 bytes: the 8 rows of an ldmatrix then lie in different banks.
 template <class T>
-struct alignas(16) Stage {
+struct alignas(16) Tile24 {
   T values[kRows][kColumns / 2 + 8];
   T x[kTokens][kColumns + 8];
 };
@@ -60,7 +62,7 @@ __device__ void bring_8(T* to, const T* from, int64_t exist) {
 
 // Begins to fill a stage with the columns from `column` on.
 template <bool wide, class T>
-__device__ void bring(Stage<T>& stage, const T* x, const T* values, int64_t first_row, int64_t first_token,
+__device__ void bring(Tile24<T>& stage, const T* x, const T* values, int64_t first_row, int64_t first_token,
                       int64_t column, int64_t M, int64_t N, int64_t K) {
   for (int i = threadIdx.x; i < kRows * (kColumns / 16); i += kThreads) {
     const int64_t row = first_row + i / (kColumns / 16), at = column / 2 + i % (kColumns / 16) * 8;
@@ -78,7 +80,7 @@ __device__ void bring(Stage<T>& stage, const T* x, const T* values, int64_t firs
 
 // 32 columns of a stage, number `selector`: 16 products of this warp.
 template <int selector, class T>
-__device__ void multiply(float (&sum)[4][4][4], const Stage<T>& stage, const uint32_t (&metadata)[4], int warp_row,
+__device__ void multiply(float (&sum)[4][4][4], const Tile24<T>& stage, const uint32_t (&metadata)[4], int warp_row,
                          int warp_token, int lane) {
   uint32_t b[4][4];
   for (int t = 0; t < 4; ++t)  // 8 tokens x 32 columns: four 8 x 8 matrices side by side
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
     spmm_24_prefill(const T* __restrict__ x, const T* __restrict__ values, const uint8_t* __restrict__ indices,
                     const float* __restrict__ bias, T* __restrict__ y, int64_t M, int64_t N, int64_t K,
                     int64_t row_blocks) {
-  __shared__ Stage<T> stages[2];
+  __shared__ Tile24<T> stages[2];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp / 2 * 64, warp_token = warp % 2 * 32;
   const int64_t first_row = blockIdx.x % row_blocks * kRows, first_token = blockIdx.x / row_blocks * kTokens;

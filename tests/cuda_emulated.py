@@ -9,12 +9,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from sparsify_export.passes.equivalence import compare
 
 ROOT = Path(__file__).parents[1]
 FLAGS = [
     "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
     f"-I{ROOT / 'cuda/emulate'}", f"-I{ROOT / 'cuda'}", "-x", "c++",
 ]  # fmt: skip
+PAIRS = [
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float32),
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+]
+"""Types of activations and weights that belong together."""
+
+HALVES = PAIRS[:2]
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 GUARD = 64
 SUCCESS, INVALID_VALUE = 0, 1
@@ -123,3 +134,19 @@ class Kernels:
         y = Output((len(x), out_features), x.dtype)
         sizes = (len(x), out_features, x.shape[1])
         return self.run(name, x.dtype, weight[0].dtype, x, *weight, bias, y, *sizes)
+
+
+def assert_linear(got, x, dense, bias=None):
+    """``got`` is at most twice as wrong as the plain product with float32 sums, rounded to x's dtype."""
+    exact = x.double() @ dense.T
+    plain = x.float() @ dense.float().T
+    if bias is not None:
+        exact, plain = exact + bias, plain + bias
+    closeness = compare(got, plain.to(got.dtype), exact)
+    assert closeness.ok, str(closeness)
+
+
+def assert_not_finite_where_kept(got, x, kept):
+    """``got`` is finite exactly where no infinity or NaN of ``x`` meets a weight that ``kept`` has."""
+    met = (~x.isfinite()).double() @ kept.double().T > 0
+    assert torch.equal(~got.isfinite(), met)
