@@ -32,7 +32,7 @@ extern "C" {
 //   indices [N, ceil(K / 8)]  2 bits for each value, the first in the lowest bits; rows start on a byte
 // x_type / w_type: f32 with f32, f16 or bf16; f16 with f16; bf16 with bf16.
 
-// Chooses: prefill where M > 16 and its types allow it, else decode.
+// Chooses: prefill where M > 8 and its types allow it, else decode.
 cudaError_t sparsify_spmm_24(DType x_type, DType w_type, const void* x, const void* values, const uint8_t* indices,
                              const float* bias, void* y, int64_t M, int64_t N, int64_t K, cudaStream_t stream);
 // One thread an output, plain loops: the oracle.
@@ -78,7 +78,7 @@ cudaError_t sparsify_spmm_24_int4_readable(DType y_type, const int8_t* codes, co
 //   row_start [N + 1] int64       first value of each row, then nnz
 // Types as for 2:4.
 
-// Chooses: prefill where M > 16 and its types allow it, else decode.
+// Chooses: prefill where M > 8 and its types allow it, else decode.
 cudaError_t sparsify_spmm_bitmask(DType x_type, DType w_type, const void* x, const void* values, const uint8_t* mask,
                                   const int64_t* row_start, const float* bias, void* y, int64_t M, int64_t N, int64_t K,
                                   cudaStream_t stream);

@@ -34,8 +34,8 @@ extern "C" cudaError_t sparsify_spmm_bitmask_readable(DType x_type, DType w_type
   });
 }
 
-// As for 2:4 (spmm_24.cu): up to here decode reads the weight at most twice.
-constexpr int64_t kMostDecoded = 16;
+// As for 2:4 (spmm_24.cu): up to here decode reads the weight once.
+constexpr int64_t kMostDecoded = 8;
 
 extern "C" cudaError_t sparsify_spmm_bitmask(DType x_type, DType w_type, const void* x, const void* values,
                                              const uint8_t* mask, const int64_t* row_start, const float* bias, void* y,

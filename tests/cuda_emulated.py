@@ -32,8 +32,8 @@ SUCCESS, INVALID_VALUE = 0, 1
 
 
 def sources():
-    """All kernel files, and the test's own that runs single instructions."""
-    return [*sorted((ROOT / "cuda").glob("*.cu")), ROOT / "tests/cuda/instructions.cu"]
+    """All kernel files, and the tests' own."""
+    return [*sorted((ROOT / "cuda").glob("*.cu")), *sorted((ROOT / "tests/cuda").glob("*.cu"))]
 
 
 def build(files=None, extra=()):

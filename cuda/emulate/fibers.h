@@ -1,8 +1,9 @@
 // A block of CUDA threads as cooperative fibers of one CPU thread: what cuda_runtime.h beside this file runs on.
 //
-// A fiber runs until it waits for others, at a barrier of its block or of its warp. So a run is exactly repeatable, and
-// AddressSanitizer sees every access. A kernel that forgets a barrier reads what the order of the fibers makes it read;
-// run it in both orders (`backwards`) and one of them is wrong. Fibers that wait for one that has returned abort.
+// A fiber runs until it waits for others, at a barrier of its block or of its warp, and a warp runs as far ahead of the
+// others as it can. So a run is exactly repeatable, and AddressSanitizer sees every access. A kernel that forgets a
+// barrier reads what the order of the fibers makes it read; run it in both orders (`backwards`) and one of them is
+// wrong. Fibers that wait for one that has returned abort.
 #pragma once
 #include <ucontext.h>
 
@@ -154,18 +155,24 @@ inline void run_block(int threads, const std::function<void(int)>& enter, std::f
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
   }
-  for (int left = threads; left > 0;) {
+  int left = threads;
+  const auto run_if_ready = [&](int i) {
+    Fiber& fiber = block.fibers[size_t(i)];
+    if (fiber.done || (fiber.waits_for && fiber.waits_for->round == fiber.round)) return false;
+    fiber.waits_for = nullptr;
+    block.current = &fiber;
+    enter(i);
+    switch_fiber(block.scheduler, fiber.context, fiber.context.uc_stack.ss_sp, kStackBytes);
+    left -= fiber.done;
+    return true;
+  };
+  while (left > 0) {
     bool moved = false;
-    for (int i = 0; i < threads; ++i) {
-      Fiber& fiber = block.fibers[size_t(backwards ? threads - 1 - i : i)];
-      if (fiber.done || (fiber.waits_for && fiber.waits_for->round == fiber.round)) continue;
-      fiber.waits_for = nullptr;
-      block.current = &fiber;
-      enter(fiber.index);
-      switch_fiber(block.scheduler, fiber.context, fiber.context.uc_stack.ss_sp, kStackBytes);
-      left -= fiber.done;
-      moved = true;
-    }
+    for (int w = 0; w < threads; w += kWarp)
+      for (bool again = true; again; moved |= again) {  // a warp goes on as long as any of its lanes can
+        again = false;
+        for (int i = w; i < w + kWarp; ++i) again |= run_if_ready(backwards ? threads - 1 - i : i);
+      }
     if (!moved) fail("threads wait at a barrier that others never reach");
   }
 }

@@ -1,5 +1,5 @@
-// One warp runs one instruction of cuda/ptx.cuh on registers that a test chooses. Compiles for the GPU as well, so that
-// the same fragments can be checked there. All arrays are [32][registers], a row a lane.
+// One warp runs one instruction of cuda/ptx.cuh, or of CUDA itself, on registers that a test chooses. Compiles for the
+// GPU as well, so that the same fragments can be checked there. All arrays are [32][registers], a row a lane.
 #include "launch.cuh"
 #include "ptx.cuh"
 
@@ -52,6 +52,32 @@ __global__ void run_cp_async(const uint32_t* from, uint32_t* after_first, uint32
   for (int i = 0; i < 4; ++i) after_second[4 * lane + i] = room[1][lane][i];
 }
 
+// What each lane gets from a shuffle, an exclusive-or shuffle, a shuffle up, and two votes.
+__global__ void run_warp(const int32_t* from, const int32_t* source, int32_t* got) {
+  const int lane = threadIdx.x;
+  got[5 * lane] = __shfl_sync(0xffffffffu, from[lane], source[lane]);
+  got[5 * lane + 1] = __shfl_xor_sync(0xffffffffu, from[lane], 5);
+  got[5 * lane + 2] = __shfl_up_sync(0xffffffffu, from[lane], 3);
+  got[5 * lane + 3] = int32_t(__ballot_sync(0xffffffffu, from[lane] > 0));
+  got[5 * lane + 4] = __any_sync(0xffffffffu, from[lane] > 0) + 2 * __all_sync(0xffffffffu, from[lane] > 0);
+}
+
+template <class T>
+__global__ void convert(const T* from, float* wide, const float* numbers, T* narrow, int64_t count) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  wide[i] = to_float(from[i]);
+  narrow[i] = from_float<T>(numbers[i]);
+}
+
+__global__ void count_threads(int32_t* total) { atomicAdd(total, 1); }
+
+__global__ void permute_and_multiply(const uint32_t* words, uint32_t* permuted, int32_t* products) {
+  const int lane = threadIdx.x;
+  permuted[lane] = __byte_perm(words[3 * lane], words[3 * lane + 1], words[3 * lane + 2]);
+  products[lane] = __dp4a(int(words[3 * lane]), int(words[3 * lane + 1]), int(words[3 * lane + 2]));
+}
+
 extern "C" cudaError_t sparsify_test_mma(DType type, const uint32_t* a, const uint32_t* b, float* d,
                                          cudaStream_t stream) {
   return launch(type == DType::f16 ? run_mma<__half> : run_mma<__nv_bfloat16>, dim3(1), dim3(32), stream, a, b, d);
@@ -74,8 +100,27 @@ extern "C" cudaError_t sparsify_test_cp_async(const uint32_t* from, uint32_t* af
   return launch(run_cp_async, dim3(1), dim3(32), stream, from, after_first, after_second);
 }
 
-}  // namespace sparsify_cuda
+extern "C" cudaError_t sparsify_test_warp(const int32_t* from, const int32_t* source, int32_t* got,
+                                          cudaStream_t stream) {
+  return launch(run_warp, dim3(1), dim3(32), stream, from, source, got);
+}
 
-#ifndef __CUDACC__
-extern "C" void sparsify_emulate_backwards(bool backwards) { emulate::backwards = backwards; }
-#endif
+extern "C" cudaError_t sparsify_test_convert(DType type, const void* from, float* wide, const float* numbers,
+                                             void* narrow, int64_t count, cudaStream_t stream) {
+  return for_type(type, [&](auto type_of) {
+    using T = decltype(type_of);
+    return launch(convert<T>, dim3(unsigned(ceil_div(count, 256))), dim3(256), stream, static_cast<const T*>(from),
+                  wide, numbers, static_cast<T*>(narrow), count);
+  });
+}
+
+extern "C" cudaError_t sparsify_test_count(int32_t* total, cudaStream_t stream) {
+  return launch(count_threads, dim3(3, 2, 2), dim3(8, 4, 2), stream, total);
+}
+
+extern "C" cudaError_t sparsify_test_bytes(const uint32_t* words, uint32_t* permuted, int32_t* products,
+                                           cudaStream_t stream) {
+  return launch(permute_and_multiply, dim3(1), dim3(32), stream, words, permuted, products);
+}
+
+}  // namespace sparsify_cuda

@@ -124,7 +124,7 @@ def test_prefill_refuses_float32(kernels):
 
 
 @pytest.mark.parametrize(
-    ("M", "types", "name"), [(16, F16, "decode"), (17, F16, "prefill"), (17, PAIRS[3], "decode")]
+    ("M", "types", "name"), [(8, F16, "decode"), (9, F16, "prefill"), (9, PAIRS[3], "decode")]
 )
 def test_the_choice(kernels, M, types, name):
     x, packed, _, bias = problem(M, 8, 64, *types)
