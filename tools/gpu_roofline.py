@@ -95,9 +95,9 @@ def page() -> str:
     lines = [
         "# Rooflines of the GPU kernels",
         "",
-        "Written by `python -P tools/gpu_roofline.py --out docs/gpu_roofline.md`. Everything here is computed from formulas",
-        "and data sheets; nothing was measured. A time is the larger of bytes over bandwidth (m) and operations over peak",
-        "(a). A launch, some microseconds, is not in it, nor the instructions that unpack.",
+        "Written by `python -P tools/gpu_roofline.py --out docs/gpu_roofline.md`. Everything here is computed from",
+        "formulas and data sheets; nothing was measured. A time is the larger of bytes over bandwidth (m) and operations",
+        "over peak (a). A launch, some microseconds, is not in it, nor the instructions that unpack.",
         "",
         "| GPU | memory | FP32 | tensor cores, FP32 sums | 2:4 tensor cores |",
         "|---|---|---|---|---|",
