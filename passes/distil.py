@@ -38,7 +38,7 @@ def distil(
     Of logits z, with a softmax over the vocabulary (Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a
     Neural Network", temperature 1), and of other values y:
 
-    .. math:: \frac{1}{n} \sum_t \mathrm{KL}\bigl(\operatorname{softmax} z_t \,\Vert\, \operatorname{softmax} z_t^W\bigr)
+    .. math:: \frac{1}{n} \sum_t \mathrm{KL}\bigl(\sigma(z_t) \,\Vert\, \sigma(z_t^W)\bigr), \ \sigma = \text{softmax}
               \qquad \sum_t \lVert y_t^W - y_t \rVert_2^2 \Big/ \sum_t \lVert y_t \rVert_2^2
 
     Block by block a model is taught to repeat every hidden state; here only what it says counts, so an error that the

@@ -159,7 +159,7 @@ def quantised_errors(
         quantised: the keys in question.
         observed: the Hessians of their inputs.
     """
-    errors = {}
+    errors: dict[str, float] = {}
     for nodes, keys in alike(block, quantised).items():
         hessian = observed.hessian(nodes)
         if hessian is not None:

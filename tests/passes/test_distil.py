@@ -54,9 +54,7 @@ class Toy:
     def distil(self, batches, output="logits", *, epochs=3, rate=0.02, told=None):
         progress = (lambda *args: told.append(args)) if told is not None else (lambda *args: None)
         settings = Distil(epochs, rate)
-        return distil(
-            self.parts, self.dense, self.params, KEYS, batches, settings, output=output, progress=progress
-        )
+        return distil(self.parts, self.dense, self.params, KEYS, batches, settings, output=output, progress=progress)
 
 
 @pytest.mark.parametrize("output", ["logits", "values"])

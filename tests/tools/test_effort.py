@@ -154,7 +154,10 @@ def test_the_effort_says_how_weights_are_quantised():
     [
         ({"quantise": "rtn"}, "--quantise rtn has no effect without --dtype int8 or --dtype int4"),
         ({"quantise": "sweep", "storage": Storage("bf16")}, "--quantise sweep has no effect without --dtype int8"),
-        ({"quantise": "joint", "storage": INT4}, "--quantise joint learns with --tune, --distil or --allocate; give one"),
+        (
+            {"quantise": "joint", "storage": INT4},
+            "--quantise joint learns with --tune, --distil or --allocate; give one",
+        ),
         ({"quantise": "sweep", "storage": INT4, "onnx": True}, "--quantise sweep needs the traced model"),
     ],
 )

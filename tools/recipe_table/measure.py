@@ -50,9 +50,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         recipe, storage = recipe_of(cell), split_pattern(cell.pattern)[1]
         batches = text_batches(traced, pretrained, recipe, calibration)
         with stages.run("prune"):
-            done = sparsify(
-                parts, params, recipe, batches, output=output_of(traced), cache=cache_pairs(traced, parts)
-            )
+            done = sparsify(parts, params, recipe, batches, output=output_of(traced), cache=cache_pairs(traced, parts))
         blocks = done.blocks
         if storage != FP32:
             store(traced, params)

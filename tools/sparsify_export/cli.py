@@ -135,7 +135,7 @@ def compile_command(
         group: neighbouring weights that share an int4 scale; default 128.
         quantise: how pruned weights become int8 or int4: each to the nearest, the default of fast; by a sweep that
             hands errors on to other weights, the default of balanced; or joint, the default of best, where clipping
-            strengths are also learned: with --tune or --distil together with the weights, with --allocate with the rates.
+            strengths are learned too: by --tune or --distil together with the weights, by --allocate with the rates.
         ops: sparse ops, or standard MatMul with zeros.
         lower: sparse ops for every weight that gets smaller, or (auto) not for those that this machine runs slower.
         lower_for: tokens in a call that --lower auto decides for; default 1, decoding.

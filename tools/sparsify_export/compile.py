@@ -12,6 +12,7 @@ from .calibrate.patterns import NM, Pattern, Unstructured
 from .calibrate.update import DAMPING
 from .passes.dialect.packed import Packed
 from .passes.dialect.storage import FP32, Storage
+from .passes.distil import Output
 from .passes.errors import InputError, VerificationError
 from .passes.frontend.batches import (
     TOKENS_PER_BATCH,
@@ -28,7 +29,6 @@ from .passes.fx.canonical import canonicalise
 from .passes.fx.partition import Partition, partition
 from .passes.fx.rewrite import lower_linears, stored_weights
 from .passes.lower import to_onnx
-from .passes.distil import Output
 from .passes.recipe import Recipe, Timings, Tune
 from .passes.sparsify import Sparsified, sparsify
 from .report import Evaluation, Report, build_report

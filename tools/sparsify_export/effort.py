@@ -120,7 +120,7 @@ def _check_given(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> None:
 
 
 def _tune(flags: Flags, *, onnx: bool) -> Tune | None:
-    if flags.tune in (None, "none"):
+    if flags.tune is None or flags.tune == "none":
         for flag, value in {"--tune-epochs": flags.tune_epochs, "--tune-lr": flags.tune_lr}.items():
             if value is not None:
                 raise InputError(f"{flag} {value:g} has no effect without --tune halves or --tune block")

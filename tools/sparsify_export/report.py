@@ -194,7 +194,7 @@ def render(report: Report) -> Group:
 def _blocks(report: Report) -> Table:
     table = Table(title="Pruned blocks", title_justify="left")
     updated = any(e.error_after is not None for e in report.linears)
-    layers = ("masked", "updated") if updated else ()
+    layers: tuple[str, ...] = ("masked", "updated") if updated else ()
     tuned = ("tuned",) if any(block["tuned"] for block in report.blocks) else ()
     names = {e.quantiser for e in report.linears if e.error_quantised is not None}
     layers += tuple(f"quantised ({name})" for name in names if name)
