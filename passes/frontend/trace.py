@@ -91,9 +91,7 @@ def empty_past(
     cache: tuple[tuple[int, int, int], ...], batch: int, dtype: torch.dtype = torch.float32
 ) -> list[tuple[Tensor, Tensor]]:
     """A past of length 0 for every cache layer: ``[batch, kv_heads, 0, head_dim]``."""
-    return [
-        (torch.zeros(batch, h, 0, k, dtype=dtype), torch.zeros(batch, h, 0, v, dtype=dtype)) for h, k, v in cache
-    ]
+    return [(torch.zeros(batch, h, 0, k, dtype=dtype), torch.zeros(batch, h, 0, v, dtype=dtype)) for h, k, v in cache]
 
 
 def _cache_of(past: list[tuple[Tensor, Tensor]]) -> DynamicCache:

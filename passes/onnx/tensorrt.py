@@ -1,7 +1,7 @@
 """What TensorRT's ONNX parser takes: rewrite what it would refuse, and refuse by name what cannot be rewritten.
 
-Source of every rule: the parser's own table, onnx-tensorrt ``docs/operators.md`` as of TensorRT 10.15, the oldest version
-that we support.
+Source of every rule: the parser's own table, onnx-tensorrt ``docs/operators.md`` as of TensorRT 10.15, the oldest
+version that we support.
 """
 
 from collections.abc import Sequence
@@ -10,23 +10,21 @@ import onnx_ir as ir
 
 from ..errors import InputError
 
-DOCUMENTED = frozenset(
-    """
-    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BlackmanWindow
-    Cast CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DeformConv
-    DepthToSpace DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather
-    GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample
-    GroupNormalization GRU HammingWindow HannWindow HardSigmoid HardSwish Hardmax Identity If InstanceNormalization
-    IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop LRN LSTM LpNormalization LpPool MatMul
-    Max MaxPool Mean MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or Pad Pow
-    PRelu QuantizeLinear RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range Reciprocal ReduceL1
-    ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu
-    Reshape Resize ReverseSequence RMSNormalization RNN RoiAlign RotaryEmbedding Round STFT Scan Scatter
-    ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth
-    Split Sqrt Squeeze Sub Sum Tan Tanh TensorScatter ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample
-    Where Xor
-    """.split()
-)
+_NAMES = """
+Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BlackmanWindow
+Cast CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DeformConv
+DepthToSpace DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements
+GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization
+GRU HammingWindow HannWindow HardSigmoid HardSwish Hardmax Identity If InstanceNormalization IsInf IsNaN
+LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop LRN LSTM LpNormalization LpPool MatMul Max MaxPool
+Mean MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or Pad Pow PRelu
+QuantizeLinear RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range Reciprocal ReduceL1 ReduceL2
+ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize
+ReverseSequence RMSNormalization RNN RoiAlign RotaryEmbedding Round STFT Scan Scatter ScatterElements ScatterND Selu
+Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan
+Tanh TensorScatter ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
+"""
+DOCUMENTED = frozenset(_NAMES.split())
 """The ops with a Y in that table."""
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -112,9 +110,10 @@ def _attention(node: ir.Node) -> bool:
 
 
 def _between_casts(node: ir.Node, dtype: ir.DataType) -> None:
-    """Let a node compute in ``dtype``, between a Cast of its first input and one of its output, which keeps its type."""
+    """Let a node compute in ``dtype``, between a Cast of its first input and one of its output."""
     x, y = node.inputs[0], node.outputs[0]
-    assert x is not None and y.dtype is not None
+    assert x is not None
+    assert y.dtype is not None
     if x.dtype != dtype:
         node.replace_input_with(0, _insert(node, "Cast", [x], like=x, dtype=dtype))
     inner = ir.Value(type=ir.TensorType(dtype), shape=y.shape)
@@ -142,6 +141,7 @@ def _insert(
 
 def _replace(node: ir.Node, value: ir.Value | None) -> None:
     """Let ``value`` take the place of the only output of ``node``."""
-    assert value is not None and node.graph is not None
+    assert value is not None
+    assert node.graph is not None
     ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
     node.graph.remove(node, safe=True)
