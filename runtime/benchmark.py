@@ -21,7 +21,7 @@ from ..passes.errors import InputError
 from .artifact import artifact_file, causal, open_artifact
 from .feeds import NUMPY
 from .session import CausalSession, open_session, sparse_runs
-from .tensorrt.session import is_plan
+from .tensorrt.session import check_can_run, is_plan
 
 PREFILL = (16, 128, 512)
 DECODE = (64, 1024)
@@ -128,9 +128,10 @@ def bench(
     if repeats < 1:
         raise InputError(f"a benchmark wants at least 1 run, got {repeats}")
     paths = [path] if against is None else [path, against]
-    sessions = [open_artifact(p, threads=threads) for p in paths]
-    workloads = [_workloads(session) for session in sessions]
+    for engine in filter(is_plan, paths):
+        check_can_run(engine)
     sides = [_side(p, threads) for p in paths]
+    workloads = [_workloads(open_artifact(p, threads=threads)) for p in paths]
     if len({tuple(w) for w in workloads}) != 1:
         raise InputError(f"{path} and {against} take different inputs and cannot be compared")
     rows, skipped = _measure_rows(workloads, tuple(workloads[0]), repeats, row_seconds, progress)

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ...passes.errors import InputError, NotBuiltError
 from ..session import CausalSession, Floats, Ints, Past
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 SUFFIXES = (".plan", ".engine")
 
@@ -37,6 +40,19 @@ def why_not(*, run: bool) -> str:
     return "torch sees no NVIDIA GPU here" if run and not torch.cuda.is_available() else ""
 
 
+def check_can_run(path: Path) -> None:
+    """Refuse an engine that does not exist or cannot be run here.
+
+    Raises:
+        InputError: there is no such file.
+        NotBuiltError: engines cannot be run here.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    if why := why_not(run=True):
+        raise NotBuiltError(f"{path} cannot be run: {why}; it wants TensorRT 10.15 or newer and an NVIDIA GPU")
+
+
 class PlanSession:
     """An engine, with one execution context for each of its profiles."""
 
@@ -47,10 +63,7 @@ class PlanSession:
             InputError: there is no such file, or it is no engine of this TensorRT and GPU.
             NotBuiltError: engines cannot be run here.
         """
-        if not path.is_file():
-            raise InputError(f"{path} does not exist")
-        if why := why_not(run=True):
-            raise NotBuiltError(f"{path} cannot be run: {why}; it wants TensorRT 10.15 or newer and an NVIDIA GPU")
+        check_can_run(path)
         import tensorrt as trt
 
         from .build_plan import Log
@@ -60,9 +73,9 @@ class PlanSession:
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise InputError(f"{path} is not an engine of this TensorRT and GPU: {' '.join(log.errors)}")
-        self._engine = engine
+        self._engine: trt.ICudaEngine = engine
         self._stream = torch.cuda.Stream()
-        self._contexts = []
+        self._contexts: list[trt.IExecutionContext] = []
         for index in range(engine.num_optimization_profiles):
             context = engine.create_execution_context()
             if context is None or not context.set_optimization_profile_async(index, self._stream.cuda_stream):
@@ -126,7 +139,7 @@ class PlanSession:
         self._stream.synchronize()
         return results
 
-    def _context(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    def _context(self, shapes: Mapping[str, tuple[int, ...]]) -> "trt.IExecutionContext":
         """The context of the last profile that takes these shapes; later profiles are narrower."""
         for index in reversed(range(len(self._contexts))):
             ranges = {name: self._engine.get_tensor_profile_shape(name, index) for name in shapes}

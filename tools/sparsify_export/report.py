@@ -247,6 +247,7 @@ def _engine_linears(engine: Mapping[str, Any]) -> Table:
     built = not engine["not_built"]
     table = Table("linear", "K", "N", "pattern", "sparse tactic possible", *(["picked"] if built else []))
     table.title, table.title_justify = "Linears for TensorRT", "left"
+    table.columns[0].overflow = "fold"  # a path cut short names no layer
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for linear in engine["linears"]:
         possible = f"{linear['eligible']}: {linear['reason']}" if linear["reason"] else linear["eligible"]
@@ -286,7 +287,8 @@ def _totals(report: Report) -> Table:
         ratio = report.stored_linear_bytes / report.dense_linear_bytes
         sizes = f"{_mb(report.stored_linear_bytes)} of {_mb(report.dense_linear_bytes)} dense fp32"
         gain = "" if ratio < 1 else ": no gain"
-        table.add_row("their weights", f"{sizes} ({ratio:.3f}x{gain})")
+        name = "their weights" if report.engine is None else "weights, zeros included"
+        table.add_row(name, f"{sizes} ({ratio:.3f}x{gain})")
     if (kept := _retained(report)) is not None:
         table.add_row("score kept", f"{kept:.3f} of that of the pruned weights")
     if lowered and report.settings["dtype"] in ("int8", "int4"):
