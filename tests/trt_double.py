@@ -5,6 +5,7 @@ Methods take what is documented and return a value of the documented type; a tes
 
 import enum
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ class Double(ModuleType):
     def __init__(self, surface: Surface, script: dict[str, Any]) -> None:
         super().__init__("tensorrt")
         self.__version__ = surface.version
+        self.__spec__ = ModuleSpec("tensorrt", None)  # or importlib could not tell that it is there
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.script = script
         self._surface = surface

@@ -1,8 +1,8 @@
 """Run a TensorRT engine through the interface of an ONNX Runtime session; buffers are torch tensors on the GPU."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 SUFFIXES = (".plan", ".engine")
+DEVICE = "cuda"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def is_plan(path: Path) -> bool:
 
 def why_not(*, run: bool) -> str:
     """What is missing here to build an engine, or to ``run`` one; "" for nothing that can be told beforehand."""
-    if importlib.util.find_spec("tensorrt") is None:
+    if find_spec("tensorrt") is None:
         return "TensorRT is not installed here"
     return "torch sees no NVIDIA GPU here" if run and not torch.cuda.is_available() else ""
 
@@ -109,7 +110,7 @@ class PlanSession:
 
     def upload(self, name: str, array: Any) -> Tensor:
         """An array on the GPU, in the type of the input ``name``."""
-        return torch.as_tensor(array).to("cuda", self.dtypes[name])
+        return torch.as_tensor(array).to(DEVICE, self.dtypes[name])
 
     def run_on_gpu(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on tensors on the GPU; returns when the results are there.
@@ -117,6 +118,8 @@ class PlanSession:
         Raises:
             InputError: the engine was not built for these shapes, or fails.
         """
+        if missing := [name for name in self._inputs if name not in feed]:  # the context would use the last one's
+            raise InputError(f"the engine wants {', '.join(missing)} too")
         context = self._context({name: tuple(tensor.shape) for name, tensor in feed.items()})
         self._stream.wait_stream(torch.cuda.current_stream())
         held = []
@@ -126,11 +129,11 @@ class PlanSession:
             context.set_input_shape(name, tuple(tensor.shape))
             context.set_tensor_address(name, buffer.data_ptr())
         if missing := context.infer_shapes():
-            raise InputError(f"the engine lacks inputs: {', '.join(missing)}")
+            raise InputError(f"the engine cannot tell its shapes without {', '.join(missing)}")
         results = {}
         for name in self._outputs:
             shape = tuple(context.get_tensor_shape(name))
-            results[name] = torch.empty(shape, dtype=self.dtypes[name], device="cuda")
+            results[name] = torch.empty(shape, dtype=self.dtypes[name], device=DEVICE)
             buffer = _room(results[name])
             held.append(buffer)
             context.set_tensor_address(name, buffer.data_ptr())
@@ -188,7 +191,7 @@ def _fits(shape: tuple[int, ...], least: Sequence[int], _: Sequence[int], most: 
 
 def _room(tensor: Tensor) -> Tensor:
     """The tensor as it lies in memory; where it is empty, one byte: TensorRT wants an address that is not null."""
-    return tensor.contiguous() if tensor.numel() else torch.empty(1, dtype=torch.uint8, device="cuda")
+    return tensor.contiguous() if tensor.numel() else torch.empty(1, dtype=torch.uint8, device=DEVICE)
 
 
 def _host(tensor: Tensor) -> Any:

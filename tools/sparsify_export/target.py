@@ -77,6 +77,9 @@ class Target:
                 self.stage.rename(self.out)
                 return
             report.save(self.stage / f"{self.out.name}.report.json")
+            if is_plan(self.out):  # engines of an earlier model must not stay beside this one
+                for engine in (self.out, self.out.with_suffix(".dense.plan")):
+                    engine.unlink(missing_ok=True)
             for file in sorted(self.stage.iterdir()):
                 file.replace(self.out.parent / file.name)
             self.stage.rmdir()
