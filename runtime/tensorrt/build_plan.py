@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -330,11 +330,6 @@ def read_options(file: Path) -> Options:
         return Options(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise PlanError(f"{file} does not hold the options of an engine: {error}") from error
-
-
-def write_options(options: Options, file: Path) -> None:
-    """Write options for ``read_options``."""
-    file.write_text(json.dumps(asdict(options), indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str]) -> int:

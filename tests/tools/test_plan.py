@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import VOCABULARY, load_into, random_model
 from sparsify_export.cli import main
+from sparsify_export.frontdoor import tokenizer_of
 from sparsify_export.passes.onnx.tensorrt import DOCUMENTED
 from sparsify_export.runtime import tensorrt
 from sparsify_export.runtime.generate import generate, greedy_torch
@@ -103,6 +104,10 @@ def test_options_and_report_say_what_is_wanted_and_possible(written):
     assert report["engine"]["not_built"] == "TensorRT is not installed here"
     assert [entry["how"] for entry in report["verified"]] == ["ONNX Runtime", "ONNX Runtime, decoding"]
     assert report["settings"]["dtype"] == "fp16"
+
+
+def test_an_engine_takes_the_tokenizer_of_its_model(written):
+    assert tokenizer_of(written, None)("w1 w2")["input_ids"] == [4, 5]
 
 
 def test_what_is_there_is_not_replaced(written, folder, capsys):

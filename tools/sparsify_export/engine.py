@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from .passes.fx.rewrite import Lowered, lower_linears
 from .passes.lower import to_onnx
 from .passes.recipe import BlockReport, Timings
 from .report import Evaluation, Report, build_report
+from .runtime import tensorrt
 from .runtime.benchmark import Row, compare_plans
 from .runtime.evaluate import Perplexity
 from .runtime.exact import ExactAnswers
@@ -176,7 +176,7 @@ def _build(
     }
     file = target.stage / f"{target.out.stem}.trt.json"
     file.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
-    shutil.copyfile(Path(str(find_spec("sparsify_export.runtime.tensorrt.build_plan").origin)), target.stage / SCRIPT)  # type: ignore[union-attr]
+    shutil.copyfile(Path(tensorrt.__file__).with_name(SCRIPT), target.stage / SCRIPT)
     why, found, latency = why_not(run=False), {}, ()
     if not why:
         from .runtime.tensorrt.build_plan import PlanError, build, read_options
