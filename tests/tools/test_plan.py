@@ -11,12 +11,15 @@ import pytest
 import torch
 from families import VOCABULARY, load_into, random_model
 from sparsify_export.cli import main
+from sparsify_export.compile import Console
+from sparsify_export.engine import _tell
 from sparsify_export.frontdoor import tokenizer_of
 from sparsify_export.passes.onnx.tensorrt import DOCUMENTED
 from sparsify_export.runtime import tensorrt
 from sparsify_export.runtime.generate import generate, greedy_torch
 from sparsify_export.runtime.inspection import weights
 from sparsify_export.runtime.session import CausalSession, open_session
+from sparsify_export.runtime.tensorrt.linears import PlanLinear, eligibility
 from trt_double import Double
 from trt_surface import VERSIONS, WHEELS, read_surface
 
@@ -212,3 +215,22 @@ def test_the_engine_is_built_in_place_where_tensorrt_is(images, double, tmp_path
     assert main([*arguments, "--overwrite", "--quiet"]) == 3
     assert "m.plan was not built: TensorRT built nothing" in capsys.readouterr().err
     assert {file.suffix for file in out.iterdir()} == {".onnx", ".data", ".json", ".py", ".cache"}
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype", "said"),
+    [
+        (64, torch.float32, "2:4 tensor cores need 16 bits or less, so this fp32 engine will run dense"),
+        (72, torch.float16, "1 of 2 2:4 linears will run dense: layers.0.up, K = 72 is not a multiple of 16"),
+        (64, torch.float16, None),
+    ],
+)
+def test_zeros_that_cannot_help_are_named_beforehand(k, dtype, said):
+    sixteen_bit = dtype != torch.float32
+    linears = [
+        PlanLinear(name, size, 64, "2:4", *eligibility(size, 64, two_of_four=True, sixteen_bit=sixteen_bit))
+        for name, size in (("layers.0.up", k), ("layers.0.down", 128))
+    ]
+    notes = []
+    _tell(linears, dtype, Console(note=notes.append))
+    assert [note.partition(";")[0] for note in notes] == ([] if said is None else [said])
