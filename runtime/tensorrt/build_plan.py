@@ -161,7 +161,7 @@ def check_version() -> None:
 
 
 def build_one(options: Options, folder: Path, plan: Path, *, sparse: bool, show: Show) -> Engine:
-    """Build one engine, write it beside its place and rename it, and look inside."""
+    """Build one engine, look inside, and write it beside its place and rename it."""
     log = Log()
     try:
         builder = trt.Builder(log)
@@ -189,13 +189,13 @@ def build_one(options: Options, folder: Path, plan: Path, *, sparse: bool, show:
     if built is None:
         raise PlanError(f"TensorRT built nothing: {' '.join(log.errors) or 'it gives no reason'}")
     keep_timing_cache(config, folder / options.timing_cache)
-    replace(plan, memoryview(built))
     engine = trt.Runtime(log).deserialize_cuda_engine(memoryview(built))
     if engine is None:
         raise PlanError(f"TensorRT cannot read what it built: {' '.join(log.errors)}")
     inspector = engine.create_engine_inspector()
     described = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     weight_bytes = engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE)
+    replace(plan, memoryview(built))
     return Engine(plan, built.nbytes, weight_bytes, tuple(log.sparsity), tuple(described.get("Layers", ())))
 
 

@@ -211,7 +211,8 @@ def test_the_engine_is_built_in_place_where_tensorrt_is(images, double, tmp_path
     assert "wrote" in said
 
     # What TensorRT cannot build leaves the ONNX file and the script, and says why.
-    double.script["Builder.build_serialized_network"] = lambda self, network, config: None
+    built = iter([double.IHostMemory(b"engine"), None])
+    double.script["Builder.build_serialized_network"] = lambda self, network, config: next(built)
     assert main([*arguments, "--overwrite", "--quiet"]) == 3
     assert "m.plan was not built: TensorRT built nothing" in capsys.readouterr().err
     assert {file.suffix for file in out.iterdir()} == {".onnx", ".data", ".json", ".py", ".cache"}
