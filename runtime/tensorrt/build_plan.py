@@ -19,10 +19,11 @@ NOT_BUILT = 3
 
 try:
     import tensorrt as trt
-except ImportError:
+except ImportError as error:
     if __name__ != "__main__":
         raise
-    sys.stderr.write(f"build_plan.py: TensorRT is not installed here; building an engine needs {NEEDS}\n")
+    WHY = "is not installed here" if error.name == "tensorrt" else f"cannot be imported here ({error})"
+    sys.stderr.write(f"build_plan.py: TensorRT {WHY}; building an engine needs {NEEDS}\n")
     sys.exit(NOT_BUILT)
 
 Show = Callable[[str, int, int], object]

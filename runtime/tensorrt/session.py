@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,10 @@ def why_not(*, run: bool) -> str:
     """What is missing here to build an engine, or to ``run`` one; "" for nothing that can be told beforehand."""
     if find_spec("tensorrt") is None:
         return "TensorRT is not installed here"
+    try:
+        import_module("tensorrt")
+    except (ImportError, OSError) as error:  # its libraries, or CUDA's, are missing
+        return f"TensorRT cannot be imported here ({error})"
     return "torch sees no NVIDIA GPU here" if run and not torch.cuda.is_available() else ""
 
 

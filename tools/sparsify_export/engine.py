@@ -188,8 +188,7 @@ def _build(
                 found = build(read_options(file), target.stage, show=console.progress)
         except PlanError as error:
             why = str(error)
-            for plan in target.stage.glob("*.plan"):  # one of the two may have been built
-                plan.unlink()
+            (target.stage / target.out.name).unlink(missing_ok=True)  # one of the two engines may have been built
     if found and found["dense_plan"] and not why_not(run=True):
         with stages.run("measure"):
             latency = compare_plans(target.stage / found["plan"], target.stage / found["dense_plan"])

@@ -1,6 +1,8 @@
 """Running an engine: a double of TensorRT, whose engine is ONNX Runtime behind the addresses that it is given."""
 
 import ctypes
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -176,6 +178,20 @@ def test_without_tensorrt_or_without_a_gpu(tmp_path, monkeypatch):
     with pytest.raises(NotBuiltError, match=r"TensorRT is not installed here; it wants TensorRT 10\.15"):
         open_artifact(file)
     monkeypatch.setattr(engines, "find_spec", lambda name: object())
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11: no such file')")
+    with pytest.raises(NotBuiltError, match=r"TensorRT cannot be imported here \(libnvinfer\.so\.11: no such file\)"):
+        open_artifact(file)
+    done = subprocess.run(
+        [sys.executable, engines.__file__.replace("session", "build_plan")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "TensorRT cannot be imported here (libnvinfer.so.11: no such file); building" in done.stderr
+    monkeypatch.setattr(engines, "import_module", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NotBuiltError, match="torch sees no NVIDIA GPU here"):
         open_artifact(file)
