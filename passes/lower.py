@@ -1,4 +1,4 @@
-"""Lower a traced model to ONNX, opset 23, for ONNX Runtime."""
+"""Lower a traced model to ONNX, opset 23, for ONNX Runtime or for TensorRT."""
 
 import ast
 import json
@@ -23,6 +23,7 @@ from .fx.plain import plain_linears
 from .onnx.attention_cache import JoinCacheInAttention
 from .onnx.attention_heads import SplitHeadsInAttention
 from .onnx.grouped_attention import ShareAttentionHeads
+from .onnx.tensorrt import SuitTensorRT, check_tensorrt
 from .onnx.write import write_model
 
 OPSET = 23
@@ -31,7 +32,7 @@ TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object]) -> None:
+def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object], tensorrt: bool = False) -> None:
     """Write ``traced`` as ``path`` and ``path.data``.
 
     Causal models take ``input_ids, attention_mask, past_key_values.{i}.key/value`` and return ``logits,
@@ -42,9 +43,11 @@ def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object]) -> No
         traced: the model; its program is consumed.
         path: the ``.onnx`` file.
         metadata: stored in the file as JSON strings.
+        tensorrt: write what TensorRT's parser takes. It refuses Attention that joins the KV cache itself, so Concat
+            joins it; and it knows no op of ours, so the program must hold none.
 
     Raises:
-        InputError: the files cannot be written.
+        InputError: the files cannot be written, or TensorRT would not take the model.
     """
     merge_linears(traced.program)
     plain_linears(traced.program)
@@ -56,14 +59,15 @@ def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object]) -> No
         common.ClearMetadataAndDocStringPass(),
         ShareAttentionHeads(),
         common.RemoveUnusedNodesPass(),  # or the repetition would still read the keys
-        JoinCacheInAttention(),
-        SplitHeadsInAttention(),
+        *((SuitTensorRT(),) if tensorrt else (JoinCacheInAttention(), SplitHeadsInAttention())),
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
     ):
         pass_(model)
+    if tensorrt:
+        check_tensorrt(model)
     model.metadata_props.update({f"sparsify.{key}": json.dumps(value) for key, value in metadata.items()})
     model.producer_name = "sparsify-export"
     used = {node.op_type for node in model.graph if node.domain == "sparsify"}

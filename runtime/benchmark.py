@@ -14,10 +14,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
+import torch
 from rich.table import Table
 
 from ..passes.errors import InputError
-from .session import CausalSession, model_file, open_session, sparse_runs
+from .artifact import artifact_file, causal, open_artifact
+from .feeds import NUMPY
+from .session import CausalSession, open_session, sparse_runs
+from .tensorrt.session import check_can_run, is_plan
 
 PREFILL = (16, 128, 512)
 DECODE = (64, 1024)
@@ -66,7 +70,7 @@ class Side:
         file_bytes: the model file and its external data.
         resident_bytes: growth of the resident memory of a fresh process between having imported ONNX Runtime and
             having run 16 tokens (or one batch): weights as they were loaded or touched in the mapped file, what
-            ONNX Runtime repacked, and its buffers.
+            ONNX Runtime repacked, and its buffers. For an engine, growth of the GPU's used memory instead.
         sparse_ops: how often each sparse op ran in that run, from ONNX Runtime's profile; empty for a dense file.
     """
 
@@ -124,8 +128,10 @@ def bench(
     if repeats < 1:
         raise InputError(f"a benchmark wants at least 1 run, got {repeats}")
     paths = [path] if against is None else [path, against]
+    for engine in filter(is_plan, paths):
+        check_can_run(engine)
     sides = [_side(p, threads) for p in paths]
-    workloads = [_workloads(open_session(p, threads=threads)) for p in paths]
+    workloads = [_workloads(open_artifact(p, threads=threads)) for p in paths]
     if len({tuple(w) for w in workloads}) != 1:
         raise InputError(f"{path} and {against} take different inputs and cannot be compared")
     rows, skipped = _measure_rows(workloads, tuple(workloads[0]), repeats, row_seconds, progress)
@@ -143,6 +149,13 @@ def compare_kernels(path: Path, *, repeats: int = 9, row_seconds: float = 5.0) -
     sides = [_workloads(open_session(path, kernels=kernels)) for kernels in (True, False)]
     names = tuple(name for name in ("prefill 128", "decode 64", "batch 1") if name in sides[0])
     return _measure_rows(sides, names, repeats, row_seconds, lambda stage, done, total: None)[0]
+
+
+def compare_plans(path: Path, against: Path, *, repeats: int = 9) -> tuple[Row, ...]:
+    """Measure an engine in turns with the one built without sparse tactics: one prefill and one decode row."""
+    sides = [_workloads(open_artifact(file)) for file in (path, against)]
+    names = tuple(name for name in ("prefill 128", "decode 64", "batch 1") if name in sides[0])
+    return _measure_rows(sides, names, repeats, 5.0, lambda stage, done, total: None)[0]
 
 
 def compare_files(path: Path, against: Path, feed: dict[str, Any], *, repeats: int = 9) -> tuple[Row, ...]:
@@ -172,6 +185,8 @@ def render(report: BenchReport) -> Table:
         table.add_row(name, *cells)
     ops = ", ".join(f"{count} {op}" for op, count in report.model.sparse_ops.items()) or "none"
     table.caption = f"sparse ops run: {ops}; threads: {report.threads or 'as ONNX Runtime decides'}"
+    if is_plan(Path(report.model.path)):
+        table.caption = "memory is the GPU's; which layers are sparse says the report beside the engine"
     return table
 
 
@@ -219,9 +234,9 @@ def _workloads(session: Any) -> dict[str, Run]:
     """What can be run on this file, by name. Ids are random, the same for every file."""
     inputs = {i.name: i for i in session.get_inputs()}
     if any(name.startswith("past_key_values.") for name in inputs):
-        causal = CausalSession(session)
-        prefill = {f"prefill {m}": _step(causal, m, 0) for m in PREFILL}
-        return prefill | {f"decode {past}": _step(causal, 1, past) for past in DECODE}
+        model = causal(session)
+        prefill = {f"prefill {m}": _step(model, m, 0) for m in PREFILL}
+        return prefill | {f"decode {past}": _step(model, 1, past) for past in DECODE}
     if "input_ids" in inputs:
         return {f"prefill {m}": _call(session, {name: (1, m) for name in inputs}) for m in PREFILL}
     shapes = {name: tuple(d if isinstance(d, int) else 1 for d in i.shape) for name, i in inputs.items()}
@@ -231,7 +246,7 @@ def _workloads(session: Any) -> dict[str, Run]:
 def _step(causal: CausalSession, tokens: int, past: int) -> Run:
     ids = np.random.default_rng(0).integers(causal.vocabulary, size=(1, tokens))
     mask, cache = np.ones((1, past + tokens), np.int64), causal.random_past(1, past)
-    return lambda: causal.step(ids, mask, cache)
+    return lambda: causal.run_only(ids, mask, cache)
 
 
 def _call(session: Any, shapes: dict[str, tuple[int, ...]]) -> Run:
@@ -240,13 +255,14 @@ def _call(session: Any, shapes: dict[str, tuple[int, ...]]) -> Run:
     feed: dict[str, Any] = {}
     for i in session.get_inputs():
         shape = shapes[i.name]
-        feed[i.name] = np.ones(shape, np.int64) if "int" in i.type else rng.standard_normal(shape, np.float32)
+        array = np.ones(shape) if "int" in i.type else rng.standard_normal(shape, np.float32)
+        feed[i.name] = array.astype(NUMPY.get(i.type, np.float32))
     return lambda: session.run(None, feed)
 
 
 def _side(path: Path, threads: int | None) -> Side:
     """Size and memory of one file; the memory in a process of its own, where nothing else is."""
-    file = model_file(path)
+    file = artifact_file(path)
     data = file.with_name(file.name + ".data")
     size = file.stat().st_size + (data.stat().st_size if data.is_file() else 0)
     command = [sys.executable, "-m", __name__, str(file), str(threads or 0)]
@@ -260,6 +276,8 @@ def _side(path: Path, threads: int | None) -> Side:
 
 def _measure(file: Path, threads: int | None) -> tuple[int, dict[str, int]]:
     """Resident memory after the first workload, and the sparse ops in it; call in a fresh process."""
+    if is_plan(file):
+        return _measure_on_gpu(file), {}
     process = psutil.Process()
     before = process.memory_info().rss
     session = open_session(file, threads=threads)
@@ -270,6 +288,14 @@ def _measure(file: Path, threads: int | None) -> tuple[int, dict[str, int]]:
         session = open_session(file, threads=threads, profile=Path(folder) / "profile")
         next(iter(_workloads(session).values()))()
         return resident, sparse_runs(session)
+
+
+def _measure_on_gpu(file: Path) -> int:
+    """Memory of the GPU that is in use after the first workload, and was not before."""
+    before, _ = torch.cuda.mem_get_info()
+    session = open_artifact(file)
+    next(iter(_workloads(session).values()))()
+    return before - torch.cuda.mem_get_info()[0]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ SPARSE_OPS = tuple(OPS)
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float32]
 Past: TypeAlias = Sequence[Any]
-"""The KV cache: one OrtValue float32 ``[batch, kv_heads, past, head_dim]`` for every key and value, in file order."""
+"""The KV cache: one OrtValue ``[batch, kv_heads, past, head_dim]`` for every key and value, in file order."""
+
+CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def open_session(
@@ -133,6 +135,7 @@ class CausalSession:
         self.session = session
         self.vocabulary = int(outputs["logits"].shape[-1])
         self._shapes = [tuple(inputs[name].shape) for name in self._past]
+        self._types = [inputs[name].type for name in self._past]
         for name, (_, heads, _, size) in zip(self._past, self._shapes, strict=True):
             if not (isinstance(heads, int) and isinstance(size, int)):
                 raise InputError(f"{name} is {list(inputs[name].shape)}; want numbers for its heads and their size")
@@ -145,7 +148,9 @@ class CausalSession:
         """A cache of ``length`` tokens with normal random numbers, the same at every call: for timing."""
         rng = np.random.default_rng(0)
         shapes = [(batch, heads, length, size) for _, heads, _, size in self._shapes]
-        return [ort.OrtValue.ortvalue_from_numpy(rng.standard_normal(shape, np.float32)) for shape in shapes]
+        arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
+        typed = [array.astype(CACHE_TYPES[name]) for array, name in zip(arrays, self._types, strict=True)]
+        return [ort.OrtValue.ortvalue_from_numpy(array) for array in typed]
 
     def step(self, ids: Ints, mask: Ints, past: Past) -> tuple[Floats, Past]:
         """Run some tokens.
@@ -163,6 +168,10 @@ class CausalSession:
         feed["attention_mask"] = ort.OrtValue.ortvalue_from_numpy(mask)
         logits, *present = self.session.run_with_ort_values(["logits", *self._present], feed)
         return logits.numpy(), present
+
+    def run_only(self, ids: Ints, mask: Ints, past: Past) -> None:
+        """Run some tokens, for timing; what moves results to where the caller is may be left out."""
+        self.step(ids, mask, past)
 
 
 def _first_line(error: Exception) -> str:

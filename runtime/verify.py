@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,13 @@ from ..passes.frontend.batches import Batch
 from ..passes.frontend.trace import Traced
 from ..passes.fx.partition import Partition
 from ..passes.fx.run import run_part_float64, run_part_rounded, start
+from .feeds import NUMPY
 from .session import CausalSession, open_session
 
 DECODED = 8
 """How many of the tokens are fed one by one, through the cache."""
+
+WAYS = MappingProxyType({"kernels": True, "functions": False})
 
 FACTOR = 4.0
 """How many times as wrong as float32 torch the file may be: ONNX Runtime sums in blocks of its own."""
@@ -72,16 +76,22 @@ def expect(
     return Expected(batch, baseline[partition.outputs[0]], exact[partition.outputs[0]])
 
 
-def verify(path: Path, traced: Traced, expected: Expected) -> list[Verified]:
+def verify(path: Path, traced: Traced, expected: Expected, ways: Mapping[str, bool] = WAYS) -> list[Verified]:
     """Run the file with the kernels and with its own functions, whole and (causal models) token by token.
+
+    Args:
+        path: the file.
+        traced: the model.
+        expected: what it returns.
+        ways: what each way of running the file is called, and whether it is with our kernels.
 
     Raises:
         VerificationError: one of them is further from the truth than ``FACTOR`` times float32 torch, or is not finite.
     """
     results = []
-    for how, kernels in (("kernels", True), ("functions", False)):
+    for how, kernels in ways.items():
         session = open_session(path, kernels=kernels)
-        feed = {name: x.numpy() for name, x in zip(traced.inputs, expected.batch.inputs, strict=True)}
+        feed = _feed(session, traced, expected.batch)
         got = torch.from_numpy(session.run([traced.outputs[0]], feed)[0])
         results.append(Verified(how, compare(got, expected.baseline, expected.exact, factor=FACTOR)))
         if traced.kind == "causal":
@@ -91,6 +101,13 @@ def verify(path: Path, traced: Traced, expected: Expected) -> list[Verified]:
         if not result.closeness.ok:
             raise VerificationError(f"{path.name} differs from the model ({result.how}): {result.closeness}")
     return results
+
+
+def _feed(session: Any, traced: Traced, batch: Batch) -> dict[str, Any]:
+    """The inputs in the types that the file wants; those of bfloat16 models are float32 there."""
+    wide = [x.float() if x.dtype == torch.bfloat16 else x for x in batch.inputs]
+    types = {value.name: NUMPY[value.type] for value in session.get_inputs()}
+    return {name: x.numpy().astype(types[name]) for name, x in zip(traced.inputs, wide, strict=True)}
 
 
 def _decode(session: CausalSession, batch: Batch) -> Tensor:

@@ -87,9 +87,11 @@ def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None) -
         raise InputError(f"{pretrained.source} cannot be traced: {first}") from error
 
 
-def empty_past(cache: tuple[tuple[int, int, int], ...], batch: int) -> list[tuple[Tensor, Tensor]]:
-    """A past of length 0 for every cache layer: float32 ``[batch, kv_heads, 0, head_dim]``."""
-    return [(torch.zeros(batch, h, 0, k), torch.zeros(batch, h, 0, v)) for h, k, v in cache]
+def empty_past(
+    cache: tuple[tuple[int, int, int], ...], batch: int, dtype: torch.dtype = torch.float32
+) -> list[tuple[Tensor, Tensor]]:
+    """A past of length 0 for every cache layer: ``[batch, kv_heads, 0, head_dim]``."""
+    return [(torch.zeros(batch, h, 0, k, dtype=dtype), torch.zeros(batch, h, 0, v, dtype=dtype)) for h, k, v in cache]
 
 
 def _cache_of(past: list[tuple[Tensor, Tensor]]) -> DynamicCache:
@@ -117,10 +119,14 @@ def _cache_shapes(model: nn.Module) -> tuple[tuple[int, int, int], ...]:
 def _trace_causal(pretrained: Pretrained) -> Traced:
     shapes = _cache_shapes(pretrained.model)
     batch, sequence, past = 2, 3, 5  # any sizes above 1: 0 and 1 would be taken for constants
+    dtype = pretrained.model.dtype
     example = (
         torch.zeros(batch, sequence, dtype=torch.long),
         torch.ones(batch, past + sequence, dtype=torch.long),
-        [(torch.zeros(batch, h, past, k), torch.zeros(batch, h, past, v)) for h, k, v in shapes],
+        [
+            (torch.zeros(batch, h, past, k, dtype=dtype), torch.zeros(batch, h, past, v, dtype=dtype))
+            for h, k, v in shapes
+        ],
     )
     b, s, p = Dim("batch", min=1), Dim("sequence", min=1), Dim("past", min=0)
     dynamic = ({0: b, 1: s}, {0: b, 1: Dim.DYNAMIC}, [({0: b, 2: p}, {0: b, 2: p}) for _ in shapes])
@@ -165,4 +171,6 @@ def _two_of(pretrained: Pretrained, name: str, example: Mapping[str, Tensor] | N
             raise InputError(f"{pretrained.source} takes {name} of unknown shape; give --calibration-inputs FOLDER")
         height, width = size if isinstance(size, list | tuple) else (size, size)
         one = torch.zeros(1, channels, height, width)
+    if one.is_floating_point():
+        one = one.to(pretrained.model.dtype)
     return one.expand(2, *one.shape[1:]).contiguous()

@@ -136,14 +136,18 @@ class _Rounded(Interpreter):
 
 
 class _Float64(Interpreter):
-    """Computes in float64 where the graph says float32, casts included."""
+    """Computes in float64 where the graph says float32 or a 16-bit float, casts included."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        args = tuple(torch.float64 if _is_narrow(a) else a for a in args)
+        kwargs = {k: torch.float64 if _is_narrow(v) else v for k, v in kwargs.items()}
         result = super().call_function(target, args, kwargs)
         return _to_float64(result)
 
 
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
+
+
 def _to_float64(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+    return value.double() if isinstance(value, Tensor) and _is_narrow(value.dtype) else value

@@ -207,12 +207,6 @@ def test_text_encoders_are_calibrated_from_padded_npz_batches(tmp_path, capsys):
     assert main(files) == 0
 
 
-def test_plan_says_that_engines_are_not_built_here(folder, tmp_path, capsys):
-    assert main([str(folder), "--nm", "2:4", "-o", str(tmp_path / "model.plan")]) == 3
-    assert "cannot build TensorRT engines" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_skip_leaves_layers_dense_and_reports_them(folder, text, tmp_path):
     out = tmp_path / "model.onnx"
     arguments = [str(folder), "--nm", "2:4", "--calibration", str(text), *SHORT]

@@ -10,7 +10,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .passes.errors import InputError, VerificationError
+from .passes.errors import InputError, NotBuiltError, VerificationError
 
 DONE, BAD_INPUT, NOT_BUILT, NOT_EQUAL, INTERRUPTED = 0, 2, 3, 4, 130
 
@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VerificationError as error:
         errors.print(f"sparsify-export: verification failed: {error}")
         return NOT_EQUAL
+    except NotBuiltError as error:
+        errors.print(f"sparsify-export: {error}")
+        return NOT_BUILT
     except KeyboardInterrupt:
         errors.print("sparsify-export: interrupted; nothing was written")
         return INTERRUPTED
@@ -74,12 +77,16 @@ def compile_command(
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
-    dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32",
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] | None = None,
     group: Literal[32, 64, 128] | None = None,
     quantise: Literal["rtn", "sweep", "joint"] | None = None,
-    ops: Literal["sparse", "standard"] = "sparse",
-    lower: Literal["always", "auto"] = "always",
+    ops: Literal["sparse", "standard"] | None = None,
+    lower: Literal["always", "auto"] | None = None,
     lower_for: int | None = None,
+    batch: str | None = None,
+    seq: str | None = None,
+    context: int | None = None,
+    workspace: int | None = None,
     eval_: Annotated[Path | None, Parameter(name="--eval")] = None,
     window: int = 2048,
     windows: int | None = None,
@@ -87,11 +94,12 @@ def compile_command(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     quiet: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Prune a model, verify it and write it as ONNX; with neither --nm nor --sparsity, only lower what is sparse.
+    """Prune a model, verify it and write it as ONNX or as an engine; without --nm and --sparsity, only lower it.
 
     Args:
         model: Hugging Face folder, hub id, .gguf file or .onnx file.
-        out: OUT.onnx (weights go to OUT.onnx.data), or a folder.
+        out: OUT.onnx (weights go to OUT.onnx.data), a folder, or OUT.plan for a TensorRT engine: where none can be
+            built, the ONNX file for it and a script that builds it are written, and the exit code is 3.
         nm: keep N of every M neighbouring weights, e.g. 2:4.
         sparsity: fraction of zeros anywhere, between 0 and 1.
         effort: the recipe that fills in flags not given; fast is score and fold, original weights; balanced, the
@@ -131,14 +139,20 @@ def compile_command(
         samples: calibration windows; default 128 of a file, 32 of the model's own text.
         seq_len: tokens in a calibration window; default 2048 of a file, 512 of the model's own text.
         seed: of everything random.
-        dtype: storage of packed weights; with int8 and int4 activations are quantised too, token by token.
+        dtype: storage of packed weights, default fp32; with int8 and int4 activations are quantised too, token by
+            token. Of an engine, what everything is computed in: fp16, the default, bf16 or fp32.
         group: neighbouring weights that share an int4 scale; default 128.
         quantise: how pruned weights become int8 or int4: each to the nearest, the default of fast; by a sweep that
             hands errors on to other weights, the default of balanced; or joint, the default of best, where clipping
             strengths are learned too: by --tune or --distil together with the weights, by --allocate with the rates.
-        ops: sparse ops, or standard MatMul with zeros.
-        lower: sparse ops for every weight that gets smaller, or (auto) not for those that this machine runs slower.
+        ops: sparse ops, the default, or standard MatMul with zeros.
+        lower: sparse ops for every weight that gets smaller, the default, or (auto) not for those that this machine
+            runs slower.
         lower_for: tokens in a call that --lower auto decides for; default 1, decoding.
+        batch: texts at once that an engine takes, as min,opt,max; default 1,1,1.
+        seq: tokens at once that an engine takes, as min,opt,max; default 1 to the context, best at 128.
+        context: tokens of a text at most that an engine takes; default what the model takes, up to 2048.
+        workspace: MiB of memory that a tactic of an engine may use; default as TensorRT decides.
         eval_: text file to measure perplexity on, before and after; exact answers are counted as well.
         window: tokens in an evaluation window.
         windows: evaluation windows at most.
@@ -150,11 +164,28 @@ def compile_command(
     from .effort import Flags, effort_of, make_recipe
     from .passes.dialect.storage import FP32, Storage
     from .passes.given_masks import read_masks
+    from .plan import EngineSettings, check_engine_flags, not_built
     from .report import render
 
-    if out.endswith((".plan", ".engine")):
-        errors.print(f"sparsify-export: {out}: this version cannot build TensorRT engines; want a name ending in .onnx")
-        return NOT_BUILT
+    _positive("--context", context, least=2)
+    _positive("--workspace", workspace)
+    engine = check_engine_flags(
+        model,
+        out,
+        EngineSettings(batch, seq, context, workspace),
+        dtype=dtype,
+        refused={
+            "--sparsity": sparsity,
+            "--mask": mask if nm is None else None,
+            "--group": group,
+            "--quantise": quantise,
+            "--ops": ops,
+            "--lower": lower,
+            "--lower-for": lower_for,
+        },
+    )
+    dtype = dtype or ("fp16" if engine else "fp32")
+    ops = ops or ("standard" if engine else "sparse")
     _positive("--samples", samples)
     _positive("--seq-len", seq_len, least=2)
     _positive("--window", window, least=2)
@@ -228,7 +259,7 @@ def compile_command(
     _positive("--lower-for", lower_for)
     tokens = (lower_for or 1) if lower == "auto" else None
     source = compiler.Calibration(calibration, calibration_inputs, samples, seq_len, seed)
-    settings = compiler.Settings(recipe, source, storage, ops, tokens, eval_, window, windows)
+    settings = compiler.Settings(recipe, source, storage, ops, tokens, eval_, window, windows, engine)
     with _progress(quiet) as console:
         if not quiet:
             chosen = effort_of(flags, onnx=is_onnx) if recipe else None
@@ -243,6 +274,9 @@ def compile_command(
         )
     if not quiet:
         terminal.print(render(report))
+    if report.engine is not None and report.engine["not_built"]:
+        raise NotBuiltError(not_built(Path(out), report.engine))
+    if not quiet:
         terminal.print(f"wrote {out}", highlight=False)
     return DONE
 
@@ -263,7 +297,7 @@ def eval_command(
     """Perplexity of a model or an exported file over non-overlapping windows of a text, and exact answers.
 
     Args:
-        model: an .onnx file, a folder this tool wrote, a Hugging Face folder, hub id or .gguf file.
+        model: an .onnx file, an engine, a folder this tool wrote, a Hugging Face folder, hub id or .gguf file.
         text: plain text, or JSONL with a text field, to measure perplexity on.
         exact: count exactly right answers to small problems: copying, brackets, arithmetic.
         window: tokens in a window.
@@ -313,7 +347,7 @@ def bench_command(
     threads: int | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Time prefill and decode of an exported file, in turns with another one.
+    """Time prefill and decode of an exported file or engine, in turns with another one.
 
     Args:
         model: the file under test.
@@ -412,7 +446,7 @@ def generate_command(
     """Continue a prompt greedily, with the KV cache.
 
     Args:
-        model: an exported file or folder.
+        model: an exported file or folder, or an engine.
         prompt: the text to continue.
         max_new_tokens: tokens to write at most.
         tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.

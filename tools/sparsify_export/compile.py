@@ -31,6 +31,7 @@ from .passes.fx.rewrite import lower_linears, stored_weights
 from .passes.lower import to_onnx
 from .passes.recipe import Recipe, Timings, Tune
 from .passes.sparsify import Sparsified, sparsify
+from .plan import EngineSettings, engine_sizes
 from .report import Evaluation, Report, build_report
 from .runtime.benchmark import compare_kernels
 from .runtime.evaluate import Logits, Perplexity, onnx_logits, perplexity, torch_logits
@@ -78,6 +79,7 @@ class Settings:
         evaluate: text file to measure perplexity on before and after, or None.
         window: tokens in an evaluation window.
         windows: how many evaluation windows at most; None for all.
+        engine: what a TensorRT engine has to take; None where none is asked for.
     """
 
     recipe: Recipe | None
@@ -88,6 +90,7 @@ class Settings:
     evaluate: Path | None = None
     window: int = 2048
     windows: int | None = None
+    engine: EngineSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,9 @@ def compile_model(
 
     Args:
         source: Hugging Face folder, hub id, ``.gguf`` file or ``.onnx`` file; the last goes to ``compile_onnx``.
-        out: a file ending in ``.onnx`` (weights go to ``OUT.data``, the report to ``OUT.report.json``), or a folder
-            for ``model.onnx``, ``model.onnx.data``, tokenizer, configuration and ``report.json``.
+        out: a file ending in ``.onnx`` (weights go to ``OUT.data``, the report to ``OUT.report.json``), an engine
+            ending in ``.plan`` (see engine.py), or a folder for ``model.onnx``, ``model.onnx.data``, tokenizer,
+            configuration and ``report.json``.
         settings: what to make.
         trust_remote_code: run Python code that comes with the checkpoint.
         overwrite: replace what is at ``out``.
@@ -137,6 +141,7 @@ def compile_model(
     with stages.run("load"):
         console.progress("loading", 0, 0)
         pretrained = load(source, trust_remote_code=trust_remote_code)
+    sizes = engine_sizes(settings.engine, pretrained) if settings.engine else None
     before = _evaluate_torch(pretrained, settings, stages, console)
     windows, held_out = _text(pretrained, settings, stages, console)
     with stages.run("trace"):
@@ -162,9 +167,14 @@ def compile_model(
                 timings=timings,
             )
         store(traced, params)
+    probe = _probe(traced, pretrained, batches, held_out, settings)
+    if sizes is not None:
+        from .engine import Pruned, finish_engine  # which imports this file
+
+        pruned = Pruned(pretrained, params, done, probe, example)
+        return finish_engine(pruned, target, settings, sizes, before, stages, timings, console)
     with stages.run("lower"):
         console.progress("lowering", 0, 0)
-        probe = _probe(traced, pretrained, batches, held_out, settings)
         machine = this_machine() if settings.lower_for is not None else None
         worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
         sparse = settings.ops == "sparse"
@@ -415,4 +425,5 @@ def plain(settings: Settings) -> dict[str, Any]:
         "group": settings.storage.group or None,
         "ops": settings.ops,
         "lower": "always" if settings.lower_for is None else f"auto, for {settings.lower_for} tokens a call",
+        **(settings.engine.plain() if settings.engine else {}),
     }

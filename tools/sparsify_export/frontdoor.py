@@ -15,12 +15,14 @@ from .passes.frontend.load import load, load_tokenizer
 from .passes.frontend.trace import trace
 from .passes.fx.canonical import canonicalise, parameter_names
 from .passes.fx.linears import find_linears
+from .runtime.artifact import causal, open_artifact
 from .runtime.evaluate import Perplexity, onnx_logits, perplexity, torch_logits
 from .runtime.exact import ExactAnswers, exact_answers
 from .runtime.generate import Generation
 from .runtime.generate import generate as run_generate
 from .runtime.inspection import weights as file_weights
-from .runtime.session import CausalSession, model_file, open_session
+from .runtime.session import model_file
+from .runtime.tensorrt.session import is_plan
 from .simulator import Cycles
 from .simulator import simulate as run_simulator
 
@@ -40,9 +42,10 @@ def evaluate(
 
     Raises:
         InputError: see ``load``, ``open_session``, ``read_windows``, ``perplexity`` and ``exact_answers``.
+        NotBuiltError: see ``open_artifact``.
     """
     if is_export(Path(model)):
-        logits = onnx_logits(CausalSession(open_session(Path(model))))
+        logits = onnx_logits(causal(open_artifact(Path(model))))
         words = tokenizer_of(Path(model), tokenizer)
     else:
         pretrained = load(model, trust_remote_code=trust_remote_code)
@@ -68,9 +71,12 @@ def generate(
 
     Raises:
         InputError: see ``open_session`` and ``tokenizer_of``; or the prompt is empty.
+        NotBuiltError: see ``open_artifact``.
     """
+    if is_plan(model) and (threads is not None or not kernels):
+        raise InputError(f"{'--threads' if threads else '--no-kernels'} has no effect on an engine")
+    session = causal(open_artifact(model, threads=threads, kernels=kernels))
     words = tokenizer_of(model, tokenizer)
-    session = CausalSession(open_session(model, threads=threads, kernels=kernels))
     ids = words(prompt, verbose=False)["input_ids"]
     eos = () if words.eos_token_id is None else (words.eos_token_id,)
     result = run_generate(session, [ids], max_new_tokens=max_new_tokens, eos=eos)
@@ -108,7 +114,7 @@ def _weights(model: str, *, trust_remote_code: bool) -> Iterator[tuple[str, Tens
 
 def is_export(path: Path) -> bool:
     """Whether a path is something this tool wrote, rather than a pretrained model."""
-    return path.suffix == ".onnx" or (path / "model.onnx").is_file()
+    return path.suffix == ".onnx" or is_plan(path) or (path / "model.onnx").is_file()
 
 
 def tokenizer_of(model: Path, given: str | None) -> Any:
@@ -119,7 +125,7 @@ def tokenizer_of(model: Path, given: str | None) -> Any:
     """
     if given is not None:
         return load_tokenizer(given)
-    file = model_file(model)
+    file = model_file(model.with_suffix(".trt.onnx") if is_plan(model) else model)
     if (file.parent / "tokenizer_config.json").is_file():
         return AutoTokenizer.from_pretrained(str(file.parent))
     properties = {p.key: p.value for p in onnx.load(str(file), load_external_data=False).metadata_props}

@@ -100,6 +100,7 @@ class Report:
         given_bytes: the ONNX model that was given and its data; None for other sources.
         not_verified: the way of running the file that was left out, and why; "" for none.
         distilled: what training all blocks together made of the model's output, or None.
+        engine: what is known about a TensorRT engine: its options, why it was not built, what is in it; None for ONNX.
     """
 
     source: str
@@ -118,6 +119,7 @@ class Report:
     given_bytes: int | None = None
     not_verified: str = ""
     distilled: DistilReport | None = None
+    engine: Mapping[str, Any] | None = None
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
@@ -185,8 +187,10 @@ def render(report: Report) -> Group:
     """The report for a terminal: one line a block, every exception in full, the totals, and the proof."""
     parts: list[Any] = [_blocks(report)] if report.blocks else []
     dense = [e for e in report.linears if not e.lowered]
-    if dense and report.settings["ops"] == "sparse":
+    if dense and report.settings["ops"] == "sparse" and report.engine is None:
         parts.append(_left_dense(dense))
+    if report.engine is not None:
+        parts.append(_engine_linears(report.engine))
     parts += [_totals(report), _stages(report)]
     return Group(*parts)
 
@@ -251,17 +255,53 @@ def _left_dense(entries: Sequence[LinearEntry]) -> Table:
     return table
 
 
+def _engine_linears(engine: Mapping[str, Any]) -> Table:
+    """Every kind of linear: its sizes, and whether TensorRT may and did take a sparse tactic."""
+    built = not engine["not_built"]
+    table = Table("linear", "K", "N", "pattern", "sparse tactic possible", *(["picked"] if built else []))
+    table.title, table.title_justify = "Linears for TensorRT", "left"
+    table.columns[0].overflow = "fold"  # a path cut short names no layer
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for linear in engine["linears"]:
+        possible = f"{linear['eligible']}: {linear['reason']}" if linear["reason"] else linear["eligible"]
+        picked = (f"{linear['picked']}: {linear['why']}",) if built else ()
+        cells = (str(linear["k"]), str(linear["n"]), linear["pattern"] or "-", possible, *picked)
+        kinds.setdefault(cells, []).append(linear["name"])
+    for cells, names in kinds.items():
+        table.add_row(names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), *cells)
+    return table
+
+
+def _engine_totals(engine: Mapping[str, Any], table: Table) -> None:
+    sparse = [linear for linear in engine["linears"] if linear["pattern"] == "2:4"]
+    counts = Counter(linear["eligible"] for linear in sparse)
+    table.add_row(
+        "2:4 linears that may run sparse",
+        f"{counts['yes']} of {len(sparse)} by shape, {counts['maybe']} maybe, {counts['no']} not",
+    )
+    if not engine["not_built"]:
+        picked = Counter(linear["picked"] for linear in sparse if linear["eligible"] != "no")
+        table.add_row("sparse tactics", f"{picked['yes']} picked, {picked['no']} not, {picked['unknown']} unknown")
+        sizes = [engine["plan_bytes"], engine["dense_plan_bytes"]]
+        against = "" if sizes[1] is None else f", without sparse tactics {_mb(sizes[1])}"
+        table.add_row("engine", f"{_mb(sizes[0])}{against}, TensorRT {engine['tensorrt']}")
+
+
 def _totals(report: Report) -> Table:
     table = Table("what", "figure", title="Result", title_justify="left")
     lowered = [e for e in report.linears if e.lowered]
-    table.add_row("linears lowered to sparse ops", f"{len(lowered)} of {len(report.linears)}")
+    if report.engine is not None:
+        _engine_totals(report.engine, table)
+    else:
+        table.add_row("linears lowered to sparse ops", f"{len(lowered)} of {len(report.linears)}")
     for note, count in Counter(e.reason for e in lowered if e.reason and report.given_bytes is not None).items():
         table.add_row(f"{count} of these", note)
     if report.dense_linear_bytes:
         ratio = report.stored_linear_bytes / report.dense_linear_bytes
         sizes = f"{_mb(report.stored_linear_bytes)} of {_mb(report.dense_linear_bytes)} dense fp32"
         gain = "" if ratio < 1 else ": no gain"
-        table.add_row("their weights", f"{sizes} ({ratio:.3f}x{gain})")
+        name = "their weights" if report.engine is None else "weights, zeros included"
+        table.add_row(name, f"{sizes} ({ratio:.3f}x{gain})")
     if (kept := _retained(report)) is not None:
         table.add_row("score kept", f"{kept:.3f} of that of the pruned weights")
     if lowered and report.settings["dtype"] in ("int8", "int4"):
@@ -273,6 +313,8 @@ def _totals(report: Report) -> Table:
     given = "" if report.given_bytes is None else f", the model given {_mb(report.given_bytes)}"
     table.add_row("file", _mb(report.file_bytes) + given)
     against = "same file without our kernels" if report.given_bytes is None else "the model given"
+    if report.engine is not None:
+        against = "without sparse tactics"
     for row in report.latency:
         if row.against is not None and row.ratio is not None:
             gain = f"{row.ratio:.2f}x" if row.ratio >= NO_GAIN else f"{row.ratio:.2f}x: no gain"

@@ -8,6 +8,7 @@ from pathlib import Path
 from .passes.errors import InputError
 from .passes.frontend.load import Pretrained
 from .report import Report
+from .runtime.tensorrt.session import SUFFIXES, is_plan
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Target:
 
     @property
     def model(self) -> Path:
-        """The ONNX file while it is being built."""
+        """The ONNX file while it is being built; that of an engine is called ``.trt.onnx``."""
+        if is_plan(self.out):
+            return self.stage / f"{self.out.stem}.trt.onnx"
         return self.stage / ("model.onnx" if self.folder else self.out.name)
 
     @classmethod
@@ -39,10 +42,11 @@ class Target:
         """
         out = Path(name)
         folder = name.endswith(("/", os.sep)) or out.suffix == ""
-        if not folder and out.suffix != ".onnx":
-            raise InputError(f"{out} ends in {out.suffix}; want .onnx, or a folder name without a suffix")
-        if out.exists() and not overwrite:
-            raise InputError(f"{out} exists already; remove it or give --overwrite")
+        if not folder and out.suffix not in (".onnx", *SUFFIXES):
+            raise InputError(f"{out} ends in {out.suffix}; want .onnx, .plan, or a folder name without a suffix")
+        beside = [out.with_suffix(".trt.onnx")] if is_plan(out) else []
+        if not overwrite and (there := [file for file in (out, *beside) if file.exists()]):
+            raise InputError(f"{there[0]} exists already; remove it or give --overwrite")
         if out.is_dir() != folder and out.exists():
             raise InputError(f"{out} is {'a file, not a folder' if folder else 'a folder, not a file'}")
         if folder and out.is_dir() and any(out.iterdir()) and not (out / "report.json").is_file():
@@ -73,6 +77,9 @@ class Target:
                 self.stage.rename(self.out)
                 return
             report.save(self.stage / f"{self.out.name}.report.json")
+            if is_plan(self.out):  # engines of an earlier model must not stay beside this one
+                for engine in (self.out, self.out.with_suffix(".dense.plan")):
+                    engine.unlink(missing_ok=True)
             for file in sorted(self.stage.iterdir()):
                 file.replace(self.out.parent / file.name)
             self.stage.rmdir()

@@ -1,0 +1,1 @@
+"""Build TensorRT engines, find out what is in them, and run them."""

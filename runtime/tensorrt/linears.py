@@ -1,0 +1,71 @@
+"""Which linears of an ONNX file TensorRT may run by its sparse tactics, and why the others not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+
+from ...calibrate.patterns import NM, largest_group_count
+from ...passes.errors import VerificationError
+from ..inspection import weights
+
+Eligible: TypeAlias = Literal["yes", "maybe", "no"]
+
+
+@dataclass(frozen=True)
+class PlanLinear:
+    """One linear with a constant weight.
+
+    Attributes:
+        name: of its node; the module path, several joined where linears of the same input are one product.
+        k: in_features, the axis of the pattern.
+        n: out_features.
+        pattern: the pattern of its zeros along K, or None.
+        eligible: whether a sparse tactic is possible: by shape, pattern and dtype.
+        reason: why not, or why not surely; "" for ``yes``.
+    """
+
+    name: str
+    k: int
+    n: int
+    pattern: str | None
+    eligible: Eligible
+    reason: str
+
+
+def plan_linears(path: Path) -> list[PlanLinear]:
+    """Every linear of an ONNX file that was written for TensorRT.
+
+    Raises:
+        VerificationError: a weight holds -0.0, which sparse kernels may not take for a zero.
+    """
+    found = []
+    for info, weight in weights(path):
+        if bool(((weight == 0) & weight.signbit()).any()):
+            raise VerificationError(f"{info.path} holds -0.0, which sparse kernels do not take for a zero")
+        n, k = info.shape
+        two_of_four = k % 4 == 0 and info.pattern is not None and largest_group_count(weight != 0, 4) <= 2
+        eligible, reason = eligibility(k, n, two_of_four=two_of_four, sixteen_bit=weight.dtype != torch.float32)
+        pattern = str(NM(2, 4)) if two_of_four else info.pattern
+        found.append(PlanLinear(info.path, k, n, pattern, eligible, reason))
+    return found
+
+
+def eligibility(k: int, n: int, *, two_of_four: bool, sixteen_bit: bool) -> tuple[Eligible, str]:
+    """Whether sparse tensor cores may run a product with a weight ``[K, N]``, and the reason if not surely.
+
+    The sizes are those below which no sparse kernel was found to run (PyTorch's table of minimum shapes for cuSPARSELt
+    and CUTLASS; ASP and Model Optimizer prune nothing smaller than 16 by 8).
+    """
+    if not two_of_four:
+        return "no", "the weight is not 2:4"
+    if k % 16:
+        return "no", f"K = {k} is not a multiple of 16"
+    if n % 8:
+        return "no", f"N = {n} is not a multiple of 8"
+    if not sixteen_bit:
+        return "no", "2:4 tensor cores need 16 bits or less"
+    if k % 64 or n % 32:
+        return "maybe", f"K = {k} is not a multiple of 64" if k % 64 else f"N = {n} is not a multiple of 32"
+    return "yes", ""

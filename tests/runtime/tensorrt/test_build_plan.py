@@ -1,0 +1,232 @@
+"""The builder, as the script that is written, against a double that offers what the real bindings do."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from sparsify_export.runtime import tensorrt
+from trt_double import Double
+
+SCRIPT = Path(tensorrt.__file__).with_name("build_plan.py")
+SHAPES = {"input_ids": [[1, 1], [1, 8], [2, 16]], "past_key_values.0.key": [[1, 2, 0, 4], [1, 2, 0, 4], [2, 2, 15, 4]]}
+LINEARS = [
+    {"name": "layers.0.up", "k": 64, "n": 64, "pattern": "2:4", "eligible": "yes", "reason": ""},
+    {"name": "layers.1.up", "k": 64, "n": 64, "pattern": "2:4", "eligible": "yes", "reason": ""},
+    {"name": "layers.1.down", "k": 64, "n": 64, "pattern": "2:4", "eligible": "yes", "reason": ""},
+    {"name": "lm_head", "k": 64, "n": 96, "pattern": None, "eligible": "no", "reason": "the weight is not 2:4"},
+]
+LAYERS = [
+    {"Name": "layers.0.up_myl0_3", "TacticName": "sm80_xmma_sparse_gemm_f16f16", "HasSparseWeights": 1},
+    {"Name": "fused", "Metadata": "[ONNX Layer: layers.1.up]\x1e[ONNX Layer: add]", "TacticName": "kgen_17"},
+    {"Name": "gemm", "Metadata": "[ONNX Layer: layers.1.down]", "TacticName": "sm80_xmma_gemm_f16f16"},
+    "only a name",
+]
+OPTIONS = {
+    "onnx": "m.trt.onnx",
+    "plan": "m.plan",
+    "profiles": {"prefill": SHAPES, "decode": SHAPES},
+    "linears": LINEARS,
+    "sparse": True,
+    "workspace_mib": 64,
+    "timing_cache": "m.timing.cache",
+    "source": "model",
+}
+
+
+@pytest.fixture
+def build(surface, tmp_path, monkeypatch):
+    """Runs the script on a double; returns its exit code and the double."""
+
+    def run(script=None, version=None, **options):
+        double = Double(surface, {})
+        double.script.update(
+            {
+                "Builder.build_serialized_network": lambda self, network, config: double.IHostMemory(b"engine"),
+                "ITimingCache.serialize": lambda self: double.IHostMemory(b"timed"),
+                "EngineInspector.get_engine_information": json.dumps({"Layers": LAYERS}),
+                "ICudaEngine.get_engine_stat": 123,
+                "INetworkDefinition.num_layers": 2,
+                "ILayer.type": double.LayerType.ATTENTION_INPUT,
+                **(script(double) if script else {}),
+            }
+        )
+        if version:
+            double.__version__ = version
+        monkeypatch.setitem(sys.modules, "tensorrt", double)
+        copied = tmp_path / "build_plan.py"
+        copied.write_bytes(SCRIPT.read_bytes())
+        spec = importlib.util.spec_from_file_location("script", copied)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "script", module)  # its dataclasses look themselves up
+        spec.loader.exec_module(module)
+        (tmp_path / "m.trt.json").write_text(json.dumps({**OPTIONS, **options}))
+        return module.main([]), double
+
+    return run
+
+
+def test_the_whole_build(build, tmp_path, capsys):
+    code, double = build()
+    assert code == 0
+    names = {file.name for file in tmp_path.iterdir()}
+    written = {"m.plan", "m.dense.plan", "m.timing.cache", "m.plan.layers.json"}
+    assert names == written | {"build_plan.py", "m.trt.json"}
+    assert (tmp_path / "m.plan").read_bytes() == b"engine"
+    assert (tmp_path / "m.timing.cache").read_bytes() == b"timed"
+    # The sparse engine first, then the one to compare with; no other flag is ever set.
+    assert double.called("IBuilderConfig.set_flag") == [(double.BuilderFlag.SPARSE_WEIGHTS,)]
+    assert len(double.called("Builder.build_serialized_network")) == 2
+    strongly = 1 << int(double.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    assert double.called("Builder.create_network") == [(strongly,)] * 2
+    assert double.called("OnnxParser.parse_from_file") == [(str(tmp_path / "m.trt.onnx"),)] * 2
+    limit = (double.MemoryPoolType.WORKSPACE, 64 << 20)
+    assert double.called("IBuilderConfig.set_memory_pool_limit") == [limit] * 2
+    assert len(double.called("IBuilderConfig.add_optimization_profile")) == 4
+    assert [arguments[0] for arguments in double.called("IOptimizationProfile.set_shape")] == [*SHAPES] * 4
+    assert ([1, 1],) in double.called("Dims")
+    assert double.called("IAttention.decomposable") == [(True,)] * 4
+    assert [bytes(cache) for (cache,) in double.called("IBuilderConfig.create_timing_cache")] == [b"", b"timed"]
+    said = capsys.readouterr().out
+    assert "sparse tactics: 1 of 3 eligible 2:4 linears, 1 dense, 1 unknown, of 4 linears in all" in said
+    assert "layers.1.up: unknown, inside a fused node" in said
+    found = json.loads((tmp_path / "m.plan.layers.json").read_text())
+    assert [linear["picked"] for linear in found["linears"]] == ["yes", "unknown", "no", "unknown"]
+    assert found["linears"][0]["has_sparse_weights"] == 1
+    assert found["dense_plan_bytes"] == 6
+    assert found["dense_weight_bytes"] == 123
+
+
+def test_the_log_is_believed_before_the_inspector(build, tmp_path):
+    def script(double):
+        def make(self, network, config):
+            log = double.called("Builder")[-1][0]
+            info = double.ILogger.INFO
+            log.log(info, "(Sparsity) Layers eligible for sparse math: layers.0.up, layers.1.up, layers.1.down")
+            log.log(info, "(Sparsity) TRT inference plan picked sparse implementation for layers: layers.1.up")
+            log.log(info, "something else")
+            return double.IHostMemory(b"engine")
+
+        return {"Builder.build_serialized_network": make}
+
+    assert build(script)[0] == 0
+    found = json.loads((tmp_path / "m.plan.layers.json").read_text())
+    assert len(found["log"]) == 2
+    assert [(linear["picked"], linear["why"]) for linear in found["linears"]] == [
+        ("yes", "the tactic is a sparse one"),
+        ("yes", "the log says so"),
+        ("no", "eligible, but a dense tactic was faster"),
+        ("unknown", "no layer of the engine names it"),
+    ]
+
+
+def test_a_dense_model_gets_one_engine_and_no_flag(build, tmp_path):
+    code, double = build(sparse=False, workspace_mib=None)
+    assert code == 0
+    assert double.called("IBuilderConfig.set_flag") == []
+    assert double.called("IBuilderConfig.set_memory_pool_limit") == []
+    assert not (tmp_path / "m.dense.plan").exists()
+
+
+def test_progress_is_shown_and_ctrl_c_stops_the_build(build):
+    def script(double):
+        def make(self, network, config):
+            monitor = double.called("IBuilderConfig.progress_monitor")[-1][0]
+            monitor.phase_start("Building", None, 2)
+            monitor.phase_start("Tactics", "Building", 3)
+            monitor.phase_start("One tactic", "Tactics", 9)
+            assert monitor.step_complete("Tactics", 0)
+            monitor.phase_finish("Tactics")
+            seen = monitor._show
+            monitor._show = interrupt
+            assert not monitor.step_complete("Building", 0)
+            monitor._show = seen
+            return None
+
+        return {"Builder.build_serialized_network": make}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(script)
+
+
+def parser_error(double):
+    error = double.value("ParserError")
+    return {
+        "OnnxParser.parse_from_file": False,
+        "OnnxParser.num_errors": 2,
+        "OnnxParser.get_error": error,
+        "ParserError.node": 7,
+        "ParserError.node_name": "layers.0.attention",
+        "ParserError.node_operator": "Attention",
+        "ParserError.desc": "no past_key",
+    }
+
+
+def no_gpu(double):
+    def make(self, logger):
+        logger.log(double.ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("factory function returned nullptr")
+
+    return {"Builder": make}
+
+
+def nothing(double):
+    def make(self, network, config):
+        double.called("Builder")[-1][0].log(double.ILogger.ERROR, "no implementation for node 3")
+
+    return {"Builder.build_serialized_network": make}
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (parser_error, "cannot read m.trt.onnx: node 7 layers.0.attention (Attention): no past_key; node 7"),
+        (no_gpu, "TensorRT finds no usable GPU: CUDA initialization failure with error: 35"),
+        (nothing, "TensorRT built nothing: no implementation for node 3"),
+        (lambda double: {"IBuilderConfig.add_optimization_profile": -1}, "refuses the prefill profile"),
+        (lambda double: {"Runtime.deserialize_cuda_engine": lambda *_: None}, "cannot read what it built"),
+    ],
+)
+def test_what_fails_is_said_in_one_sentence_and_leaves_no_engine(build, tmp_path, capsys, script, said):
+    assert build(script)[0] == 3
+    error = capsys.readouterr().err
+    assert error.startswith("build_plan.py: ")
+    assert said in error
+    assert {file.name for file in tmp_path.iterdir()} - {"m.timing.cache"} == {"build_plan.py", "m.trt.json"}
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "10.3.0", "10.14.1.48", "12.0.0", "nightly"])
+def test_an_unsupported_tensorrt_is_refused(build, capsys, version):
+    assert build(version=version)[0] == 3
+    assert f"TensorRT {version} is not supported; want 10.15 or newer, or any 11" in capsys.readouterr().err
+
+
+def test_options_that_are_none_are_refused(build, tmp_path, capsys):
+    assert build(nonsense=1)[0] == 3
+    assert "m.trt.json does not hold the options of an engine" in capsys.readouterr().err
+    (tmp_path / "n.trt.json").write_text("{}")
+    assert build()[0] == 2
+    assert "want one file of options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("layers.1.up", "[ONNX Layer: layers.1.up]", True),
+        ("layers.1.up", "layers.1.up_myl0_12", True),
+        ("layers.1.up", "{ForeignNode[layers.1.up...layers.2.down]}", True),
+        ("layers.2.down", "{ForeignNode[layers.1.up...layers.2.down]}", True),
+        ("layers.1.up", "layers.11.up", False),
+        ("layers.1.up", "model.layers.1.up", False),
+        ("layers.1.up", "layers.1.up.proj", False),
+        ("layers.1.up", "layers.1.upper", False),
+        ("a.q+k", "a.q+k", True),
+    ],
+)
+def test_a_linear_is_found_by_its_whole_name(build, name, text, named):
+    build()
+    assert sys.modules["script"].named(name, text) is named

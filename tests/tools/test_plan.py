@@ -1,0 +1,237 @@
+"""``-o model.plan``: what is written without TensorRT, what is refused, and the engine built in place by a double."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from families import VOCABULARY, load_into, random_model
+from sparsify_export.cli import main
+from sparsify_export.compile import Console
+from sparsify_export.engine import _tell
+from sparsify_export.frontdoor import tokenizer_of
+from sparsify_export.passes.onnx.tensorrt import DOCUMENTED
+from sparsify_export.runtime import tensorrt
+from sparsify_export.runtime.generate import generate, greedy_torch
+from sparsify_export.runtime.inspection import weights
+from sparsify_export.runtime.session import CausalSession, open_session
+from sparsify_export.runtime.tensorrt.linears import PlanLinear, eligibility
+from trt_double import Double
+from trt_surface import VERSIONS, WHEELS, read_surface
+
+SHORT = ["--effort", "fast", "--samples", "4", "--seq-len", "32"]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def written(folder, text, tmp_path_factory):
+    """What ``-o model.plan`` writes of a decoder where there is no TensorRT."""
+    out = tmp_path_factory.mktemp("engine") / "model.plan"
+    arguments = [str(folder), "--nm", "2:4", "--calibration", str(text), *SHORT, "--quiet"]
+    assert main([*arguments, "--context", "64", "--batch", "1,1,2", "-o", str(out)]) == 3
+    return out
+
+
+def test_onnx_and_script_are_in_place_and_no_engine(written):
+    names = {file.name for file in written.parent.iterdir()}
+    assert names == {
+        "model.trt.onnx", "model.trt.onnx.data", "model.trt.json", "build_plan.py", "model.plan.report.json",
+    }  # fmt: skip
+    script = written.parent / "build_plan.py"
+    assert script.read_bytes() == Path(tensorrt.__file__).with_name("build_plan.py").read_bytes()
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("build_plan.py: TensorRT is not installed here; building an engine needs TensorRT 10.15")
+
+
+def test_the_onnx_file_is_what_tensorrt_takes(written):
+    file = written.with_name("model.trt.onnx")
+    onnx.checker.check_model(str(file), full_check=True)
+    model = onnx.load(file)
+    assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 23)}
+    assert {(node.domain, node.op_type) for node in model.graph.node} <= {("", name) for name in DOCUMENTED}
+    assert len(model.functions) == 0
+    attention = [node for node in model.graph.node if node.op_type == "Attention"]
+    assert [(len(node.input), len(node.output)) for node in attention] == [(4, 1)] * 2
+    types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
+    floats = {name: kind for name, kind in types.items() if name not in ("input_ids", "attention_mask")}
+    assert set(floats.values()) == {onnx.TensorProto.FLOAT16}
+    sparse = [(info.path, w) for info, w in weights(file) if info.path != "lm_head"]
+    assert len(sparse) == 8
+    for path, weight in sparse:
+        assert weight.dtype == torch.float16, path
+        assert int((weight.reshape(len(weight), -1, 4) != 0).sum(2).max()) == 2, path
+        assert not bool(((weight == 0) & weight.signbit()).any()), path
+
+
+def test_onnx_runtime_writes_the_greedy_text_of_the_torch_model(written):
+    file = written.with_name("model.trt.onnx")
+    model = random_model("llama")
+    state = model.state_dict()
+    params = {}
+    for info, weight in weights(file):
+        module, _, names = info.path.rpartition(".")
+        paths = [f"{module}.{name}".lstrip(".") for name in names.split("+")]
+        rows = [len(state[f"{path}.weight"]) for path in paths]
+        params.update(zip((f"model.{path}.weight" for path in paths), weight.float().split(rows), strict=True))
+    load_into(model, params)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half()
+    prompts = [[5, 6, 7, 8]]
+    got = generate(CausalSession(open_session(file)), prompts, max_new_tokens=16).tokens
+    assert got == greedy_torch(model, prompts, max_new_tokens=16)
+    assert len(got[0]) == 16
+    assert max(got[0]) < VOCABULARY
+
+
+def test_options_and_report_say_what_is_wanted_and_possible(written):
+    options = json.loads(written.with_name("model.trt.json").read_text())
+    assert options["onnx"] == "model.trt.onnx"
+    assert options["sparse"]
+    assert options["profiles"]["prefill"]["attention_mask"] == [[1, 1], [1, 64], [2, 64]]
+    assert options["profiles"]["decode"]["input_ids"] == [[1, 1], [1, 1], [2, 1]]
+    linears = {linear["name"]: linear for linear in options["linears"]}
+    gate = linears["model.layers.0.mlp.gate_proj+up_proj"]
+    assert (gate["k"], gate["n"], gate["pattern"], gate["eligible"]) == (64, 256, "2:4", "yes")
+    assert linears["lm_head"]["reason"] == "the weight is not 2:4"
+    report = json.loads(written.with_name("model.plan.report.json").read_text())
+    assert report["engine"]["not_built"] == "TensorRT is not installed here"
+    assert [entry["how"] for entry in report["verified"]] == ["ONNX Runtime", "ONNX Runtime, decoding"]
+    assert report["settings"]["dtype"] == "fp16"
+
+
+def test_an_engine_takes_the_tokenizer_of_its_model(written):
+    assert tokenizer_of(written, None)("w1 w2")["input_ids"] == [4, 5]
+
+
+def test_what_is_there_is_not_replaced(written, folder, capsys):
+    assert main([str(folder), "--quiet", "-o", str(written)]) == 2
+    assert "model.trt.onnx exists already; remove it or give --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["bench"], ["eval", "--exact"], ["generate", "--prompt", "w1"]])
+def test_an_engine_is_not_run_without_tensorrt(tmp_path, capsys, command):
+    file = tmp_path / "model.plan"
+    file.write_bytes(b"engine")
+    assert main([command[0], str(file), *command[1:]]) == 3
+    said = capsys.readouterr().err.strip()
+    assert said == (
+        f"sparsify-export: {file} cannot be run: TensorRT is not installed here; it wants TensorRT 10.15 or newer and "
+        "an NVIDIA GPU"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--sparsity", "0.5"], "--sparsity 0.5 gives zeros without a pattern, and the plugin that runs them"),
+        (["--mask", "masks.safetensors"], "--mask masks.safetensors gives zeros without a pattern"),
+        (["--dtype", "int8"], "--dtype int8 cannot be had in an engine; want fp16, bf16 or fp32"),
+        (["--ops", "sparse"], "--ops sparse has no effect on an engine"),
+        (["--lower", "auto"], "--lower auto has no effect on an engine"),
+        (["--batch", "2,1,3"], "--batch 2,1,3 contradicts itself"),
+        (["--seq", "1,2"], "--seq 1,2 is not a range"),
+        (["--context", "4096"], "--context 4096 is longer than the 128 tokens that the model takes"),
+        (["--seq", "1,8,64", "--context", "32"], "more than the context of 32"),
+        (["--context", "1"], "--context 1 is too small"),
+        (["--workspace", "0"], "--workspace 0 is too small"),
+    ],
+)
+def test_what_an_engine_cannot_have_is_refused(folder, tmp_path, capsys, arguments, said):
+    assert main([str(folder), *arguments, "--quiet", "-o", str(tmp_path / "m.plan")]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", [["--batch", "1,1,1"], ["--seq", "1,1,1"], ["--context", "8"], ["--workspace", "9"]])
+def test_flags_of_an_engine_want_one(folder, tmp_path, capsys, flag):
+    assert main([str(folder), *flag, "-o", str(tmp_path / "m.onnx")]) == 2
+    assert f"{flag[0]} has no effect without an engine" in capsys.readouterr().err
+
+
+def test_an_onnx_model_and_texts_of_images_are_refused(images, given, tmp_path, capsys):
+    assert main([str(given), "--nm", "2:4", "-o", str(tmp_path / "m.plan")]) == 2
+    assert "cannot become an engine; give the pretrained model it was exported from" in capsys.readouterr().err
+    assert main([str(images), "--seq", "1,2,3", "-o", str(tmp_path / "m.plan")]) == 2
+    assert "--seq has no effect" in capsys.readouterr().err
+
+
+@pytest.fixture
+def double(tmp_path_factory, monkeypatch):
+    """TensorRT 11.4, as far as its bindings tell."""
+    if not (WHEELS / VERSIONS[1] / "tensorrt_bindings").is_dir():
+        pytest.skip(f"the bindings of TensorRT {VERSIONS[1]} are not in {WHEELS}; `make test` puts them there")
+    double = Double(read_surface(VERSIONS[1], tmp_path_factory.mktemp("stub")), {})
+    double.script |= {
+        "Builder.build_serialized_network": lambda self, network, config: double.IHostMemory(b"engine"),
+        "ITimingCache.serialize": lambda self: double.IHostMemory(b"timed"),
+        "EngineInspector.get_engine_information": json.dumps({"Layers": []}),
+        "ICudaEngine.get_engine_stat": 123,
+    }
+    monkeypatch.setitem(sys.modules, "tensorrt", double)
+    monkeypatch.delitem(sys.modules, "sparsify_export.runtime.tensorrt.build_plan", raising=False)
+    yield double
+    sys.modules.pop("sparsify_export.runtime.tensorrt.build_plan", None)  # it holds the double
+
+
+def test_the_engine_is_built_in_place_where_tensorrt_is(images, double, tmp_path, capsys):
+    """A bfloat16 model of images; fp16 with a decoder is what the others have."""
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        np.savez(inputs / f"{index}.npz", pixel_values=rng.standard_normal((2, 3, 32, 32), np.float32))
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = [str(images), "--nm", "2:4", "--effort", "fast", "--calibration-inputs", str(inputs)]
+    arguments += ["--dtype", "bf16", "--batch", "1,4,8", "--workspace", "256", "-o", str(out / "m.plan")]
+    assert main(arguments) == 0
+    assert {file.name for file in out.iterdir()} == {
+        "m.trt.onnx", "m.trt.onnx.data", "m.trt.json", "build_plan.py", "m.plan.report.json", "m.plan", "m.dense.plan",
+        "m.timing.cache",
+    }  # fmt: skip
+    assert (out / "m.plan").read_bytes() == b"engine"
+    assert double.called("IBuilderConfig.set_flag") == [(double.BuilderFlag.SPARSE_WEIGHTS,)]
+    report = json.loads((out / "m.plan.report.json").read_text())
+    assert report["engine"]["tensorrt"] == VERSIONS[1]
+    assert report["engine"]["not_built"] == ""
+    assert {linear["picked"] for linear in report["engine"]["linears"]} == {"unknown"}
+    assert [entry["how"] for entry in report["verified"]] == ["ONNX Runtime, a float32 twin"]
+    said = capsys.readouterr().out
+    assert "sparse tactics" in said
+    assert "wrote" in said
+
+    # What TensorRT cannot build leaves the ONNX file and the script, and says why.
+    built = iter([double.IHostMemory(b"engine"), None])
+    double.script["Builder.build_serialized_network"] = lambda self, network, config: next(built)
+    assert main([*arguments, "--overwrite", "--quiet"]) == 3
+    assert "m.plan was not built: TensorRT built nothing" in capsys.readouterr().err
+    assert {file.suffix for file in out.iterdir()} == {".onnx", ".data", ".json", ".py", ".cache"}
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype", "said"),
+    [
+        (64, torch.float32, "2:4 tensor cores need 16 bits or less, so this fp32 engine will run dense"),
+        (72, torch.float16, "1 of 2 2:4 linears will run dense: layers.0.up, K = 72 is not a multiple of 16"),
+        (64, torch.float16, None),
+    ],
+)
+def test_zeros_that_cannot_help_are_named_beforehand(k, dtype, said):
+    sixteen_bit = dtype != torch.float32
+    linears = [
+        PlanLinear(name, size, 64, "2:4", *eligibility(size, 64, two_of_four=True, sixteen_bit=sixteen_bit))
+        for name, size in (("layers.0.up", k), ("layers.0.down", 128))
+    ]
+    notes = []
+    _tell(linears, dtype, Console(note=notes.append))
+    assert [note.partition(";")[0] for note in notes] == ([] if said is None else [said])

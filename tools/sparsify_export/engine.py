@@ -1,0 +1,197 @@
+"""The end of a compilation to a TensorRT engine: ONNX for TensorRT, verified; then the engine, or what builds it."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compile import Console, Settings, _evaluate_onnx, plain
+from .passes.errors import VerificationError
+from .passes.frontend.batches import Batch
+from .passes.frontend.load import Pretrained
+from .passes.frontend.retrace import retrace
+from .passes.fx.partition import partition
+from .passes.fx.rewrite import Lowered, lower_linears
+from .passes.lower import to_onnx
+from .passes.recipe import Timings
+from .passes.sparsify import Sparsified
+from .report import Evaluation, Report, build_report
+from .runtime import tensorrt
+from .runtime.benchmark import Row, compare_plans
+from .runtime.evaluate import Perplexity
+from .runtime.exact import ExactAnswers
+from .runtime.tensorrt.linears import PlanLinear, plan_linears
+from .runtime.tensorrt.profiles import Sizes, profiles_for
+from .runtime.tensorrt.session import why_not
+from .runtime.tensorrt.twin import write_float32_twin
+from .runtime.verify import expect, verify
+from .stages import Stages
+from .target import Target
+
+SCRIPT = "build_plan.py"
+LOWERED = "a plain MatMul, for TensorRT to choose a tactic"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model whose weights are final.
+
+    Attributes:
+        pretrained: the model; its own weights are cast.
+        params: the weights by their key in the traced program.
+        done: what pruning reported.
+        probe: what the result is verified on.
+        example: see ``trace``.
+    """
+
+    pretrained: Pretrained
+    params: Mapping[str, Tensor]
+    done: Sparsified
+    probe: Batch
+    example: Mapping[str, Tensor] | None
+
+
+def finish_engine(
+    pruned: Pruned,
+    target: Target,
+    settings: Settings,
+    sizes: Sizes,
+    before: tuple[Perplexity, ExactAnswers] | None,
+    stages: Stages,
+    timings: Timings,
+    console: Console,
+) -> Report:
+    """Write ``OUT.trt.onnx``, ``OUT.trt.json``, ``build_plan.py``, and the engine where it can be built.
+
+    The ONNX file is verified in ONNX Runtime before anything is built from it.
+
+    Raises:
+        InputError: the model does not fit the dtype, TensorRT does not take it, or the files cannot be written.
+        VerificationError: the ONNX file differs from the model.
+    """
+    assert settings.engine is not None
+    dtype = settings.storage.dtype
+    with stages.run("lower"):
+        console.progress("lowering", 0, 0)
+        traced = retrace(pruned.pretrained, pruned.params, dtype, pruned.example)
+        params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
+        lowered = [_entry(entry, dtype) for entry in lower_linears(traced.program, sparse=False)]
+        batch = _in_dtype(pruned.probe, dtype)
+        expected = expect(partition(traced.program), params, batch)
+        del params
+        target.open()
+        try:
+            metadata = {"source": pruned.pretrained.source, "settings": plain(settings)}
+            to_onnx(traced, target.model, metadata=metadata, tensorrt=True)
+        except BaseException:
+            target.discard()
+            raise
+    try:
+        with tempfile.TemporaryDirectory(dir=target.stage) as folder:
+            runnable = target.model
+            if dtype == torch.bfloat16:
+                runnable = Path(folder) / "twin.onnx"
+                write_float32_twin(target.model, runnable)
+            with stages.run("verify"):
+                console.progress("verifying", 0, 0)
+                how = "ONNX Runtime" if runnable == target.model else "ONNX Runtime, a float32 twin"
+                verified = verify(runnable, traced, expected, ways={how: False})
+                linears = plan_linears(target.model)
+            after = _evaluate_onnx(pruned.pretrained, runnable, settings, stages, console)
+        _tell(linears, dtype, console)
+        found, latency = _build(target, pruned, settings, sizes, linears, stages, console)
+        report = build_report(
+            source=pruned.pretrained.source,
+            settings=plain(settings),
+            blocks=pruned.done.blocks,
+            lowered=lowered,
+            verified=verified,
+            evaluation=Evaluation(*before, *after) if before and after else None,
+            latency=latency,
+            stages=stages.done,
+            machine=None,
+            pruning_seconds=timings.seconds,
+            distilled=pruned.done.distilled,
+            model=target.model,
+        )
+        report = replace(report, engine=found)
+        target.finish(pruned.pretrained, report)
+    except VerificationError:
+        target.fail()
+        raise
+    except BaseException:
+        target.discard()
+        raise
+    return report
+
+
+def _entry(entry: Lowered, dtype: torch.dtype) -> Lowered:
+    """What the report says of a linear: its bytes in the engine's dtype."""
+    size = entry.linear.out_features * entry.linear.in_features * dtype.itemsize
+    return replace(entry, stored_bytes=size, reason=LOWERED)
+
+
+def _in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
+    return replace(batch, inputs=tuple(x.to(dtype) if x.is_floating_point() else x for x in batch.inputs))
+
+
+def _tell(linears: Sequence[PlanLinear], dtype: torch.dtype, console: Console) -> None:
+    """Say beforehand which zeros cannot help."""
+    sparse = [linear for linear in linears if linear.pattern == "2:4"]
+    if sparse and dtype == torch.float32:
+        console.note("2:4 tensor cores need 16 bits or less, so this fp32 engine will run dense; give --dtype fp16")
+    elif odd := [linear for linear in sparse if linear.eligible == "no"]:
+        console.note(f"{len(odd)} of {len(sparse)} 2:4 linears will run dense: {odd[0].name}, {odd[0].reason}")
+
+
+def _build(
+    target: Target,
+    pruned: Pruned,
+    settings: Settings,
+    sizes: Sizes,
+    linears: Sequence[PlanLinear],
+    stages: Stages,
+    console: Console,
+) -> tuple[dict[str, Any], tuple[Row, ...]]:
+    """Write options and script beside the ONNX file, and build the engine with them where that is possible.
+
+    Returns:
+        What is known about the engine, for the report, and what was timed.
+    """
+    assert settings.engine is not None
+    cache = f"{target.out.stem}.timing.cache"
+    options = {
+        "onnx": target.model.name,
+        "plan": target.out.name,
+        "profiles": profiles_for(target.model, sizes),
+        "linears": [asdict(linear) for linear in linears],
+        "sparse": any(linear.eligible != "no" for linear in linears),
+        "workspace_mib": settings.engine.workspace_mib,
+        "timing_cache": cache,
+        "source": pruned.pretrained.source,
+    }
+    file = target.stage / f"{target.out.stem}.trt.json"
+    file.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+    shutil.copyfile(Path(tensorrt.__file__).with_name(SCRIPT), target.stage / SCRIPT)
+    why, found, latency = why_not(run=False), {}, ()
+    if not why:
+        from .runtime.tensorrt.build_plan import PlanError, build, read_options
+
+        if (target.out.parent / cache).is_file():
+            shutil.copyfile(target.out.parent / cache, target.stage / cache)
+        try:
+            with stages.run("build"):
+                found = build(read_options(file), target.stage, show=console.progress)
+        except PlanError as error:
+            why = str(error)
+            (target.stage / target.out.name).unlink(missing_ok=True)  # one of the two engines may have been built
+    if found and found["dense_plan"] and not why_not(run=True):
+        with stages.run("measure"):
+            latency = compare_plans(target.stage / found["plan"], target.stage / found["dense_plan"])
+    return {"not_built": why, "options": file.name, **options, **found}, latency

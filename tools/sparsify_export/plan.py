@@ -1,0 +1,100 @@
+"""The flags of a TensorRT engine: which there are, what they may be with, and what they mean for a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .passes.errors import InputError
+from .passes.frontend.load import Pretrained
+from .runtime.tensorrt.profiles import Sizes, choose_sizes, parse_range
+from .runtime.tensorrt.session import is_plan
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the flags of an engine say, as they were given.
+
+    Attributes:
+        batch: texts at once, ``min,opt,max``; None for one.
+        sequence: tokens at once, ``min,opt,max``; None for any up to the context.
+        context: tokens of a text at most; None for what the model takes, within reason.
+        workspace_mib: memory that a tactic may use; None leaves it to TensorRT.
+    """
+
+    batch: str | None = None
+    sequence: str | None = None
+    context: int | None = None
+    workspace_mib: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return {
+            "batch": self.batch,
+            "seq": self.sequence,
+            "context": self.context,
+            "workspace_mib": self.workspace_mib,
+        }
+
+
+def check_engine_flags(
+    model: str, out: str, engine: EngineSettings, *, dtype: str | None, refused: Mapping[str, object]
+) -> EngineSettings | None:
+    """The settings of the engine that ``out`` names, or None where it names none.
+
+    Args:
+        model: what to compile.
+        out: where to.
+        engine: what the flags of an engine say.
+        dtype: what ``--dtype`` says.
+        refused: flags that an engine cannot have, with what they say; None for not given.
+
+    Raises:
+        InputError: a flag has no effect here, or an engine cannot be had like this.
+    """
+    given = {"--batch": engine.batch, "--seq": engine.sequence, "--context": engine.context}
+    given["--workspace"] = engine.workspace_mib
+    if not is_plan(Path(out)):
+        if ignored := [flag for flag, value in given.items() if value is not None]:
+            raise InputError(f"{ignored[0]} has no effect without an engine; want an output ending in .plan")
+        return None
+    if model.endswith(".onnx"):
+        raise InputError(f"{model} cannot become an engine; give the pretrained model it was exported from")
+    for flag, value in refused.items():
+        if value is None:
+            continue
+        if flag in ("--sparsity", "--mask"):
+            raise InputError(
+                f"{flag} {value} gives zeros without a pattern, and the plugin that runs them in an engine is not part "
+                f"of this version; give --nm 2:4, or an output ending in .onnx"
+            )
+        raise InputError(f"{flag} {value} has no effect on an engine")
+    if dtype not in (None, "fp32", "fp16", "bf16"):
+        raise InputError(f"--dtype {dtype} cannot be had in an engine; want fp16, bf16 or fp32")
+    for flag, text in (("--batch", engine.batch), ("--seq", engine.sequence)):
+        if text is not None:
+            parse_range(flag, text)
+    return engine
+
+
+def engine_sizes(engine: EngineSettings, pretrained: Pretrained) -> Sizes:
+    """What the engine of this model has to take.
+
+    Raises:
+        InputError: the model does not take that, or it takes no text and ``--seq`` or ``--context`` is given.
+    """
+    is_text = pretrained.inputs[0] == "input_ids"
+    if not is_text and (engine.sequence or engine.context):
+        flag = "--seq" if engine.sequence else "--context"
+        raise InputError(f"{flag} has no effect: {pretrained.source} does not take text")
+    longest = getattr(pretrained.model.config, "max_position_embeddings", None)
+    return choose_sizes(engine.batch, engine.sequence, engine.context, longest=longest if is_text else None)
+
+
+def not_built(out: Path, engine: Mapping[str, Any]) -> str:
+    """The sentence that says why there is no engine, and how to get one."""
+    why = str(engine["not_built"]).removesuffix(".")
+    return (
+        f"{out} was not built: {why}; {engine['onnx']} and build_plan.py are in place, and `python build_plan.py "
+        f"{engine['options']}` builds it with TensorRT 10.15 or newer and an NVIDIA GPU"
+    )
