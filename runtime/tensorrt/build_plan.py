@@ -265,7 +265,7 @@ def verdict(name: str, engine: Engine) -> dict[str, Any]:
     """
     own = [layer for layer in engine.layers if isinstance(layer, dict) and named(name, _text(layer))]
     layer = max(own, key=lambda own: bool(PRODUCT.search(_tactic(own))), default={})
-    told = {
+    told: dict[str, Any] = {
         "layer": str(layer.get("Name", "")),
         "tactic": _tactic(layer),
         "has_sparse_weights": layer.get("HasSparseWeights"),

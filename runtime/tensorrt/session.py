@@ -80,7 +80,7 @@ class PlanSession:
         if engine is None:
             raise InputError(f"{path} is not an engine of this TensorRT and GPU: {' '.join(log.errors)}")
         self._engine: trt.ICudaEngine = engine
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._contexts: list[trt.IExecutionContext] = []
         for index in range(engine.num_optimization_profiles):
             context = engine.create_execution_context()

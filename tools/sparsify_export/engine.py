@@ -179,7 +179,8 @@ def _build(
     file = target.stage / f"{target.out.stem}.trt.json"
     file.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(Path(tensorrt.__file__).with_name(SCRIPT), target.stage / SCRIPT)
-    why, found, latency = why_not(run=False), {}, ()
+    why, found = why_not(run=False), {}
+    latency: tuple[Row, ...] = ()
     if not why:
         from .runtime.tensorrt.build_plan import PlanError, build, read_options
 
