@@ -8,7 +8,7 @@ OUT    := demo-out
 TORCH  := torch==2.13.0
 SOURCES := $(shell git ls-files '*.py' '*.pyi' '*.cpp' '*.h' '*.cu' '*.cuh' '*CMakeLists.txt' pyproject.toml)
 
-.PHONY: demo test slow lint types bench sanitize clean setup
+.PHONY: demo test slow lint types bench sanitize cuda clean setup
 
 setup: $(VENV)/installed
 
@@ -55,9 +55,14 @@ slow: setup $(VENV)/smollm2 $(VENV)/minilm
 
 sanitize: $(VENV)/dependencies
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	  -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPARSIFY_SANITIZE=ON -DSPARSIFY_BUILD_TESTS=ON
+	  -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPARSIFY_SANITIZE=ON -DSPARSIFY_BUILD_TESTS=ON \
+	  -DSPARSIFY_CUDA=OFF
 	$(BIN)/cmake --build build/sanitize
 	cd build/sanitize && ../../$(BIN)/ctest --output-on-failure
+
+# Every GPU kernel for six architectures; docs/cuda_resources.md, and an error where one spills registers.
+cuda: setup
+	$(PY) -P tools/cuda_resources.py --out docs/cuda_resources.md
 
 bench: setup
 	$(PY) -P tools/bench_kernels.py --rows required
