@@ -5,9 +5,9 @@
 //   linear_bitmask  x [..., K], values [nnz], mask, row_start [N + 1] INT64, bias [N] FP32   in_features = K
 //   linear_nm       x [..., K], values [N, K / 2], indices, bias [N] FP32                    n = 2, m = 4
 //
-// One output, y [..., N] of x's type. x and values: both FP16, both BF16, or FP32 with any of the three. The bias may be
-// left out. TensorRT's plugins know no UINT8: mask and indices come as INT32 [words], the bytes of kernels.h in their
-// order, with zeros behind them up to a whole word. Weights are network constants and trusted, as the kernels trust them.
+// One output, y [..., N] of x's type. x and values: both FP16, both BF16, or FP32 with any of the three. The bias may
+// be left out. TensorRT's plugins know no UINT8: mask and indices come as INT32 [words], the bytes of kernels.h in their
+// order, with zeros behind them up to a whole word. Weights are network constants and trusted, as the kernels do.
 //
 // Loaded by IPluginRegistry::loadLibrary (trtexec --dynamicPlugins), which asks for getCreators; needs no symbol of
 // TensorRT. tensorrt_register.cpp is for loaders that only call dlopen.
@@ -223,7 +223,8 @@ class SparseLinear final : public IPluginV3,
 
   static bool takes(int32_t count) noexcept {
     if (count == Op::kWeights + 1 || count == Op::kWeights + 2) return true;
-    refuse("wants " + std::to_string(Op::kWeights + 1) + " inputs, or one more with a bias, got " + std::to_string(count));
+    refuse("wants " + std::to_string(Op::kWeights + 1) + " inputs, or one more with a bias, got " +
+           std::to_string(count));
     return false;
   }
 
@@ -238,8 +239,8 @@ class SparseLinear final : public IPluginV3,
       return refuse("x must have shape [..., " + std::to_string(K) + "] to match the weight, got " + show(x));
     const int64_t words = N < 0 || K < 0 ? -1 : (N * ((K + 7) / 8) + 3) / 4;
     if (packed.nbDims != 1 || !may_be(packed.d[0], words))
-      return refuse(std::string(Op::kPacked) + " must have shape [" + std::to_string(words) + "], words of INT32, got " +
-                    show(packed));
+      return refuse(std::string(Op::kPacked) + " must have shape [" + std::to_string(words) +
+                    "], words of INT32, got " + show(packed));
     if (count == Op::kWeights + 2) {
       const Dims& bias = in[Op::kWeights + 1].dims;
       if (bias.nbDims != 1 || !may_be(bias.d[0], N))
