@@ -61,7 +61,11 @@ sanitize: $(VENV)/dependencies
 	cd build/sanitize && ../../$(BIN)/ctest --output-on-failure
 
 # Every GPU kernel for six architectures; docs/cuda_resources.md, and an error where one spills registers.
+# Where there is no nvcc, its wheels (200 MB) are put beside the environment.
+NVCC_WHEELS := nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl nvidia-nvvm
 cuda: setup
+	$(PY) -P tools/cuda_resources.py --find || \
+	  $(PY) -m pip install -q --target build/nvcc $(NVCC_WHEELS:%="%==13.0.*")
 	$(PY) -P tools/cuda_resources.py --out docs/cuda_resources.md
 
 bench: setup

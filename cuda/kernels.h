@@ -39,7 +39,7 @@ cudaError_t sparsify_spmm_24(DType x_type, DType w_type, const void* x, const vo
 cudaError_t sparsify_spmm_24_readable(DType x_type, DType w_type, const void* x, const void* values,
                                       const uint8_t* indices, const float* bias, void* y, int64_t M, int64_t N,
                                       int64_t K, cudaStream_t stream);
-// Few tokens: reads each weight once for up to 8 tokens, FP32 multiplications.
+// Few tokens: reads each weight once for up to 8 tokens (4 where x is f32), FP32 multiplications.
 cudaError_t sparsify_spmm_24_decode(DType x_type, DType w_type, const void* x, const void* values,
                                     const uint8_t* indices, const float* bias, void* y, int64_t M, int64_t N, int64_t K,
                                     cudaStream_t stream);
@@ -86,7 +86,8 @@ cudaError_t sparsify_spmm_bitmask(DType x_type, DType w_type, const void* x, con
 cudaError_t sparsify_spmm_bitmask_readable(DType x_type, DType w_type, const void* x, const void* values,
                                            const uint8_t* mask, const int64_t* row_start, const float* bias, void* y,
                                            int64_t M, int64_t N, int64_t K, cudaStream_t stream);
-// Few tokens (SpMV): one warp a row, reads each weight once for up to 8 tokens, FP32 multiplications.
+// Few tokens (SpMV): one warp a row, reads each weight once for up to 8 tokens (4 where x is f32), FP32
+// multiplications.
 cudaError_t sparsify_spmm_bitmask_decode(DType x_type, DType w_type, const void* x, const void* values,
                                          const uint8_t* mask, const int64_t* row_start, const float* bias, void* y,
                                          int64_t M, int64_t N, int64_t K, cudaStream_t stream);

@@ -6,8 +6,8 @@
 
 namespace sparsify_cuda {
 
-// `count` 32-bit words from `from`, of which only `bytes` bytes exist (maybe none, or fewer than none). wide: the address
-// is a multiple of 4 * count, and the words exist all or not at all; else byte by byte.
+// `count` 32-bit words from `from`, of which only `bytes` bytes exist (maybe none, or fewer than none). wide: the
+// address is a multiple of 4 * count, and the words exist all or not at all; else byte by byte.
 template <bool wide, int count>
 __device__ void load_words(uint32_t (&words)[count], const void* from, int64_t bytes) {
   static_assert(count == 1 || count == 2 || count == 4);

@@ -1,6 +1,6 @@
 // y = x W^T + bias for a 2:4 weight and few tokens. Differs from spmm_24.cu in: one warp a row, whose lanes take 16
-// neighbouring columns each and read them in words; up to 8 tokens share what was read of the weight (one, where the
-// arrays are not aligned for words).
+// neighbouring columns each and read them in words; up to 8 tokens (4 in float32) share what was read of the weight
+// (one, where the arrays are not aligned for words).
 //
 //   lane l of a step     columns 16 l .. 16 l + 15 = 8 values, 16 bits of indices, 16 activations of each token
 //
@@ -15,6 +15,7 @@
 namespace sparsify_cuda {
 
 constexpr int kWarps = 4;
+constexpr int kBlocks = 4;  // on one processor, at least: up to 128 registers a thread, so that none spill
 constexpr int kColumns = 16;  // of a lane in one step
 
 // The two activations of a group that its code keeps; words: the group's four.
@@ -33,7 +34,7 @@ __device__ void pick(const uint32_t* words, uint32_t code, float& first, float& 
 }
 
 template <class X, class W, int tokens, bool wide>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, kBlocks)
     spmm_24_decode(const X* __restrict__ x, const W* __restrict__ values, const uint8_t* __restrict__ indices,
                    const float* __restrict__ bias, X* __restrict__ y, int64_t M, int64_t N, int64_t K,
                    int64_t token_blocks) {
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (row >= N) return;  // the whole warp
 
   float sum[tokens] = {};
-#pragma unroll(wide ? 2 : 1)
+#pragma unroll(wide && tokens <= 2 ? 2 : 1)
   for (int64_t k = lane * kColumns; k < K; k += 32 * kColumns) {
     constexpr int kValueWords = kColumns / 2 * sizeof(W) / 4, kWords = kColumns * sizeof(X) / 4;
     uint32_t kept[kValueWords];
@@ -95,8 +96,9 @@ extern "C" cudaError_t sparsify_spmm_24_decode(DType x_type, DType w_type, const
     if (!all_wide(K, x, values, indices)) return run(std::integral_constant<int, 1>(), std::false_type());
     if (M == 1) return run(std::integral_constant<int, 1>(), std::true_type());
     if (M == 2) return run(std::integral_constant<int, 2>(), std::true_type());
-    if (M <= 4) return run(std::integral_constant<int, 4>(), std::true_type());
-    return run(std::integral_constant<int, 8>(), std::true_type());
+    if constexpr (sizeof(X) == 2)  // the activations of 8 tokens in float32 do not fit the registers
+      if (M > 4) return run(std::integral_constant<int, 8>(), std::true_type());
+    return run(std::integral_constant<int, 4>(), std::true_type());
   });
 }
 

@@ -14,6 +14,7 @@
 namespace sparsify_cuda {
 
 constexpr int kWarps = 4;
+constexpr int kBlocks = 4;  // on one processor, at least: up to 128 registers a thread, so that none spill
 constexpr int kColumns = 32;  // of a lane in one step
 
 // Four 4-bit codes, 8 added to each, as four signed bytes.
@@ -31,7 +32,7 @@ __device__ inline uint32_t pick_four(uint32_t low, uint32_t high, uint32_t indic
 }
 
 template <class Y, int tokens, bool wide>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, kBlocks)
     spmm_24_int4_decode(const int8_t* __restrict__ codes, const float* __restrict__ steps,
                         const uint8_t* __restrict__ values, const uint8_t* __restrict__ indices,
                         const __half* __restrict__ scales, const float* __restrict__ bias, Y* __restrict__ y, int64_t M,

@@ -1,6 +1,6 @@
 // y = x W^T + bias for a weight with zeros anywhere and few tokens. Differs from spmm_bitmask.cu in: one warp a row,
 // whose lanes take one byte of the mask each; how many bits the lanes before hold says where a lane's values begin. Up
-// to 8 tokens share what was read of the weight (one, where x is not aligned for words).
+// to 8 tokens (4 in float32) share what was read of the weight (one, where x is not aligned for words).
 //
 //   lane l of a step     columns 8 l .. 8 l + 7 = one byte of the mask, up to 8 values, 8 activations of each token
 #include <type_traits>
@@ -12,6 +12,7 @@
 namespace sparsify_cuda {
 
 constexpr int kWarps = 4;
+constexpr int kBlocks = 4;  // on one processor, at least: up to 128 registers a thread, so that none spill
 constexpr int kColumns = 8;  // of a lane in one step
 
 // The sum of `count` over the lanes up to this one.
@@ -24,7 +25,7 @@ __device__ inline int sum_up_to(int count, int lane) {
 }
 
 template <class X, class W, int tokens, bool wide>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, kBlocks)
     spmm_bitmask_decode(const X* __restrict__ x, const W* __restrict__ values, const uint8_t* __restrict__ mask,
                         const int64_t* __restrict__ row_start, const float* __restrict__ bias, X* __restrict__ y,
                         int64_t M, int64_t N, int64_t K, int64_t token_blocks) {
@@ -82,8 +83,9 @@ extern "C" cudaError_t sparsify_spmm_bitmask_decode(DType x_type, DType w_type, 
     if (!all_wide(K, x, nullptr, nullptr)) return run(std::integral_constant<int, 1>(), std::false_type());
     if (M == 1) return run(std::integral_constant<int, 1>(), std::true_type());
     if (M == 2) return run(std::integral_constant<int, 2>(), std::true_type());
-    if (M <= 4) return run(std::integral_constant<int, 4>(), std::true_type());
-    return run(std::integral_constant<int, 8>(), std::true_type());
+    if constexpr (sizeof(X) == 2)  // the activations of 8 tokens in float32 do not fit the registers
+      if (M > 4) return run(std::integral_constant<int, 8>(), std::true_type());
+    return run(std::integral_constant<int, 4>(), std::true_type());
   });
 }
 

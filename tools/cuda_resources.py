@@ -143,8 +143,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the page to write; standard output if not given")
     parser.add_argument("--jobs", type=int, default=2, help="files compiled at a time")
+    parser.add_argument("--find", action="store_true", help="only print where nvcc is")
     args = parser.parse_args(arguments)
-    nvcc = find_nvcc()
+    try:
+        nvcc = find_nvcc()
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if args.find:
+        print(nvcc)
+        return 0
     said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release [\d.]+, V([\d.]+)", said)
     objects = ROOT / "build/cuda"

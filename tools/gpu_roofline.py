@@ -1,6 +1,6 @@
 """Roofline of every GPU kernel on three GPUs: bytes, operations, and the time that the data sheet allows. Computed.
 
-    python -P tools/gpu_roofline.py --out docs/gpu_roofline.md
+python -P tools/gpu_roofline.py --out docs/gpu_roofline.md
 """
 
 import argparse
@@ -95,9 +95,9 @@ def page() -> str:
     lines = [
         "# Rooflines of the GPU kernels",
         "",
-        "Written by `python -P tools/gpu_roofline.py --out docs/gpu_roofline.md`. Everything here is computed from formulas and",
-        "data sheets; nothing was measured. A time is the larger of bytes over bandwidth (m) and operations over peak (a).",
-        "A launch, some microseconds, is not in it, nor the instructions that unpack; a kernel that reaches 80 % is good.",
+        "Written by `python -P tools/gpu_roofline.py --out docs/gpu_roofline.md`. Everything here is computed from",
+        "formulas and data sheets; nothing was measured. A time is the larger of bytes over bandwidth (m) and",
+        "operations over peak (a). A launch, some microseconds, is not in it, nor the instructions that unpack.",
         "",
         "| GPU | memory | FP32 | tensor cores, FP32 sums | 2:4 tensor cores |",
         "|---|---|---|---|---|",
@@ -130,7 +130,12 @@ def _products(n: int, k: int) -> list[str]:
 
 
 def _streams() -> list[str]:
-    lines = ["", "## Kernels that only move data", "", "| N x K | kernel | MB | " + " | ".join(g.name for g in GPUS) + " |"]
+    lines = [
+        "",
+        "## Kernels that only move data",
+        "",
+        "| N x K | kernel | MB | " + " | ".join(g.name for g in GPUS) + " |",
+    ]
     lines.append("|---|---|---|" + "---|" * len(GPUS))
     for n, k in SHAPES:
         for name, size in STREAMS:

@@ -60,7 +60,8 @@ struct Problem {
     for (int64_t m = 0; m < shape.M; ++m)
       for (int64_t n = 0; n < shape.N; ++n) {
         float want = bias[n];
-        for (int64_t k = 0; k < shape.K; ++k) want += float(dense[size_t(n * shape.K + k)]) * to_float(x[m * shape.K + k]);
+        for (int64_t k = 0; k < shape.K; ++k)
+          want += float(dense[size_t(n * shape.K + k)]) * to_float(x[m * shape.K + k]);
         equal &= to_float(y[m * shape.N + n]) == to_float(from_float<X>(want));
       }
     expect(equal, what, shape);
@@ -203,7 +204,8 @@ void test_rate_mask(const Shape& s, bool together) {
   for (int64_t i = 0; i < R; ++i)
     for (int64_t j = 0; j < C; ++j) {
       const int64_t at = i * C + j;
-      equal &= out[at] == (rank[at] >= counts[i] ? weight[at] : 0) && for_weight[at] == (rank[at] >= counts[i] ? grad[at] : 0);
+      const bool keep = rank[at] >= counts[i];
+      equal &= out[at] == (keep ? weight[at] : 0) && for_weight[at] == (keep ? grad[at] : 0);
       for (int64_t d = 0; d < D; ++d)
         if (rank[at] < d * C / (D - 1)) want[size_t((together ? 0 : i) * D + d)] -= weight[at] * grad[at];
     }

@@ -8,7 +8,9 @@ from cuda_emulated import INVALID_VALUE, SUCCESS, Output
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("M", "K_in", "K_out"), [(1, 1, 1), (3, 255, 256), (2, 300, 257), (5, 7, 3), (4, 9, 0), (0, 9, 9)])
+@pytest.mark.parametrize(
+    ("M", "K_in", "K_out"), [(1, 1, 1), (3, 255, 256), (2, 300, 257), (5, 7, 3), (4, 9, 0), (0, 9, 9)]
+)
 def test_bits_are_copied(kernels, dtype, M, K_in, K_out):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(M, K_in, generator=generator).to(dtype)
@@ -20,6 +22,9 @@ def test_bits_are_copied(kernels, dtype, M, K_in, K_out):
     assert torch.equal(got.view(bits), x[:, index].view(bits))
 
 
-@pytest.mark.parametrize(("width", "sizes", "status"), [(1, (1, 1, 1), INVALID_VALUE), (2, (-1, 1, 1), INVALID_VALUE), (2, (1, 0, 0), SUCCESS)])
+@pytest.mark.parametrize(
+    ("width", "sizes", "status"),
+    [(1, (1, 1, 1), INVALID_VALUE), (2, (-1, 1, 1), INVALID_VALUE), (2, (1, 0, 0), SUCCESS)],
+)
 def test_sizes(kernels, width, sizes, status):
     assert kernels.call("gather_channels", ctypes.c_int32(width), None, None, None, *sizes) == status

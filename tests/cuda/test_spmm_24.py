@@ -79,7 +79,9 @@ def test_arrays_may_begin_anywhere(kernels, name, types, shift):
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("K", [36, 96])
-@pytest.mark.parametrize(("name", "types"), [("readable", F16), ("decode", F16), ("decode", PAIRS[2]), ("prefill", F16)])
+@pytest.mark.parametrize(
+    ("name", "types"), [("readable", F16), ("decode", F16), ("decode", PAIRS[2]), ("prefill", F16)]
+)
 def test_infinities_and_nan_reach_what_keeps_their_column(kernels, name, types, K, bad):
     x, packed, _, _ = problem(20, 40, K, *types)
     x[3, 5] = x[17, K - 1] = x[18, 0] = bad
@@ -123,9 +125,7 @@ def test_prefill_refuses_float32(kernels):
     assert kernels.call("spmm_24_prefill", *PAIRS[2], None, None, None, None, None, 1, 1, 4) == INVALID_VALUE
 
 
-@pytest.mark.parametrize(
-    ("M", "types", "name"), [(8, F16, "decode"), (9, F16, "prefill"), (9, PAIRS[3], "decode")]
-)
+@pytest.mark.parametrize(("M", "types", "name"), [(8, F16, "decode"), (9, F16, "prefill"), (9, PAIRS[3], "decode")])
 def test_the_choice(kernels, M, types, name):
     x, packed, _, bias = problem(M, 8, 64, *types)
     chosen = kernels.linear("spmm_24", x, packed, bias, 8)

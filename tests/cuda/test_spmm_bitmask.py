@@ -121,9 +121,7 @@ def test_sizes_and_types(kernels, name, types, sizes, status):
     assert kernels.call("spmm_bitmask" + name, *types, None, None, None, None, None, None, *sizes) == status
 
 
-@pytest.mark.parametrize(
-    ("M", "types", "name"), [(8, F16, "decode"), (9, F16, "prefill"), (9, PAIRS[3], "decode")]
-)
+@pytest.mark.parametrize(("M", "types", "name"), [(8, F16, "decode"), (9, F16, "prefill"), (9, PAIRS[3], "decode")])
 def test_the_choice(kernels, M, types, name):
     x, packed, _, bias = problem(M, 8, 64, *types)
     chosen = kernels.linear("spmm_bitmask", x, packed, bias, 8)
