@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cuda_bindings
 import cuda_emulated
 import cuda_gpu
 import pytest
@@ -18,3 +19,9 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="session")
 def kernels(request):
     return cuda_gpu.find() if getattr(request, "param", None) == "gpu" else cuda_emulated.build()
+
+
+@pytest.fixture(scope="session")
+def cuda():
+    """The module `_cuda`, with the emulated kernels."""
+    return cuda_bindings.build(cuda_emulated.build())
