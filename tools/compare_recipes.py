@@ -3,6 +3,7 @@
     python -P tools/compare_recipes.py MODEL --calibration FILE --text FILE --out FOLDER
         [--methods wanda,ria,...] [--patterns 2:4,0.5,2:4+int4,...] [--samples 32] [--seq-len 1024]
     python -P tools/compare_recipes.py MODEL ... --vary ria-power --values 0,0.5,1 --methods ria --patterns 2:4
+    python -P tools/compare_recipes.py MODEL ... --vary rate-step --methods wanda+besa-row --patterns 0.5
 
 Every cell is a process of its own, so its peak memory is its own. It prunes the traced model as the compiler does,
 exports nothing, and evaluates the pruned graph in torch. A finished cell is a line of FOLDER/cells.jsonl and is not run
@@ -58,7 +59,7 @@ def main(
         seq_len: tokens in one.
         window: tokens in an evaluation window.
         windows: evaluation windows at most.
-        vary: samples or ria-power; every method and pattern is run with every value.
+        vary: samples, ria-power, or of BESA epochs, granularity, rate-step; every method is run with every value.
         values: of what is varied, with commas between them.
     """
     screen = Console()
@@ -117,7 +118,7 @@ def cell_command(settings: str) -> int:
 
 
 def _name(cell: Cell) -> str:
-    varied = f", {cell.varied} {cell.value:g}" if cell.value is not None else ""
+    varied = f", {cell.varied} {cell.value}" if cell.value is not None else ""
     return f"{cell.method} {cell.pattern}{varied}".strip()
 
 

@@ -88,6 +88,20 @@ def test_a_plan_has_every_pattern_method_and_value(base):
     assert [(cell.varied, cell.value, cell.samples) for cell in samples[1:]] == [("samples", 1, 1), ("samples", 5, 5)]
 
 
+def test_what_besa_learns_can_be_varied(base):
+    def learned(vary, values=None):
+        cells = plan(base, ["ria", "wanda+besa-row"], ["0.5"], vary, values)
+        assert {cell.method for cell in cells[1:]} == {"wanda+besa-row"}
+        return [recipe_of(cell).allocation for cell in cells[1:]]
+
+    assert [learning.epochs for learning in learned("epochs", "1,3")] == [1, 3]
+    assert [(learning.per, learning.reference) for learning in learned("granularity")] == [
+        ("row", "pruned"),
+        ("layer", "dense"),
+    ]
+    assert [learning.rate_steps for learning in learned("rate-step", "0.1,0.02")] == [10, 50]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -98,6 +112,10 @@ def test_a_plan_has_every_pattern_method_and_value(base):
         ((["ria"], ["2:4"], "moon", None), "--vary moon is not known; want one of samples, ria-power"),
         ((["ria"], ["2:4"], None, "1"), "--values has no effect without --vary"),
         ((["ria"], ["2:4"], "samples", "1,x"), "--values 1,x: want numbers"),
+        ((["ria"], ["0.5"], "epochs", None), "--vary epochs wants a method that learns rates, such as wanda"),
+        ((["wanda+besa-row"], ["0.5"], "epochs", "0"), "--vary epochs cannot be 0: epochs"),
+        ((["wanda+besa-row"], ["0.5"], "rate-step", "0"), "--vary rate-step cannot be 0.0: want 0.001 to 0.5"),
+        ((["wanda+besa-row"], ["0.5"], "granularity", "block"), "granularity cannot be block: want row or layer"),
     ],
 )
 def test_what_is_not_known_is_refused(base, arguments, said):

@@ -25,6 +25,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "halves": {"update": "admm-cg", "mask_from": "update", "tune": Tune(epochs=2)},
     "best": {"update": "admm-cg", "mask_from": "update", "distil": Distil()},
     "wanda+besa-row": {"score": "wanda", "allocation": Learning()},
+    "wanda+besa-row+cg": {"score": "wanda", "allocation": Learning(), "update": "cg"},
+    "best+besa-row": {"score": "wanda", "allocation": Learning(), "update": "admm-cg", "distil": Distil()},
     "balanced+rtn": {"update": "admm-cg", "mask_from": "update", "quantise": "rtn"},
     "best+sweep": {"update": "admm-cg", "mask_from": "update", "distil": Distil(), "quantise": "sweep"},
     "wanda+besa-row+joint": {"score": "wanda", "allocation": Learning(), "quantise": "joint"},
@@ -35,11 +37,15 @@ want one; where it is not said it is that of the effort: rtn without an update, 
 PATTERNS = ("2:4", "4:8", "0.5", "0.6", "0.7", "2:4+int4", "0.5+int4")
 STORAGES = {"": FP32, "int8": Storage("int8"), "int4": Storage("int4", 128)}
 STORAGES |= {f"int4g{group}": Storage("int4", group) for group in GROUPS}
-VARIED: dict[str, tuple[str, type, tuple[float, ...]]] = {
-    "samples": ("", int, (4, 8, 16, 32, 64, 128)),
-    "ria-power": ("ria_power", float, (0.0, 0.25, 0.5, 0.75, 1.0)),
+VARIED: dict[str, tuple[type, tuple[float | str, ...]]] = {
+    "samples": (int, (4, 8, 16, 32, 64, 128)),
+    "ria-power": (float, (0.0, 0.25, 0.5, 0.75, 1.0)),
+    "epochs": (int, (1, 2, 4)),
+    "granularity": (str, ("row", "layer")),
+    "rate-step": (float, (0.1, 0.05, 0.02, 0.01)),
 }
-"""What can be varied: the field of ``Recipe`` ("" for a setting of the cell), its type, and the usual values."""
+"""What can be varied, its type, and the usual values. The last three are BESA's, for methods that learn rates."""
+RATES = ("epochs", "granularity", "rate-step")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Cell:
     window: int
     windows: int | None
     varied: str = ""
-    value: float | None = None
+    value: float | str | None = None
 
 
 def plan(
@@ -95,18 +101,31 @@ def plan(
         return [base, *(replace(base, method=m, pattern=p) for p in patterns for m in methods if _go_together(m, p))]
     if vary not in VARIED:
         raise InputError(f"--vary {vary} is not known; want one of {', '.join(VARIED)}")
-    field, kind, usual = VARIED[vary]
+    kind, usual = VARIED[vary]
     try:
         chosen = usual if values is None else [kind(value) for value in values.split(",")]
     except ValueError as error:
         raise InputError(f"--values {values}: want numbers with commas between them") from error
+    if vary in RATES:
+        methods = [name for name in methods if "allocation" in METHODS[name]]
+        if not methods:
+            raise InputError(f"--vary {vary} wants a method that learns rates, such as wanda+besa-row")
     cells = [base]
     for pattern in patterns:
         for method in (m for m in methods if _go_together(m, pattern)):
             for value in chosen:
                 cell = replace(base, method=method, pattern=pattern, varied=vary, value=value)
-                cells.append(cell if field else replace(cell, **{vary: value}))
+                cells.append(replace(cell, samples=value) if vary == "samples" else cell)
+                _check(cells[-1])
     return cells
+
+
+def _check(cell: Cell) -> None:
+    """Refuse a value that no recipe can be made with."""
+    try:
+        recipe_of(cell)
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(f"--vary {cell.varied} cannot be {cell.value}: {error}") from error
 
 
 def _go_together(method: str, pattern: str) -> bool:
@@ -124,9 +143,29 @@ def recipe_of(cell: Cell) -> Recipe:
     quantiser = changed.pop("quantise", usual)
     if storage.quantised:
         changed["quantise"] = Quantise(storage, quantiser)
-    if cell.varied and (field := VARIED[cell.varied][0]):
-        changed[field] = cell.value
+    if cell.varied == "ria-power":
+        changed["ria_power"] = cell.value
+    elif cell.varied in RATES:
+        changed["allocation"] = _learning(changed["allocation"], cell)
     return Recipe(pattern, **changed)
+
+
+def _learning(learning: Learning, cell: Cell) -> Learning:
+    """How rates are learned, with what the cell varies.
+
+    Raises:
+        ValueError: there is no such value.
+    """
+    value: Any = cell.value
+    if cell.varied == "epochs":
+        return replace(learning, epochs=value)
+    if cell.varied == "rate-step":
+        if not 0.001 <= value <= 0.5:
+            raise ValueError("want 0.001 to 0.5")
+        return replace(learning, rate_steps=round(1 / value))
+    if value not in ("row", "layer"):
+        raise ValueError("want row or layer")
+    return replace(learning, per=value, reference="dense" if value == "layer" else "pruned")
 
 
 def split_pattern(text: str) -> tuple[Any, Storage]:

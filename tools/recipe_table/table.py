@@ -41,7 +41,7 @@ def table(cells: Sequence[Cell], finished: Sequence[Mapping[str, Any]]) -> list[
         figures = {name: value for name, value in done.items() if name not in ("cell", "exact")}
         if cell.method == DENSE:
             dense = done["mean_nll"]
-        varied = f"{cell.varied} {cell.value:g}" if cell.value is not None else ""
+        varied = f"{cell.varied} {cell.value}" if cell.value is not None else ""
         row = {"method": cell.method, "pattern": cell.pattern, "varied": varied, **figures, **done["exact"]}
         row["dln"] = None if dense is None else row["mean_nll"] - dense
         rows.append(row)
