@@ -3,7 +3,7 @@
     MALLOC_MMAP_THRESHOLD_=65536 python -P tools/bench_updates.py [--sizes 512,1024,2048] [--tokens 8192]
 
 R = out_features, C = in_features. Random weights and correlated inputs. For every method R and C are doubled one after
-the other, and the time should grow as the formula does: what the formula says of it is printed beside what was measured.
+the other; the time should grow as the formula does.
 Operations count a multiplication and an addition as two; memory is what a step takes beyond its arguments. With the
 variable glibc gives freed matrices back to the system, without it they hide what the next step takes.
 """
