@@ -8,7 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent.parent / "tools"))  # behind the installed package
 
-import bench_updates  # noqa: E402
+import bench_updates
 
 
 def test_every_step_is_measured_for_every_size(capsys):
