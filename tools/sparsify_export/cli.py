@@ -175,8 +175,6 @@ def compile_command(
         EngineSettings(batch, seq, context, workspace),
         dtype=dtype,
         refused={
-            "--sparsity": sparsity,
-            "--mask": mask if nm is None else None,
             "--group": group,
             "--quantise": quantise,
             "--ops": ops,
