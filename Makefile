@@ -8,7 +8,7 @@ OUT    := demo-out
 TORCH  := torch==2.13.0
 SOURCES := $(shell git ls-files '*.py' '*.pyi' '*.cpp' '*.h' '*.cu' '*.cuh' '*CMakeLists.txt' pyproject.toml)
 
-.PHONY: demo test slow lint types bench sanitize cuda clean setup
+.PHONY: demo test slow lint types bench sanitize cuda gpu-check clean setup
 
 setup: $(VENV)/installed
 
@@ -72,6 +72,15 @@ cuda: setup
 	$(PY) -P tools/cuda_resources.py --find || \
 	  $(PY) -m pip install -q --target build/nvcc $(NVCC_WHEELS:%="%==13.0.*")
 	$(PY) -P tools/cuda_resources.py --out docs/cuda_resources.md
+
+# On a machine with a GPU, and with a torch that uses it: kernels built for it, tested and timed. gpu_report.md is the
+# file to send back. Exit code 3 of gpu_check.py: there is no GPU.
+gpu-check: setup
+	$(PY) -P tools/gpu_check.py --find
+	$(PY) -m pip install -q --no-build-isolation --no-deps . \
+	  -Ccmake.define.SPARSIFY_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native
+	$(BIN)/pytest -q -m gpu tests/cuda
+	$(PY) -P tools/gpu_check.py --out gpu_report.md
 
 bench: setup
 	$(PY) -P tools/bench_kernels.py --rows required

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import gpu
 from .masks import check_score
 from .rates import staircase
 from .sums import BLOCK
@@ -76,42 +77,103 @@ def prune(weight: Tensor, rank: Tensor, beta: Tensor, counts: Tensor) -> Tensor:
     Returns:
         Float ``[R, C]``.
     """
-    result: Tensor = _Prune.apply(weight, rank, beta, counts)  # type: ignore[no-untyped-call]
+    result: Tensor = rate_mask(weight, rank, beta, counts)
     return result
 
 
-class _Prune(torch.autograd.Function):
-    """`prune`: keeps the weight and the ranks, which exist anyway, and nothing else of their size."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, rank: Tensor, beta: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, rank, counts)
-        ctx.candidates, ctx.dtype = beta.shape, beta.dtype
-        return torch.where(keep_mask(rank, counts), weight, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        (grad,) = grads
-        weight, rank, counts = ctx.saved_tensors
-        for_weight = torch.where(keep_mask(rank, counts), grad, 0.0) if ctx.needs_input_grad[0] else None
-        for_beta = _for_beta(weight, rank, grad, ctx.candidates).to(ctx.dtype) if ctx.needs_input_grad[2] else None
-        return for_weight, None, for_beta, None
+@torch.library.custom_op("sparsify::rate_mask", mutates_args=())
+def rate_mask(weight: Tensor, rank: Tensor, beta: Tensor, counts: Tensor) -> Tensor:
+    """`prune` as an operator of torch, on the CPU and on GPUs (cuda/rate_mask.cu)."""
+    return torch.where(keep_mask(rank, counts), weight, 0.0)
 
 
-def _for_beta(weight: Tensor, rank: Tensor, grad: Tensor, candidates: tuple[int, int]) -> Tensor:
+@rate_mask.register_fake
+def _(weight: Tensor, rank: Tensor, beta: Tensor, counts: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@torch.library.custom_op("sparsify::rate_mask_backward", mutates_args=())
+def rate_mask_backward(
+    grad: Tensor, weight: Tensor, rank: Tensor, counts: Tensor, beta_rows: int, candidates: int, for_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `prune` for the weight and for beta, float32; one that is not wanted is empty.
+
+    ``beta_rows`` 0 and ``for_weight`` False are how a gradient is not wanted.
+    """
+    return (
+        torch.where(keep_mask(rank, counts), grad, 0.0) if for_weight else grad.new_empty(0),
+        _for_beta(weight, rank, grad, beta_rows, candidates) if beta_rows else grad.new_empty(0),
+    )
+
+
+@rate_mask_backward.register_fake
+def _(
+    grad: Tensor, weight: Tensor, rank: Tensor, counts: Tensor, beta_rows: int, candidates: int, for_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(grad) if for_weight else grad.new_empty(0),
+        grad.new_empty(beta_rows, candidates, dtype=torch.float32) if beta_rows else grad.new_empty(0),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
+    """Keep the weight and the ranks, which exist anyway, and nothing else of their size."""
+    weight, rank, beta, counts = inputs
+    ctx.save_for_backward(weight, rank, counts)
+    ctx.candidates, ctx.dtype = beta.shape, beta.dtype
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    weight, rank, counts = ctx.saved_tensors
+    wants_weight, _, wants_beta, _ = ctx.needs_input_grad
+    rows, candidates = ctx.candidates
+    for_weight, for_beta = rate_mask_backward(
+        grad, weight, rank, counts, rows if wants_beta else 0, candidates, wants_weight
+    )
+    return for_weight if wants_weight else None, None, for_beta.to(ctx.dtype) if wants_beta else None, None
+
+
+rate_mask.register_autograd(_gradients, setup_context=_save)
+
+
+@rate_mask.register_kernel("cuda")
+def rate_mask_gpu(weight: Tensor, rank: Tensor, beta: Tensor, counts: Tensor) -> Tensor:
+    """`rate_mask` on CUDA tensors."""
+    weight = weight.detach().contiguous()
+    out = torch.empty_like(weight)
+    with gpu.kernels(weight) as (cuda, stream):
+        cuda.rate_mask_forward(weight, rank, counts.int(), out, stream)
+    return out
+
+
+@rate_mask_backward.register_kernel("cuda")
+def rate_mask_backward_gpu(
+    grad: Tensor, weight: Tensor, rank: Tensor, counts: Tensor, beta_rows: int, candidates: int, for_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """`rate_mask_backward` on CUDA tensors."""
+    grad, weight = grad.detach().contiguous(), weight.detach().contiguous()
+    wanted = torch.empty_like(grad) if for_weight else None  # contiguous, as grad is
+    beta = grad.new_empty(beta_rows, candidates, dtype=torch.float32) if beta_rows else None
+    together = beta_rows == 1 and len(weight) != 1
+    workspace = grad.new_empty(len(weight), candidates, dtype=torch.float32) if together else None
+    with gpu.kernels(grad) as (cuda, stream):
+        cuda.rate_mask_backward(weight, rank, counts.int(), grad, wanted, beta, workspace, stream)
+    return grad.new_empty(0) if wanted is None else wanted, grad.new_empty(0) if beta is None else beta
+
+
+def _for_beta(weight: Tensor, rank: Tensor, grad: Tensor, groups: int, count: int) -> Tensor:
     """``dL/dbeta`` of `prune`: products summed by stair, then over the stairs below each candidate.
 
     Rows go in blocks, so that the stair of every weight, which torch wants as int64, exists for one block only.
     """
     rows, columns = weight.shape
-    groups, count = candidates
     edges = staircase(columns, count - 1)
     stair = torch.bucketize(torch.arange(columns), edges, right=True)  # the first candidate that prunes this rank
     size = max(1, BLOCK // max(1, columns))
     found = []
     for w, r, g in zip(*(torch.split(t, size) for t in (weight, rank, grad)), strict=True):
         sums = torch.zeros(len(w), count)
-        sums.scatter_add_(1, stair[r.int()], g * w)
+        sums.scatter_add_(1, stair[r.int()], g.float() * w.float())
         found.append(sums)
     sums = torch.cat(found) if rows else torch.zeros(0, count)
     if groups == 1:

@@ -31,6 +31,7 @@ from onnxscript.values import Opset
 from torch import Tensor
 
 from ... import _native
+from . import gpu
 from .functions import function
 from .schema import FLOATS, register
 from .storage import FLOATS as STORED
@@ -86,7 +87,7 @@ def unpack(values: Tensor, mask: Tensor, row_start: Tensor, in_features: int) ->
 def linear_bitmask(
     x: Tensor, values: Tensor, mask: Tensor, row_start: Tensor, bias: Tensor | None, in_features: int
 ) -> Tensor:
-    """The op in torch, run by the CPU kernels; shapes and dtypes as at the top of this file."""
+    """The op in torch, run by the CPU kernels; shapes and dtypes as at the top of this file. On GPUs: gpu.py."""
     rows = x.reshape(-1, in_features).contiguous()
     y = torch.from_numpy(_native.linear_bitmask(rows, values, mask, row_start, bias))
     return y.reshape(*x.shape[:-1], len(mask))
@@ -95,6 +96,9 @@ def linear_bitmask(
 @linear_bitmask.register_fake
 def _(x: Tensor, values: Tensor, mask: Tensor, row_start: Tensor, bias: Tensor | None, in_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], mask.shape[0])
+
+
+linear_bitmask.register_kernel("cuda")(gpu.linear_bitmask)
 
 
 def reference(

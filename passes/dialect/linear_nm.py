@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ... import _native
 from ...calibrate.patterns import NM
+from . import gpu
 from .functions import function
 from .schema import FLOATS, register
 from .storage import FLOATS as STORED
@@ -89,7 +90,7 @@ def unpack(values: Tensor, indices: Tensor, nm: NM) -> Tensor:
 
 @torch.library.custom_op("sparsify::linear_nm", mutates_args=())
 def linear_nm(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    """The op in torch, run by the CPU kernels; shapes and dtypes as at the top of this file."""
+    """The op in torch, run by the CPU kernels; shapes and dtypes as at the top of this file. On GPUs: gpu.py."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = torch.from_numpy(_native.linear_nm(rows, values, indices, n, m, bias))
     return y.reshape(*x.shape[:-1], len(values))
@@ -98,6 +99,9 @@ def linear_nm(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, n
 @linear_nm.register_fake
 def _(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+linear_nm.register_kernel("cuda")(gpu.linear_24)
 
 
 def reference(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, nm: NM) -> Tensor:

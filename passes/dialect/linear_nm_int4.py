@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ... import _native
 from ...calibrate.patterns import NM
+from . import gpu
 from .functions import function
 from .linear_nm import index_bits
 from .schema import register
@@ -110,7 +111,7 @@ def linear_nm_int4(
     group: int,
     in_features: int,
 ) -> Tensor:
-    """The op in torch, run by the CPU kernels; shapes and dtypes as at the top of this file."""
+    """The op in torch, run by the CPU kernels; shapes and dtypes as at the top of this file. On GPUs: gpu.py."""
     rows = x.reshape(-1, in_features).contiguous()
     y = torch.from_numpy(_native.linear_nm(rows, values, indices, n, m, bias, scales=scales, group=group))
     return y.reshape(*x.shape[:-1], len(values))
@@ -129,6 +130,9 @@ def _(
     in_features: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+linear_nm_int4.register_kernel("cuda")(gpu.linear_24_int4)
 
 
 def reference(

@@ -1,4 +1,4 @@
-// The part of ONNX Runtime's C ABI that ort_ops.cpp uses, declared here because no header ships with the wheel.
+// The part of ONNX Runtime's C ABI that the ops use, declared here because no header ships with the wheel.
 //
 // OrtApi is a table of function pointers that is append-only ("NEVER remove or rearrange"), so a function is its
 // place in the table. Everything below exists since version 17 (ONNX Runtime 1.17). Numbers were counted in the
@@ -66,6 +66,7 @@ inline constexpr Slot<OrtStatus*(OrtKernelContext*, size_t index, const int64_t*
     KernelContext_GetOutput{91};
 inline constexpr Slot<void(OrtStatus*)> ReleaseStatus{93};
 inline constexpr Slot<void(Info*)> ReleaseTensorTypeAndShapeInfo{99};
+inline constexpr Slot<OrtStatus*(const OrtKernelContext*, void** stream)> KernelContext_GetGPUComputeStream{193};
 inline constexpr Slot<OrtStatus*(const OrtKernelInfo*, char* name, size_t* size)> KernelInfo_GetNodeName{244};
 inline constexpr Slot<OrtStatus*(const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue**)>
     KernelInfoGetConstantInput_tensor{249};

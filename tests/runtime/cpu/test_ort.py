@@ -253,6 +253,7 @@ def test_slots_are_those_of_the_released_header():
         "KernelContext_GetOutput": 91,
         "ReleaseStatus": 93,
         "ReleaseTensorTypeAndShapeInfo": 99,
+        "KernelContext_GetGPUComputeStream": 193,
         "KernelInfo_GetNodeName": 244,
         "KernelInfoGetConstantInput_tensor": 249,
         "ShapeInferContext_GetInputTypeShape": 268,
