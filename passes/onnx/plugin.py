@@ -43,10 +43,11 @@ def from_words(words: NDArray[np.int32], rows: int, columns: int) -> NDArray[np.
     Raises:
         ValueError: there are more or fewer words than such a mask has.
     """
-    size = rows * math.ceil(columns / 8)
+    width = math.ceil(columns / 8)
+    size = rows * width
     if words.shape != (math.ceil(size / 4),):
         raise ValueError(f"the mask of {rows} x {columns} weights has {math.ceil(size / 4)} words, got {words.shape}")
-    return words.astype("<i4").view(np.uint8)[:size].reshape(rows, -1 if rows else 0)
+    return words.astype("<i4").view(np.uint8)[:size].reshape(rows, width)
 
 
 class SuitPlugin(ir.passes.InPlacePass):

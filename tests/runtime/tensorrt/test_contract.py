@@ -47,6 +47,8 @@ def test_the_walk_sees_what_the_package_uses(surface):
         "ICudaEngine.get_tensor_profile_shape",
         "ILogger.log",
         "IOptimizationProfile.set_shape",
+        "IPluginRegistry.get_creator",
+        "IPluginRegistry.load_library",
         "IProgressMonitor.step_complete",
         "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
         "OnnxParser.parse_from_file",
