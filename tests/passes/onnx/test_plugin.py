@@ -24,9 +24,8 @@ def test_words_by_hand():
 
 @given(st.integers(0, 6), st.integers(0, 40), st.randoms(use_true_random=False))
 def test_words_hold_every_byte(rows, columns, random):
-    mask = np.array([random.randrange(256) for _ in range(rows * -(-columns // 8))], np.uint8).reshape(
-        rows, -1 if rows and columns else 0
-    )
+    width = -(-columns // 8)
+    mask = np.array([random.randrange(256) for _ in range(rows * width)], np.uint8).reshape(rows, width)
     words = to_words(mask)
     assert len(words) == -(-mask.size // 4)
     np.testing.assert_array_equal(from_words(words, rows, columns), mask)
