@@ -11,17 +11,20 @@ import pytest
 import torch
 from families import VOCABULARY, load_into, random_model
 from safetensors.torch import save_file
+from sparsify_export import engine
 from sparsify_export.cli import main
 from sparsify_export.compile import Console
 from sparsify_export.engine import _tell
 from sparsify_export.frontdoor import tokenizer_of
 from sparsify_export.passes.errors import InputError
+from sparsify_export.passes.onnx.plugin import LIBRARY
 from sparsify_export.passes.onnx.tensorrt import DOCUMENTED
 from sparsify_export.runtime import tensorrt
 from sparsify_export.runtime.generate import generate, greedy_torch
 from sparsify_export.runtime.inspection import weights
 from sparsify_export.runtime.session import CausalSession, open_session
 from sparsify_export.runtime.tensorrt.linears import PlanLinear, eligibility
+from sparsify_export.target import Target
 from trt_double import Double
 from trt_surface import VERSIONS, WHEELS, read_surface
 
@@ -200,6 +203,17 @@ def test_a_given_mask_makes_plugins_where_it_has_no_pattern(folder, text, tmp_pa
     said = " ".join(capsys.readouterr().err.split())
     assert "1 linears have zeros without a pattern and need the plugin" in said
     assert "with TensorRT 10.15 or newer, libsparsify_tensorrt.so and an NVIDIA GPU" in said
+
+
+def test_the_library_of_an_installation_is_put_beside_the_engine(tmp_path, monkeypatch):
+    target = Target.check(str(tmp_path / "m.plan"), overwrite=False)
+    target.open()
+    monkeypatch.setattr(engine, "__file__", str(tmp_path / "installed" / "engine.py"))
+    assert engine._library(target) == tmp_path / LIBRARY  # what may be there already
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / LIBRARY).write_bytes(b"plugins")
+    assert engine._library(target) == target.stage / LIBRARY
+    assert (target.stage / LIBRARY).read_bytes() == b"plugins"
 
 
 def test_an_engine_takes_the_tokenizer_of_its_model(written):
