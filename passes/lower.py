@@ -23,6 +23,7 @@ from .fx.plain import plain_linears
 from .onnx.attention_cache import JoinCacheInAttention
 from .onnx.attention_heads import SplitHeadsInAttention
 from .onnx.grouped_attention import ShareAttentionHeads
+from .onnx.plugin import SuitPlugin
 from .onnx.tensorrt import SuitTensorRT, check_tensorrt
 from .onnx.write import write_model
 
@@ -44,7 +45,8 @@ def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object], tenso
         path: the ``.onnx`` file.
         metadata: stored in the file as JSON strings.
         tensorrt: write what TensorRT's parser takes. It refuses Attention that joins the KV cache itself, so Concat
-            joins it; and it knows no op of ours, so the program must hold none.
+            joins it; and of our ops only the bitmask of float weights has a plugin, so the program may hold no other.
+            The file has no functions: one of its name would be taken for the plugin.
 
     Raises:
         InputError: the files cannot be written, or TensorRT would not take the model.
@@ -63,6 +65,7 @@ def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object], tenso
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(),
+        *((SuitPlugin(),) if tensorrt else ()),
         common.RemoveUnusedNodesPass(),
     ):
         pass_(model)
@@ -70,7 +73,7 @@ def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object], tenso
         check_tensorrt(model)
     model.metadata_props.update({f"sparsify.{key}": json.dumps(value) for key, value in metadata.items()})
     model.producer_name = "sparsify-export"
-    used = {node.op_type for node in model.graph if node.domain == "sparsify"}
+    used = set() if tensorrt else {node.op_type for node in model.graph if node.domain == "sparsify"}
     write_model(model, path, with_shared(op.FUNCTION for name, op in OPS.items() if name in used))
 
 

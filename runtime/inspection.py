@@ -18,6 +18,7 @@ from torch import Tensor
 from ..calibrate.patterns import NM, Unstructured, find_pattern
 from ..passes.dialect.packed import TENSORS, Packed
 from ..passes.errors import InputError, VerificationError
+from ..passes.onnx.plugin import from_words
 from .session import SPARSE_OPS, model_file
 
 
@@ -199,8 +200,11 @@ def _sparse(node: ir.Node, packed: bool) -> tuple[LinearInfo, Tensor | None]:
     values = tensors["values"].numpy()  # mapped, not read
     pattern: NM | Unstructured
     if "mask" in tensors:
+        rows, columns = tensors["row_start"].shape[0] - 1, attributes["in_features"]
         mask = tensors["mask"].numpy()
-        rows, columns = mask.shape[0], attributes["in_features"]
+        if mask.dtype == np.int32:  # for the plugin of TensorRT
+            mask = from_words(mask, rows, columns)
+            tensors["mask"] = ir.Tensor(mask)
         pattern = Unstructured(1 - int(np.bitwise_count(mask).sum()) / (rows * columns))
     else:
         pattern = NM(attributes["n"], attributes["m"])

@@ -79,7 +79,7 @@ class Checker:
             self.run(node.body, inner)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             value = self.infer(node.value, known) if node.value is not None else None
-            if isinstance(node, ast.AnnAssign) and value is None:
+            if isinstance(node, ast.AnnAssign) and not self.is_described(value):
                 value = self.annotated(node.annotation, known)
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 self.assign(target, value, known)
@@ -98,6 +98,13 @@ class Checker:
                         self.infer(item.context_expr, known)
                 elif isinstance(value, ast.expr):
                     self.infer(value, known)
+
+    def is_described(self, value: Any) -> bool:
+        """Whether a value has a type that is known; the bindings do not say what ``get_plugin_registry`` returns."""
+        names = (*self.surface.classes, *self.own)
+        return value is not None and not (
+            isinstance(value, Instance) and value.name.removeprefix("list[").rstrip("]") not in names
+        )
 
     def klass(self, node: ast.ClassDef, known: dict[str, Any]) -> None:
         """A class of the file; what it overrides must exist and be called the same way."""

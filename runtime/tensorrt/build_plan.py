@@ -1,10 +1,11 @@
 """Build a TensorRT engine from the ONNX file and the options beside this file, and say where it is sparse.
 
 This one file is both the builder inside sparsify-export and the script that it writes where no engine can be built:
-``python build_plan.py [MODEL.trt.json]`` needs TensorRT 10.15 or newer, an NVIDIA GPU, and nothing else; rich shows
-the progress where it is installed.
+``python build_plan.py [MODEL.trt.json] [--plugins LIBRARY]`` needs TensorRT 10.15 or newer, an NVIDIA GPU, for linears
+with zeros anywhere the library of our plugins, and nothing else; rich shows the progress where it is installed.
 """
 
+import argparse
 import importlib.util
 import json
 import re
@@ -16,6 +17,9 @@ from typing import Any
 
 NEEDS = "TensorRT 10.15 or newer (pip install tensorrt-cu13) and an NVIDIA GPU"
 NOT_BUILT = 3
+LIBRARY = "libsparsify_tensorrt.so"
+NAMESPACE, VERSION = "sparsify", "1"
+"""Of our plugins."""
 
 try:
     import tensorrt as trt
@@ -44,7 +48,7 @@ class Options:
         onnx: name of the ONNX file, in the folder of the options.
         plan: name of the engine to write there; the one without sparse tactics is called ``.dense.plan``.
         profiles: for every profile its inputs, each with its smallest, typical and largest shape.
-        linears: what the ONNX file holds; name, k, n, pattern, and whether a sparse tactic is possible.
+        linears: what the ONNX file holds; name, k, n, pattern, whether a sparse tactic is possible, and the plugin.
         sparse: whether a weight is sparse, so that TensorRT may try sparse tactics and an engine without is built too.
         workspace_mib: memory that a tactic may use; None leaves it to TensorRT.
         timing_cache: name of the file that keeps what was timed.
@@ -128,13 +132,21 @@ class Monitor(trt.IProgressMonitor):
         self._steps.pop(phase_name, None)
 
 
-def build(options: Options, folder: Path, *, show: Show) -> dict[str, Any]:
-    """Build the engine, and where a weight is sparse the same without sparse tactics; returns what was found out.
+def build(options: Options, folder: Path, *, show: Show, library: Path | None = None) -> dict[str, Any]:
+    """Build the engine, and where a weight may run sparse the same without sparse tactics; returns what was found out.
+
+    Args:
+        options: what to build.
+        folder: where the ONNX file is, and the engine is written.
+        show: told what is being done.
+        library: of our plugins; None for ``LIBRARY`` in the folder. It is loaded if the model needs one of them.
 
     Raises:
-        PlanError: this TensorRT is not supported, there is no GPU, or TensorRT refuses the model.
+        PlanError: this TensorRT is not supported, there is no GPU, a plugin is missing, or TensorRT refuses the model.
     """
     check_version()
+    if wanted := sorted({linear["plugin"] for linear in options.linears} - {""}):
+        load_plugins(library or folder / LIBRARY, wanted)
     sparse = build_one(options, folder, folder / options.plan, sparse=options.sparse, show=show)
     dense = None
     if options.sparse:
@@ -149,7 +161,7 @@ def build(options: Options, folder: Path, *, show: Show) -> dict[str, Any]:
         "dense_plan_bytes": dense.plan_bytes if dense else None,
         "dense_weight_bytes": dense.weight_bytes if dense else None,
         "log": list(sparse.log),
-        "linears": [{**linear, **verdict(linear["name"], sparse)} for linear in options.linears],
+        "linears": [{**linear, **verdict(linear["name"], linear["plugin"], sparse)} for linear in options.linears],
     }
 
 
@@ -159,6 +171,31 @@ def check_version() -> None:
     version = (int(found[1]), int(found[2])) if found else (0, 0)
     if not (10, 15) <= version < (12, 0):
         raise PlanError(f"TensorRT {trt.__version__} is not supported; want 10.15 or newer, or any 11")
+
+
+def load_plugins(library: Path, wanted: Sequence[str]) -> None:
+    """Load the library of our plugins, unless TensorRT knows them already.
+
+    Raises:
+        PlanError: it is not there, cannot be loaded, or lacks a plugin.
+    """
+    registry: trt.IPluginRegistry = trt.get_plugin_registry()
+    if all(registry.get_creator(name, VERSION, NAMESPACE) for name in wanted):
+        return
+    if not library.is_file():
+        raise PlanError(
+            f"the model needs the plugin {wanted[0]} in {library}, which does not exist; put it there, or give "
+            "--plugins LIBRARY"
+        )
+    try:
+        handle = registry.load_library(str(library.resolve()))
+    except (RuntimeError, ValueError) as error:
+        raise PlanError(f"TensorRT cannot load {library}: {error}") from error
+    if handle is None:
+        raise PlanError(f"TensorRT cannot load {library}")
+    for name in wanted:
+        if registry.get_creator(name, VERSION, NAMESPACE) is None:
+            raise PlanError(f"{library} holds no plugin {name} of the namespace {NAMESPACE}, version {VERSION}")
 
 
 def build_one(options: Options, folder: Path, plan: Path, *, sparse: bool, show: Show) -> Engine:
@@ -257,8 +294,8 @@ def replace(file: Path, content: memoryview) -> None:
         raise PlanError(f"cannot write {file}: {error.strerror}") from error
 
 
-def verdict(name: str, engine: Engine) -> dict[str, Any]:
-    """Whether a linear got a sparse tactic: ``yes``, ``no``, or ``unknown``, and what that is told from.
+def verdict(name: str, plugin: str, engine: Engine) -> dict[str, Any]:
+    """Whether a linear got a sparse tactic: ``yes``, ``no``, ``unknown``, or ``plugin``, and what that is told from.
 
     A line of the log names the layers that got one. Where it does not help, the tactic of the layer that holds the
     linear does, as the inspector describes it, unless that is a fused node whose tactic names no matrix product.
@@ -270,6 +307,8 @@ def verdict(name: str, engine: Engine) -> dict[str, Any]:
         "tactic": _tactic(layer),
         "has_sparse_weights": layer.get("HasSparseWeights"),
     }
+    if plugin:
+        return {**told, "picked": "plugin", "why": f"the plugin {plugin} runs it"}
     picked, eligible = (_lines(engine.log, words) for words in ("picked sparse implementation", "eligible for sparse"))
     if any(named(name, line) for line in picked):
         return {**told, "picked": "yes", "why": "the log says so"}
@@ -319,6 +358,8 @@ def summary(found: Mapping[str, Any]) -> list[str]:
         f"sparse tactics: {counts['yes']} of {len(able)} eligible 2:4 linears, {counts['no']} dense, "
         f"{counts['unknown']} unknown, of {len(linears)} linears in all"
     )
+    if plugged := sum(linear["picked"] == "plugin" for linear in linears):
+        lines.append(f"plugin: {plugged} linears; keep {LIBRARY} beside {found['plan']} to run it")
     for linear in able:
         if linear["picked"] != "yes":
             lines.append(f"  {linear['name']}: {linear['picked']}, {linear['why']}")
@@ -336,12 +377,17 @@ def read_options(file: Path) -> Options:
 def main(argv: Sequence[str]) -> int:
     """The script: build what the options name, print what was found out and write it beside the engine."""
     here = Path(__file__).resolve().parent
-    files = [Path(name) for name in argv] or sorted(here.glob("*.trt.json"))
+    parser = argparse.ArgumentParser("build_plan.py", description="Build a TensorRT engine from what lies beside this.")
+    parser.add_argument("options", nargs="*", type=Path, help="the .trt.json file; default the one beside this script")
+    parser.add_argument("--plugins", type=Path, default=here / LIBRARY, help="library of plugins; default beside this")
+    given = parser.parse_args(argv)
+    files = given.options or sorted(here.glob("*.trt.json"))
     if len(files) != 1:
         sys.stderr.write(f"build_plan.py: want one file of options, e.g. model.trt.json; got {len(files)}\n")
         return 2
     try:
-        found = _with_progress(lambda show: build(read_options(files[0]), files[0].resolve().parent, show=show))
+        options, folder = read_options(files[0]), files[0].resolve().parent
+        found = _with_progress(lambda show: build(options, folder, show=show, library=given.plugins))
     except PlanError as error:
         sys.stderr.write(f"build_plan.py: {error}\n")
         return NOT_BUILT

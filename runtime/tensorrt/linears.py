@@ -8,6 +8,7 @@ import torch
 
 from ...calibrate.patterns import NM, largest_group_count
 from ...passes.errors import VerificationError
+from ...passes.onnx.plugin import OP
 from ..inspection import weights
 
 Eligible: TypeAlias = Literal["yes", "maybe", "no"]
@@ -24,6 +25,7 @@ class PlanLinear:
         pattern: the pattern of its zeros along K, or None.
         eligible: whether a sparse tactic is possible: by shape, pattern and dtype.
         reason: why not, or why not surely; "" for ``yes``.
+        plugin: the plugin that runs it; "" for none.
     """
 
     name: str
@@ -32,6 +34,7 @@ class PlanLinear:
     pattern: str | None
     eligible: Eligible
     reason: str
+    plugin: str = ""
 
 
 def plan_linears(path: Path) -> list[PlanLinear]:
@@ -45,6 +48,9 @@ def plan_linears(path: Path) -> list[PlanLinear]:
         if bool(((weight == 0) & weight.signbit()).any()):
             raise VerificationError(f"{info.path} holds -0.0, which sparse kernels do not take for a zero")
         n, k = info.shape
+        if info.op == OP:
+            found.append(PlanLinear(info.path, k, n, info.pattern, "no", f"the plugin {OP} runs it", OP))
+            continue
         two_of_four = k % 4 == 0 and info.pattern is not None and largest_group_count(weight != 0, 4) <= 2
         eligible, reason = eligibility(k, n, two_of_four=two_of_four, sixteen_bit=weight.dtype != torch.float32)
         pattern = str(NM(2, 4)) if two_of_four else info.pattern

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ...passes.errors import InputError, NotBuiltError
+from ...passes.onnx.plugin import LIBRARY
+from ...passes.onnx.plugin import OP as PLUGIN
 from ..session import CausalSession, Floats, Ints, Past
 
 if TYPE_CHECKING:
@@ -66,15 +68,21 @@ class PlanSession:
         """Load an engine.
 
         Raises:
-            InputError: there is no such file, or it is no engine of this TensorRT and GPU.
+            InputError: there is no such file, it is no engine of this TensorRT and GPU, or the plugins beside it
+                cannot be loaded.
             NotBuiltError: engines cannot be run here.
         """
         check_can_run(path)
         import tensorrt as trt
 
-        from .build_plan import Log
+        from .build_plan import Log, PlanError, load_plugins
 
         log = Log()
+        if (library := path.with_name(LIBRARY)).is_file():
+            try:
+                load_plugins(library, [PLUGIN])
+            except PlanError as error:
+                raise InputError(str(error)) from error
         self._runtime = trt.Runtime(log)  # kept: the engine lives in it
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:

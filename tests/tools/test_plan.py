@@ -10,16 +10,21 @@ import onnx
 import pytest
 import torch
 from families import VOCABULARY, load_into, random_model
+from safetensors.torch import save_file
+from sparsify_export import engine
 from sparsify_export.cli import main
 from sparsify_export.compile import Console
 from sparsify_export.engine import _tell
 from sparsify_export.frontdoor import tokenizer_of
+from sparsify_export.passes.errors import InputError
+from sparsify_export.passes.onnx.plugin import LIBRARY
 from sparsify_export.passes.onnx.tensorrt import DOCUMENTED
 from sparsify_export.runtime import tensorrt
 from sparsify_export.runtime.generate import generate, greedy_torch
 from sparsify_export.runtime.inspection import weights
 from sparsify_export.runtime.session import CausalSession, open_session
 from sparsify_export.runtime.tensorrt.linears import PlanLinear, eligibility
+from sparsify_export.target import Target
 from trt_double import Double
 from trt_surface import VERSIONS, WHEELS, read_surface
 
@@ -109,6 +114,108 @@ def test_options_and_report_say_what_is_wanted_and_possible(written):
     assert report["settings"]["dtype"] == "fp16"
 
 
+@pytest.fixture(scope="module")
+def plugged(folder, text, tmp_path_factory):
+    """The same with zeros anywhere."""
+    out = tmp_path_factory.mktemp("engine") / "model.plan"
+    arguments = [str(folder), "--sparsity", "0.5", "--calibration", str(text), *SHORT]
+    assert main([*arguments, "--quiet", "-o", str(out)]) == 3
+    return out
+
+
+def test_zeros_anywhere_become_nodes_of_the_plugin(plugged):
+    file = plugged.with_name("model.trt.onnx")
+    # In a process of its own: in this one onnx knows our op, whose x is float32.
+    check = "import onnx, sys; onnx.checker.check_model(sys.argv[1], full_check=True)"
+    subprocess.run([sys.executable, "-c", check, file], check=True)
+    model = onnx.load(file)
+    assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 23), ("sparsify", 1)}
+    assert len(model.functions) == 0  # one of this name would be taken for the plugin
+    nodes = [node for node in model.graph.node if node.domain == "sparsify"]
+    assert {node.op_type for node in nodes} == {"linear_bitmask"}
+    assert len(nodes) == 8
+    assert {node.op_type for node in model.graph.node if node not in nodes} <= DOCUMENTED
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    kinds = onnx.TensorProto
+    for node in nodes:
+        assert [stored[name].data_type for name in node.input[1:]] == [kinds.FLOAT16, kinds.INT32, kinds.INT64]
+        (columns,) = [attribute.i for attribute in node.attribute]
+        rows = stored[node.input[3]].dims[0] - 1
+        assert list(stored[node.input[2]].dims) == [rows * columns // 32]
+        assert [attribute.name for attribute in node.attribute] == ["in_features"]
+    # Every weight is read back with half of it zero, none of them negative.
+    sparse = [(info, weight) for info, weight in weights(file) if info.op == "linear_bitmask"]
+    assert [info.pattern for info, _ in sparse] == ["50.0% zeros"] * 8
+    assert all(float((weight == 0).float().mean()) == 0.5 for _, weight in sparse)
+
+
+def test_the_plugin_is_verified_as_our_op_and_asked_for(plugged):
+    report = json.loads(plugged.with_name("model.plan.report.json").read_text())
+    ways = [f"ONNX Runtime, plugins as {what}" for what in ("our CPU kernels", "functions")]
+    assert [entry["how"] for entry in report["verified"]] == [
+        ways[0],
+        f"{ways[0]}, decoding",
+        ways[1],
+        f"{ways[1]}, decoding",
+    ]
+    options = json.loads(plugged.with_name("model.trt.json").read_text())
+    assert [linear["plugin"] for linear in options["linears"]] == ["linear_bitmask"] * 8 + [""]
+    assert not options["sparse"]
+    assert {file.name for file in plugged.parent.iterdir()} == {
+        "model.trt.onnx", "model.trt.onnx.data", "model.trt.json", "build_plan.py", "model.plan.report.json",
+    }  # fmt: skip
+    assert main(["inspect", str(plugged.with_name("model.trt.onnx"))]) == 0
+
+
+def test_a_damaged_mask_of_the_plugin_does_not_pass(plugged, tmp_path):
+    file = plugged.with_name("model.trt.onnx")
+    model = onnx.load(file)
+    node = next(node for node in model.graph.node if node.domain == "sparsify")
+    words = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[2])
+    array = onnx.numpy_helper.to_array(words).copy()
+    array[0] ^= 1 << 3
+    words.CopyFrom(onnx.numpy_helper.from_array(array, words.name))
+    onnx.save(model, tmp_path / "model.trt.onnx")
+    with pytest.raises(InputError, match="the file is damaged"):
+        list(weights(tmp_path / "model.trt.onnx"))
+
+
+def test_a_given_mask_makes_plugins_where_it_has_no_pattern(folder, text, tmp_path, capsys):
+    """In bfloat16: one linear of a mask without a pattern, one of a 2:4 mask, so the plugin and a plain product."""
+    generator = torch.Generator().manual_seed(0)
+    free = torch.rand(64, 128, generator=generator) < 0.5
+    pairs = torch.tensor([1, 1, 0, 0], dtype=torch.bool).repeat(64, 32)
+    paths = [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+    save_file(dict(zip(paths, (free, pairs), strict=True)), tmp_path / "masks.safetensors")
+    out = tmp_path / "m.plan"
+    arguments = [str(folder), "--mask", str(tmp_path / "masks.safetensors"), "--calibration", str(text), *SHORT]
+    assert main([*arguments, "--permute", "none", "--dtype", "bf16", "-o", str(out)]) == 3
+    linears = {linear["name"]: linear for linear in json.loads((tmp_path / "m.trt.json").read_text())["linears"]}
+    assert linears[paths[0]]["plugin"] == "linear_bitmask"
+    assert (linears[paths[1]]["plugin"], linears[paths[1]]["pattern"], linears[paths[1]]["eligible"]) == (
+        "",
+        "2:4",
+        "yes",
+    )
+    report = json.loads((tmp_path / "m.plan.report.json").read_text())
+    how = "ONNX Runtime, a float32 twin, plugins as functions"
+    assert [entry["how"] for entry in report["verified"]][2:] == [how, f"{how}, decoding"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 linears have zeros without a pattern and need the plugin" in said
+    assert "with TensorRT 10.15 or newer, libsparsify_tensorrt.so and an NVIDIA GPU" in said
+
+
+def test_the_library_of_an_installation_is_put_beside_the_engine(tmp_path, monkeypatch):
+    target = Target.check(str(tmp_path / "m.plan"), overwrite=False)
+    target.open()
+    monkeypatch.setattr(engine, "__file__", str(tmp_path / "installed" / "engine.py"))
+    assert engine._library(target) == tmp_path / LIBRARY  # what may be there already
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / LIBRARY).write_bytes(b"plugins")
+    assert engine._library(target) == target.stage / LIBRARY
+    assert (target.stage / LIBRARY).read_bytes() == b"plugins"
+
+
 def test_an_engine_takes_the_tokenizer_of_its_model(written):
     assert tokenizer_of(written, None)("w1 w2")["input_ids"] == [4, 5]
 
@@ -133,8 +240,6 @@ def test_an_engine_is_not_run_without_tensorrt(tmp_path, capsys, command):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--sparsity", "0.5"], "--sparsity 0.5 gives zeros without a pattern, and the plugin that runs them"),
-        (["--mask", "masks.safetensors"], "--mask masks.safetensors gives zeros without a pattern"),
         (["--dtype", "int8"], "--dtype int8 cannot be had in an engine; want fp16, bf16 or fp32"),
         (["--ops", "sparse"], "--ops sparse has no effect on an engine"),
         (["--lower", "auto"], "--lower auto has no effect on an engine"),

@@ -101,7 +101,7 @@ def compile_command(
         out: OUT.onnx (weights go to OUT.onnx.data), a folder, or OUT.plan for a TensorRT engine: where none can be
             built, the ONNX file for it and a script that builds it are written, and the exit code is 3.
         nm: keep N of every M neighbouring weights, e.g. 2:4.
-        sparsity: fraction of zeros anywhere, between 0 and 1.
+        sparsity: fraction of zeros anywhere, between 0 and 1; an engine runs such linears by a plugin of ours.
         effort: the recipe that fills in flags not given; fast is score and fold, original weights; balanced, the
             default, is fold and the best update of the weights without gradients; best trains all blocks together after
             that, which takes several times as long. An .onnx file has fast only.
@@ -175,8 +175,6 @@ def compile_command(
         EngineSettings(batch, seq, context, workspace),
         dtype=dtype,
         refused={
-            "--sparsity": sparsity,
-            "--mask": mask if nm is None else None,
             "--group": group,
             "--quantise": quantise,
             "--ops": ops,

@@ -423,7 +423,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "seed": settings.calibration.seed,
         "dtype": settings.storage.kind,
         "group": settings.storage.group or None,
-        "ops": settings.ops,
+        "ops": settings.ops if settings.engine is None else "what TensorRT takes",
         "lower": "always" if settings.lower_for is None else f"auto, for {settings.lower_for} tokens a call",
         **(settings.engine.plain() if settings.engine else {}),
     }

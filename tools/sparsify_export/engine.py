@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calibrate.patterns import NM, Pattern
 from .compile import Console, Settings, _evaluate_onnx, plain
 from .passes.errors import VerificationError
 from .passes.frontend.batches import Batch
@@ -19,6 +19,7 @@ from .passes.frontend.retrace import retrace
 from .passes.fx.partition import partition
 from .passes.fx.rewrite import Lowered, lower_linears
 from .passes.lower import to_onnx
+from .passes.onnx.plugin import LIBRARY
 from .passes.recipe import Timings
 from .passes.sparsify import Sparsified
 from .report import Evaluation, Report, build_report
@@ -29,7 +30,7 @@ from .runtime.exact import ExactAnswers
 from .runtime.tensorrt.linears import PlanLinear, plan_linears
 from .runtime.tensorrt.profiles import Sizes, profiles_for
 from .runtime.tensorrt.session import why_not
-from .runtime.tensorrt.twin import write_float32_twin
+from .runtime.tensorrt.twin import wants_twin, write_twin
 from .runtime.verify import expect, verify
 from .stages import Stages
 from .target import Target
@@ -81,10 +82,10 @@ def finish_engine(
         console.progress("lowering", 0, 0)
         traced = retrace(pruned.pretrained, pruned.params, dtype, pruned.example)
         params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
-        lowered = [_entry(entry, dtype) for entry in lower_linears(traced.program, sparse=False)]
-        batch = _in_dtype(pruned.probe, dtype)
-        expected = expect(partition(traced.program), params, batch)
+        expected = expect(partition(traced.program), params, _in_dtype(pruned.probe, dtype))
         del params
+        entries = lower_linears(traced.program, storage=settings.storage, worth=_plain_product)
+        lowered = [_entry(entry, dtype) for entry in entries]
         target.open()
         try:
             metadata = {"source": pruned.pretrained.source, "settings": plain(settings)}
@@ -93,17 +94,19 @@ def finish_engine(
             target.discard()
             raise
     try:
-        with tempfile.TemporaryDirectory(dir=target.stage) as folder:
-            runnable = target.model
-            if dtype == torch.bfloat16:
-                runnable = Path(folder) / "twin.onnx"
-                write_float32_twin(target.model, runnable)
-            with stages.run("verify"):
-                console.progress("verifying", 0, 0)
-                how = "ONNX Runtime" if runnable == target.model else "ONNX Runtime, a float32 twin"
-                verified = verify(runnable, traced, expected, ways={how: False})
-                linears = plan_linears(target.model)
-            after = _evaluate_onnx(pruned.pretrained, runnable, settings, stages, console)
+        linears = plan_linears(target.model)
+        plugins = any(linear.plugin for linear in linears)
+        runnable = target.model
+        if wants_twin(target.model):
+            runnable = target.stage / "twin.onnx"
+            write_twin(target.model, runnable)
+        with stages.run("verify"):
+            console.progress("verifying", 0, 0)
+            verified = verify(runnable, traced, expected, ways=_ways(dtype, plugins=plugins))
+        after = _evaluate_onnx(pruned.pretrained, runnable, settings, stages, console)
+        if runnable != target.model:
+            for file in (runnable, runnable.with_name(f"{runnable.name}.data")):
+                file.unlink(missing_ok=True)
         _tell(linears, dtype, console)
         found, latency = _build(target, pruned, settings, sizes, linears, stages, console)
         report = build_report(
@@ -131,10 +134,24 @@ def finish_engine(
     return report
 
 
+def _plain_product(pattern: Pattern, rows: int, columns: int, nonzeros: int) -> str:
+    """Why a weight stays a MatMul: one with N:M structure does, for TensorRT's own sparse kernels; see ``Worth``."""
+    return LOWERED if isinstance(pattern, NM) else ""
+
+
 def _entry(entry: Lowered, dtype: torch.dtype) -> Lowered:
     """What the report says of a linear: its bytes in the engine's dtype."""
-    size = entry.linear.out_features * entry.linear.in_features * dtype.itemsize
-    return replace(entry, stored_bytes=size, reason=LOWERED)
+    if not entry.reason:
+        return entry
+    return replace(entry, stored_bytes=entry.linear.out_features * entry.linear.in_features * dtype.itemsize)
+
+
+def _ways(dtype: torch.dtype, *, plugins: bool) -> dict[str, bool]:
+    """What the ways of verifying the file are called, and whether each is with our kernels."""
+    how = "ONNX Runtime, a float32 twin" if dtype == torch.bfloat16 else "ONNX Runtime"
+    if not plugins:
+        return {how: False}
+    return {f"{how}, plugins as our CPU kernels": True, f"{how}, plugins as functions": False}
 
 
 def _in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
@@ -148,6 +165,10 @@ def _tell(linears: Sequence[PlanLinear], dtype: torch.dtype, console: Console) -
         console.note("2:4 tensor cores need 16 bits or less, so this fp32 engine will run dense; give --dtype fp16")
     elif odd := [linear for linear in sparse if linear.eligible == "no"]:
         console.note(f"{len(odd)} of {len(sparse)} 2:4 linears will run dense: {odd[0].name}, {odd[0].reason}")
+    if plugged := sum(linear.plugin != "" for linear in linears):
+        console.note(
+            f"{plugged} linears have zeros without a pattern and need the plugin in {LIBRARY} to build and run"
+        )
 
 
 def _build(
@@ -179,6 +200,7 @@ def _build(
     file = target.stage / f"{target.out.stem}.trt.json"
     file.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(Path(tensorrt.__file__).with_name(SCRIPT), target.stage / SCRIPT)
+    library = _library(target) if any(linear.plugin for linear in linears) else None
     why, found = why_not(run=False), {}
     latency: tuple[Row, ...] = ()
     if not why:
@@ -188,7 +210,7 @@ def _build(
             shutil.copyfile(target.out.parent / cache, target.stage / cache)
         try:
             with stages.run("build"):
-                found = build(read_options(file), target.stage, show=console.progress)
+                found = build(read_options(file), target.stage, show=console.progress, library=library)
         except PlanError as error:
             why = str(error)
             (target.stage / target.out.name).unlink(missing_ok=True)  # one of the two engines may have been built
@@ -196,3 +218,11 @@ def _build(
         with stages.run("measure"):
             latency = compare_plans(target.stage / found["plan"], target.stage / found["dense_plan"])
     return {"not_built": why, "options": file.name, **options, **found}, latency
+
+
+def _library(target: Target) -> Path:
+    """The library of our plugins: this installation's, which is put beside the engine, else the one that is there."""
+    own = Path(__file__).with_name(LIBRARY)
+    if not own.is_file():
+        return target.out.parent / LIBRARY
+    return Path(shutil.copyfile(own, target.stage / LIBRARY))

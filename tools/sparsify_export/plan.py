@@ -7,6 +7,7 @@ from typing import Any
 
 from .passes.errors import InputError
 from .passes.frontend.load import Pretrained
+from .passes.onnx.plugin import LIBRARY
 from .runtime.tensorrt.profiles import Sizes, choose_sizes, parse_range
 from .runtime.tensorrt.session import is_plan
 
@@ -61,14 +62,8 @@ def check_engine_flags(
     if model.endswith(".onnx"):
         raise InputError(f"{model} cannot become an engine; give the pretrained model it was exported from")
     for flag, value in refused.items():
-        if value is None:
-            continue
-        if flag in ("--sparsity", "--mask"):
-            raise InputError(
-                f"{flag} {value} gives zeros without a pattern, and the plugin that runs them in an engine is not part "
-                f"of this version; give --nm 2:4, or an output ending in .onnx"
-            )
-        raise InputError(f"{flag} {value} has no effect on an engine")
+        if value is not None:
+            raise InputError(f"{flag} {value} has no effect on an engine")
     if dtype not in (None, "fp32", "fp16", "bf16"):
         raise InputError(f"--dtype {dtype} cannot be had in an engine; want fp16, bf16 or fp32")
     for flag, text in (("--batch", engine.batch), ("--seq", engine.sequence)):
@@ -94,7 +89,8 @@ def engine_sizes(engine: EngineSettings, pretrained: Pretrained) -> Sizes:
 def not_built(out: Path, engine: Mapping[str, Any]) -> str:
     """The sentence that says why there is no engine, and how to get one."""
     why = str(engine["not_built"]).removesuffix(".")
+    plugins = f", {LIBRARY}" if any(linear["plugin"] for linear in engine["linears"]) else ""
     return (
         f"{out} was not built: {why}; {engine['onnx']} and build_plan.py are in place, and `python build_plan.py "
-        f"{engine['options']}` builds it with TensorRT 10.15 or newer and an NVIDIA GPU"
+        f"{engine['options']}` builds it with TensorRT 10.15 or newer{plugins} and an NVIDIA GPU"
     )

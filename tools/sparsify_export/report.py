@@ -275,10 +275,14 @@ def _engine_linears(engine: Mapping[str, Any]) -> Table:
 def _engine_totals(engine: Mapping[str, Any], table: Table) -> None:
     sparse = [linear for linear in engine["linears"] if linear["pattern"] == "2:4"]
     counts = Counter(linear["eligible"] for linear in sparse)
-    table.add_row(
-        "2:4 linears that may run sparse",
-        f"{counts['yes']} of {len(sparse)} by shape, {counts['maybe']} maybe, {counts['no']} not",
-    )
+    plugged = sum(linear["plugin"] != "" for linear in engine["linears"])
+    if sparse or not plugged:
+        table.add_row(
+            "2:4 linears that may run sparse",
+            f"{counts['yes']} of {len(sparse)} by shape, {counts['maybe']} maybe, {counts['no']} not",
+        )
+    if plugged:
+        table.add_row("linears that the plugin runs", f"{plugged} of {len(engine['linears'])}")
     if not engine["not_built"]:
         picked = Counter(linear["picked"] for linear in sparse if linear["eligible"] != "no")
         table.add_row("sparse tactics", f"{picked['yes']} picked, {picked['no']} not, {picked['unknown']} unknown")
@@ -300,7 +304,7 @@ def _totals(report: Report) -> Table:
         ratio = report.stored_linear_bytes / report.dense_linear_bytes
         sizes = f"{_mb(report.stored_linear_bytes)} of {_mb(report.dense_linear_bytes)} dense fp32"
         gain = "" if ratio < 1 else ": no gain"
-        name = "their weights" if report.engine is None else "weights, zeros included"
+        name = "their weights" if report.engine is None else "weights as the engine gets them"
         table.add_row(name, f"{sizes} ({ratio:.3f}x{gain})")
     if (kept := _retained(report)) is not None:
         table.add_row("score kept", f"{kept:.3f} of that of the pruned weights")

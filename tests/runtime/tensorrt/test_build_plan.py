@@ -12,11 +12,20 @@ from trt_double import Double
 SCRIPT = Path(tensorrt.__file__).with_name("build_plan.py")
 SHAPES = {"input_ids": [[1, 1], [1, 8], [2, 16]], "past_key_values.0.key": [[1, 2, 0, 4], [1, 2, 0, 4], [2, 2, 15, 4]]}
 LINEARS = [
-    {"name": "layers.0.up", "k": 64, "n": 64, "pattern": "2:4", "eligible": "yes", "reason": ""},
-    {"name": "layers.1.up", "k": 64, "n": 64, "pattern": "2:4", "eligible": "yes", "reason": ""},
-    {"name": "layers.1.down", "k": 64, "n": 64, "pattern": "2:4", "eligible": "yes", "reason": ""},
-    {"name": "lm_head", "k": 64, "n": 96, "pattern": None, "eligible": "no", "reason": "the weight is not 2:4"},
+    {"name": "layers.0.up", "k": 64, "n": 64, "pattern": "2:4", "eligible": "yes", "reason": "", "plugin": ""},
+    {"name": "layers.1.up", "k": 64, "n": 64, "pattern": "2:4", "eligible": "yes", "reason": "", "plugin": ""},
+    {"name": "layers.1.down", "k": 64, "n": 64, "pattern": "2:4", "eligible": "yes", "reason": "", "plugin": ""},
+    {
+        "name": "lm_head",
+        "k": 64,
+        "n": 96,
+        "pattern": None,
+        "eligible": "no",
+        "reason": "the weight is not 2:4",
+        "plugin": "",
+    },
 ]
+PLUGGED = [{**LINEARS[0], "pattern": "50.0% zeros", "eligible": "no", "plugin": "linear_bitmask"}, LINEARS[3]]
 LAYERS = [
     {"Name": "layers.0.up_myl0_3", "TacticName": "sm80_xmma_sparse_gemm_f16f16", "HasSparseWeights": 1},
     {"Name": "fused", "Metadata": "[ONNX Layer: layers.1.up]\x1e[ONNX Layer: add]", "TacticName": "kgen_17"},
@@ -39,7 +48,7 @@ OPTIONS = {
 def build(surface, tmp_path, monkeypatch):
     """Runs the script on a double; returns its exit code and the double."""
 
-    def run(script=None, version=None, **options):
+    def run(script=None, version=None, arguments=(), **options):
         double = Double(surface, {})
         double.script.update(
             {
@@ -62,7 +71,7 @@ def build(surface, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "script", module)  # its dataclasses look themselves up
         spec.loader.exec_module(module)
         (tmp_path / "m.trt.json").write_text(json.dumps({**OPTIONS, **options}))
-        return module.main([]), double
+        return module.main([*arguments]), double
 
     return run
 
@@ -197,6 +206,66 @@ def test_what_fails_is_said_in_one_sentence_and_leaves_no_engine(build, tmp_path
     assert error.startswith("build_plan.py: ")
     assert said in error
     assert {file.name for file in tmp_path.iterdir()} - {"m.timing.cache"} == {"build_plan.py", "m.trt.json"}
+
+
+def registry(double, *, known=(), loaded=True):
+    """A registry that has the plugin before its library is loaded, after it, or never."""
+    known = set(known)
+
+    def load(self, plugin_path):
+        known.update(["linear_bitmask"] if loaded else [])
+        return object()
+
+    return {
+        "get_plugin_registry": lambda: double.value("IPluginRegistry"),
+        "IPluginRegistry.load_library": load,
+        "IPluginRegistry.get_creator": lambda self, name, version, space: object() if name in known else None,
+    }
+
+
+def test_the_library_of_plugins_is_loaded_once_before_anything_is_parsed(build, tmp_path, capsys):
+    library = tmp_path / "libsparsify_tensorrt.so"
+    library.write_bytes(b"")
+    code, double = build(registry, linears=PLUGGED, sparse=False)
+    assert code == 0
+    assert double.called("IPluginRegistry.load_library") == [(str(library),)]
+    assert set(double.called("IPluginRegistry.get_creator")) == {("linear_bitmask", "1", "sparsify")}
+    order = [name for name, _ in double.calls]
+    assert order.index("IPluginRegistry.load_library") < order.index("OnnxParser.parse_from_file")
+    found = json.loads((tmp_path / "m.plan.layers.json").read_text())
+    assert found["linears"][0]["picked"] == "plugin"
+    assert found["dense_plan"] is None
+    assert "plugin: 1 linears; keep libsparsify_tensorrt.so beside m.plan to run it" in capsys.readouterr().out
+    # Elsewhere by its option; and not again where TensorRT has the plugin, as a second build in one process finds.
+    other = tmp_path / "other.so"
+    library.rename(other)
+    code, double = build(registry, linears=PLUGGED, sparse=False, arguments=["--plugins", str(other)])
+    assert (code, double.called("IPluginRegistry.load_library")) == (0, [(str(other),)])
+    code, double = build(lambda d: registry(d, known=["linear_bitmask"]), linears=PLUGGED, sparse=False)
+    assert (code, double.called("IPluginRegistry.load_library")) == (0, [])
+    # A model without plugins does not ask for them.
+    assert build()[1].called("get_plugin_registry") == []
+
+
+def test_a_missing_library_or_plugin_is_one_sentence(build, tmp_path, capsys):
+    library = tmp_path / "libsparsify_tensorrt.so"
+
+    def said(script):
+        assert build(script, linears=PLUGGED, sparse=False)[0] == 3
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert said(registry) == (
+        f"build_plan.py: the model needs the plugin linear_bitmask in {library}, which does not exist; put it there, "
+        "or give --plugins LIBRARY"
+    )
+    library.write_bytes(b"")
+    assert "holds no plugin linear_bitmask of the namespace sparsify, version 1" in said(
+        lambda d: registry(d, loaded=False)
+    )
+    refuses = {"IPluginRegistry.load_library": lambda self, plugin_path: None}
+    assert said(lambda d: {**registry(d), **refuses}) == f"build_plan.py: TensorRT cannot load {library}"
+    assert not (tmp_path / "m.plan").exists()
 
 
 @pytest.mark.parametrize("version", ["8.6.1", "10.3.0", "10.14.1.48", "12.0.0", "nightly"])

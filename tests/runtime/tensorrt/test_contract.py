@@ -20,6 +20,8 @@ def build(parser: trt.OnnxParser, config: trt.IBuilderConfig):
     {line}
 """
 
+REGISTRY = "registry: trt.IPluginRegistry = trt.get_plugin_registry()"
+
 
 def complaints(surface, line, override="pass"):
     return Checker(surface).check(ast.parse(WRONG.format(line=line, override=override))).complaints
@@ -47,6 +49,8 @@ def test_the_walk_sees_what_the_package_uses(surface):
         "ICudaEngine.get_tensor_profile_shape",
         "ILogger.log",
         "IOptimizationProfile.set_shape",
+        "IPluginRegistry.get_creator",
+        "IPluginRegistry.load_library",
         "IProgressMonitor.step_complete",
         "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
         "OnnxParser.parse_from_file",
@@ -67,6 +71,8 @@ def test_the_walk_sees_what_the_package_uses(surface):
         ("config.progress_monitr = None", "IBuilderConfig has no property progress_monitr"),
         ("config.num_optimization_profiles = 1", "IBuilderConfig.num_optimization_profiles cannot be set"),
         ("[parser.get_error(i).descr() for i in range(parser.num_errors)]", "ParserError has no descr"),
+        (f"{REGISTRY}; registry.load_libary('x')", "IPluginRegistry has no load_libary"),
+        (f"{REGISTRY}; registry.get_creator('x')", "get_creator does not take ('x')"),
         ("unknown().set_tensor_address('x', 0)", "set_tensor_address is used on something of unknown type"),
         ("config.create_timing_cache(b'').serialise()", "ITimingCache has no serialise"),
         ("trt.NetworkDefinitionCreationFlag.EXPLICIT_PATCH", "has no EXPLICIT_PATCH"),

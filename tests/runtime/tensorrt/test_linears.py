@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 from sparsify_export.passes.errors import VerificationError
 from sparsify_export.runtime.tensorrt.linears import eligibility, plan_linears
-from sparsify_export.runtime.tensorrt.twin import write_float32_twin
+from sparsify_export.runtime.tensorrt.twin import write_twin
 
 FP16 = {"sixteen_bit": True, "two_of_four": True}
 
@@ -73,7 +73,7 @@ def test_a_negative_zero_is_found(tmp_path):
 
 def test_a_bfloat16_file_has_a_float32_twin_that_runs(tmp_path):
     weight = two_of_four(ml_dtypes.bfloat16)
-    write_float32_twin(file(tmp_path, weight), tmp_path / "twin.onnx")
+    write_twin(file(tmp_path, weight), tmp_path / "twin.onnx")
     onnx.checker.check_model(str(tmp_path / "twin.onnx"), full_check=True)
     x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
     got = ort.InferenceSession(str(tmp_path / "twin.onnx"), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]

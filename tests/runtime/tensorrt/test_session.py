@@ -114,6 +114,26 @@ def test_text_and_perplexity_are_those_of_the_onnx_file(plan):
     assert engine.session.get_inputs()[0].shape == (None, None)
 
 
+def test_plugins_beside_an_engine_are_loaded_before_it(plan):
+    library = plan.path.with_name("libsparsify_tensorrt.so")
+    library.write_bytes(b"")
+    known = []
+    plan.double.script |= {
+        "get_plugin_registry": lambda: plan.double.value("IPluginRegistry"),
+        "IPluginRegistry.load_library": lambda self, plugin_path: known.append(plugin_path) or "handle",
+        "IPluginRegistry.get_creator": lambda self, name, version, space: known or None,
+    }
+    open_artifact(plan.path)
+    order = [name for name, _ in plan.double.calls]
+    assert order.index("IPluginRegistry.load_library") < order.index("Runtime.deserialize_cuda_engine")
+    open_artifact(plan.path)
+    assert known == [str(library)]  # once
+    known.clear()
+    plan.double.script["IPluginRegistry.load_library"] = lambda self, plugin_path: None
+    with pytest.raises(InputError, match=r"TensorRT cannot load .*libsparsify_tensorrt\.so"):
+        open_artifact(plan.path)
+
+
 def test_every_call_uses_the_stream_and_the_narrowest_profile(plan):
     engine = causal(open_artifact(plan.path))
     assert [at for at, _ in plan.double.called("IExecutionContext.set_optimization_profile_async")] == [0, 1]
