@@ -1,6 +1,5 @@
 """An ONNX model in: what the command writes and proves."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 from onnx import TensorProto, helper
 from onnx_command import compiled
 from onnx_models import build, dense, genai, mlp, node, rng, saved, sparse_kn
-from sparsify_export import onnx_in
 from sparsify_export.cli import main
 from sparsify_export.passes.cost import Speed
 from sparsify_export.runtime import machine
@@ -147,12 +145,3 @@ def test_axes_without_a_name_stay_unknown_to_onnx_runtime(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.ones((2, 3, 64)))
     flags = ["--nm", "2:4", "--calibration-inputs", tmp_path]
     compiled(saved(proto, tmp_path), tmp_path / "o.onnx", *flags)
-
-
-def test_a_large_result_is_not_run_without_kernels_and_that_is_said(given, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(onnx_in, "LARGEST_UNPACKED", 1000)
-    assert main([str(given), "--nm", "2:4", "-o", str(tmp_path / "o.onnx")]) == 0
-    assert "not run without our kernels" in " ".join(capsys.readouterr().out.split())
-    report = json.loads((tmp_path / "o.onnx.report.json").read_text())
-    assert [entry["how"] for entry in report["verified"]] == ["kernels"]
-    assert report["not_verified"].endswith("its weights unpack to 24576 bytes, more than 1000")

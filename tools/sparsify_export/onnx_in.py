@@ -31,10 +31,6 @@ from .target import Target
 
 SILENT = Console()
 
-LARGEST_UNPACKED = 1 << 30
-"""Bytes of dense float32 weights above which a result is not run without our kernels: ONNX Runtime then unpacks all
-of them before it starts, with 64-bit positions beside them."""
-
 
 def compile_onnx(
     source: str,
@@ -92,7 +88,7 @@ def compile_onnx(
             packed.file.unlink()
         with stages.run("verify"):
             console.progress("verifying", 0, 0)
-            ways, skipped = _ways(sparse, lowering=lowering)
+            ways = (("kernels", True), ("functions", False)) if lowering else (("standard ops", False),)
             verified = _verify(path, target, written, beside, feeds[0], dense.file, ways)
         with stages.run("measure"):
             console.progress("measuring", 0, 0)
@@ -103,7 +99,6 @@ def compile_onnx(
             sparse,
             [*left, *dense_still],
             verified,
-            skipped,
             latency,
             stages,
             target.model,
@@ -225,18 +220,6 @@ def _write(model: Model, sparse: list[Sparse], out: Path, settings: Settings) ->
     return model.proto
 
 
-def _ways(sparse: Sequence[Sparse], *, lowering: bool) -> tuple[Sequence[tuple[str, bool]], str]:
-    """How the result is run to verify it, and a sentence on what is left out; "" for nothing."""
-    if not lowering:
-        return (("standard ops", False),), ""
-    shapes = {entry.linear.weight.name: entry.linear.weight.shape for entry in sparse}
-    size = sum(4 * rows * columns for rows, columns in shapes.values())
-    if size > LARGEST_UNPACKED:
-        skipped = f"not run without our kernels: its weights unpack to {size} bytes, more than {LARGEST_UNPACKED}"
-        return (("kernels", True),), skipped
-    return (("kernels", True), ("functions", False)), ""
-
-
 def _verify(
     source: Path,
     target: Target,
@@ -262,7 +245,6 @@ def _report(
     sparse: Sequence[Sparse],
     left: Sequence[LeftOut],
     verified: Sequence[Verified],
-    skipped: str,
     latency: Sequence[Row],
     stages: Stages,
     out: Path,
@@ -306,7 +288,6 @@ def _report(
         dense_linear_bytes=sum(entry.dense_bytes for entry in linears if entry.lowered),
         stored_linear_bytes=sum(entry.stored_bytes for entry in linears if entry.lowered),
         given_bytes=given_bytes,
-        not_verified=skipped,
     )
 
 

@@ -98,7 +98,6 @@ class Report:
         dense_linear_bytes: all linears of the repeated layers in float32.
         stored_linear_bytes: the same as stored.
         given_bytes: the ONNX model that was given and its data; None for other sources.
-        not_verified: the way of running the file that was left out, and why; "" for none.
         distilled: what training all blocks together made of the model's output, or None.
         engine: what is known about a TensorRT engine: its options, why it was not built, what is in it; None for ONNX.
     """
@@ -117,7 +116,6 @@ class Report:
     dense_linear_bytes: int
     stored_linear_bytes: int
     given_bytes: int | None = None
-    not_verified: str = ""
     distilled: DistilReport | None = None
     engine: Mapping[str, Any] | None = None
 
@@ -336,8 +334,6 @@ def _totals(report: Report) -> Table:
         table.add_row(
             f"verified with {entry['how']}", f"max error {entry['error']:.2e}, allowed {entry['allowed']:.2e}"
         )
-    if report.not_verified:
-        table.add_row("not verified", report.not_verified)
     return table
 
 
