@@ -78,8 +78,7 @@ def distil(
         for index in torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch)).tolist():
             target = model.target(train[index], dense)
             rows = model.run(train[index], trained.live(learn=True), learn=True)
-            loss, counted = model.loss(rows, target)
-            torch.autograd.backward(loss / counted)
+            torch.autograd.backward(model.errors(rows, target).sum() / (model.size(target) or 1.0))
             factor = warm_up_and_cosine((step + 0.5) / (settings.epochs * len(train)))
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak"]
@@ -122,23 +121,23 @@ class _Model:
         rows = self.run(batch, dense)
         return rows.log_softmax(-1) if self._output == "logits" else rows
 
-    def loss(self, rows: Tensor, target: Tensor) -> tuple[Tensor, float]:
-        """The summed loss of a batch, and what it is divided by: tokens, or the target's energy."""
+    def errors(self, rows: Tensor, target: Tensor) -> Tensor:
+        """What adds up to the loss of a batch, of the shape of ``rows``."""
         if self._output == "values":
-            return (rows - target).square().sum(), total(target.square()) or 1.0
-        return (target.exp() * (target - rows.log_softmax(-1))).sum(), float(len(rows))
+            return (rows - target).square()
+        return target.exp() * (target - rows.log_softmax(-1))
+
+    def size(self, target: Tensor) -> float:
+        """What the loss of a batch is divided by: tokens, or the target's energy."""
+        return float(len(target)) if self._output == "logits" else total(target.square())
 
     def mean_loss(self, batches: Sequence[Batch], dense: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> float:
         """The loss over some batches; rounded, so that it is the same for any number of threads."""
         wrong = size = 0.0
         for batch in batches:
-            target, rows = self.target(batch, dense), self.run(batch, params)
-            if self._output == "logits":
-                wrong += total(target.exp() * (target - rows.log_softmax(-1)))
-                size += len(rows)
-            else:
-                wrong += total((rows - target).square())
-                size += total(target.square())
+            target = self.target(batch, dense)
+            wrong += total(self.errors(self.run(batch, params), target))
+            size += self.size(target)
         return float(torch.tensor(wrong / size if size else wrong, dtype=torch.float32))
 
 

@@ -198,7 +198,7 @@ def compile_model(
         with stages.run("measure"):
             console.progress("measuring", 0, 0)
             latency = compare_kernels(target.model) if any(not entry.reason for entry in lowered) else ()
-        after = _evaluate_onnx(pretrained, target.model, settings, stages, console)
+        after = evaluate_onnx(pretrained, target.model, settings, stages, console)
         report = build_report(
             source=source,
             settings=plain(settings),
@@ -365,9 +365,10 @@ def _evaluate_torch(
         return _evaluate(torch_logits(pretrained.model), pretrained, settings)
 
 
-def _evaluate_onnx(
+def evaluate_onnx(
     pretrained: Pretrained, model: Path, settings: Settings, stages: Stages, console: Console
 ) -> tuple[Perplexity, ExactAnswers] | None:
+    """Perplexity and exact answers of a finished file, or None without ``--eval``."""
     if settings.evaluate is None:
         return None
     with stages.run("evaluate result"):

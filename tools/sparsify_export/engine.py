@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .calibrate.patterns import NM, Pattern
-from .compile import Console, Settings, _evaluate_onnx, plain
+from .compile import Console, Settings, evaluate_onnx, plain
 from .passes.errors import VerificationError
 from .passes.frontend.batches import Batch
 from .passes.frontend.load import Pretrained
@@ -103,7 +103,7 @@ def finish_engine(
         with stages.run("verify"):
             console.progress("verifying", 0, 0)
             verified = verify(runnable, traced, expected, ways=_ways(dtype, plugins=plugins))
-        after = _evaluate_onnx(pruned.pretrained, runnable, settings, stages, console)
+        after = evaluate_onnx(pruned.pretrained, runnable, settings, stages, console)
         if runnable != target.model:
             for file in (runnable, runnable.with_name(f"{runnable.name}.data")):
                 file.unlink(missing_ok=True)
