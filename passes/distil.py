@@ -11,7 +11,7 @@ from ..calibrate.sums import total
 from .errors import InputError
 from .frontend.batches import Batch
 from .fx.partition import Partition
-from .fx.run import Values, live_after, run_part, run_part_with_grad, start
+from .fx.run import run_model, run_part, run_part_with_grad
 from .quantise import STRENGTH_RATE, Gridded
 from .recipe import Distil, DistilReport, Progress
 from .trained import Trained
@@ -101,19 +101,12 @@ class _Model:
 
     def __init__(self, partition: Partition, output: Output) -> None:
         self._partition = partition
-        self._alive = live_after(partition)
         self._output = output
 
     def run(self, batch: Batch, params: Mapping[str, Tensor], *, learn: bool = False) -> Tensor:
         """The first output, ``[tokens that count, features]``."""
-        values: Values = start(self._partition, batch.inputs)
-        name = self._partition.outputs[0]
         run = run_part_with_grad if learn else run_part
-        for part, needed in zip(self._partition.parts, self._alive, strict=True):
-            values.update(run(part, values, params, self._partition.params))
-            for dead in [n for n in values if n not in needed and n != name]:
-                del values[dead]
-        rows: Tensor = values[name].float().flatten(end_dim=-2)
+        rows = run_model(self._partition, batch.inputs, params, run).float().flatten(end_dim=-2)
         return rows if batch.token_mask is None else rows[batch.token_mask.reshape(-1)]
 
     def target(self, batch: Batch, dense: Mapping[str, Tensor]) -> Tensor:

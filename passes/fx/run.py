@@ -74,6 +74,26 @@ def run_part_float64(part: Part, values: Values, params: Mapping[str, Tensor], n
     return _named(part, results)
 
 
+def run_model(
+    partition: Partition, inputs: tuple[Tensor, ...], params: Mapping[str, Tensor], run: Callable[..., Values]
+) -> Tensor:
+    """Run all parts one after the other; the model's first output. Values that nothing reads any more are dropped.
+
+    Args:
+        partition: the model.
+        inputs: of one batch.
+        params: weights by key.
+        run: how each part is run: `run_part`, `run_part_with_grad`, or another with these four arguments.
+    """
+    values, name = start(partition, inputs), partition.outputs[0]
+    for part, needed in zip(partition.parts, live_after(partition), strict=True):
+        values.update(run(part, values, params, partition.params))
+        for dead in [n for n in values if n not in needed and n != name]:
+            del values[dead]
+    found: Tensor = values[name]
+    return found
+
+
 def live_after(partition: Partition) -> list[set[str]]:
     """For every part, the names that later parts still read; not what only the model returns, such as its KV cache."""
     alive: set[str] = set()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sparsify_export.passes.frontend.trace import Traced, trace
 from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import Partition, partition
 from sparsify_export.passes.fx.rewrite import lower_linears, stored_weights
-from sparsify_export.passes.fx.run import live_after, run_part_rounded, start
+from sparsify_export.passes.fx.run import run_model, run_part_rounded
 from sparsify_export.passes.recipe import BlockReport
 from sparsify_export.passes.sparsify import sparsify
 from sparsify_export.runtime.evaluate import Logits, perplexity
@@ -86,16 +87,9 @@ def graph_logits(
     rounded: Mapping[str, Any],
 ) -> Logits:
     """The traced graph with other weights as a function from ids to logits; ``rounded`` as in ``expect``."""
-    alive = live_after(parts)
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
         (batch,) = token_batches(traced, ids, names=pretrained.inputs, tokens_per_batch=ids.numel())
-        values = start(parts, batch.inputs)
-        for part, needed in zip(parts.parts, alive, strict=True):
-            values.update(run_part_rounded(part, values, params, parts.params, rounded))
-            for name in [n for n in values if n not in needed and n != parts.outputs[0]]:
-                del values[name]
-        found: torch.Tensor = values[parts.outputs[0]]
-        return found
+        return run_model(parts, batch.inputs, params, partial(run_part_rounded, rounded=rounded))
 
     return logits

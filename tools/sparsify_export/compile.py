@@ -13,7 +13,7 @@ from .calibrate.update import DAMPING
 from .passes.dialect.packed import Packed
 from .passes.dialect.storage import FP32, Storage
 from .passes.distil import Output
-from .passes.errors import InputError, VerificationError
+from .passes.errors import InputError
 from .passes.frontend.batches import (
     TOKENS_PER_BATCH,
     Batch,
@@ -186,12 +186,9 @@ def compile_model(
         expected = expect(parts, as_stored(params, packed), probe, rounded)
         del params, packed
         target.open()
-        try:
+        with target.guarded():
             to_onnx(traced, target.model, metadata={"source": source, "settings": plain(settings)})
-        except BaseException:
-            target.discard()
-            raise
-    try:
+    with target.guarded():
         with stages.run("verify"):
             console.progress("verifying", 0, 0)
             verified = verify(target.model, traced, expected)
@@ -214,12 +211,6 @@ def compile_model(
             model=target.model,
         )
         target.finish(pretrained, report)
-    except VerificationError:
-        target.fail()
-        raise
-    except BaseException:
-        target.discard()
-        raise
     return report
 
 

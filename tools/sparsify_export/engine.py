@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .calibrate.patterns import NM, Pattern
 from .compile import Console, Settings, evaluate_onnx, plain
-from .passes.errors import VerificationError
 from .passes.frontend.batches import Batch
 from .passes.frontend.load import Pretrained
 from .passes.frontend.retrace import retrace
@@ -87,13 +86,10 @@ def finish_engine(
         entries = lower_linears(traced.program, storage=settings.storage, worth=_plain_product)
         lowered = [_entry(entry, dtype) for entry in entries]
         target.open()
-        try:
+        with target.guarded():
             metadata = {"source": pruned.pretrained.source, "settings": plain(settings)}
             to_onnx(traced, target.model, metadata=metadata, tensorrt=True)
-        except BaseException:
-            target.discard()
-            raise
-    try:
+    with target.guarded():
         linears = plan_linears(target.model)
         plugins = any(linear.plugin for linear in linears)
         runnable = target.model
@@ -125,12 +121,6 @@ def finish_engine(
         )
         report = replace(report, engine=found)
         target.finish(pruned.pretrained, report)
-    except VerificationError:
-        target.fail()
-        raise
-    except BaseException:
-        target.discard()
-        raise
     return report
 
 

@@ -8,7 +8,7 @@ import onnx
 from torch import Tensor
 
 from .compile import Console, Settings, plain
-from .passes.errors import InputError, VerificationError
+from .passes.errors import InputError
 from .passes.onnx.index_inputs import head_sizes, index_bounds
 from .passes.onnx.linears import LeftOut, Linear, find_linears
 from .passes.onnx.protos import location
@@ -63,7 +63,7 @@ def compile_onnx(
         feeds = _feeds(model, linears, settings)
     norms = _norms(model, linears, feeds, settings, stages, console)
     target.open()
-    try:
+    with target.guarded():
         lowering = settings.ops == "sparse"
         machine = this_machine() if settings.lower_for is not None else None
         worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
@@ -106,12 +106,6 @@ def compile_onnx(
             machine.key if machine else None,
         )
         target.finish(None, report)
-    except VerificationError:
-        target.fail()
-        raise
-    except BaseException:
-        target.discard()
-        raise
     return report
 
 

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .passes.errors import InputError
+from .passes.errors import InputError, VerificationError
 from .passes.frontend.load import Pretrained
 from .report import Report
 from .runtime.tensorrt.session import SUFFIXES, is_plan
@@ -92,6 +94,18 @@ class Target:
             pretrained.model.generation_config.save_pretrained(self.stage)
         if pretrained.tokenizer is not None:
             pretrained.tokenizer.save_pretrained(self.stage)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What goes wrong inside leaves nothing behind, or what failed its verification under a name that says so."""
+        try:
+            yield
+        except VerificationError:
+            self.fail()
+            raise
+        except BaseException:
+            self.discard()
+            raise
 
     def fail(self) -> None:
         """Keep the artifact that failed its verification, under a name that says so."""
