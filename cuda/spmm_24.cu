@@ -1,5 +1,6 @@
 // y = x W^T + bias for a 2:4 weight, one output a thread: the readable version. The faster ones, spmm_24_decode.cu and
 // spmm_24_prefill.cu, must agree with it. Layouts: kernels.h.
+#include "choose.cuh"
 #include "launch.cuh"
 #include "number.cuh"
 
@@ -38,13 +39,10 @@ extern "C" cudaError_t sparsify_spmm_24_readable(DType x_type, DType w_type, con
   });
 }
 
-// Up to here decode reads the weight once. Where tensor cores really begin to pay is for a GPU to say (docs/gpu.md).
-constexpr int64_t kMostDecoded = 8;
-
 extern "C" cudaError_t sparsify_spmm_24(DType x_type, DType w_type, const void* x, const void* values,
                                         const uint8_t* indices, const float* bias, void* y, int64_t M, int64_t N,
                                         int64_t K, cudaStream_t stream) {
-  const bool prefill = M > kMostDecoded && has_tensor_cores(x_type, w_type);
+  const bool prefill = prefers_prefill(M, x_type, w_type);
   return (prefill ? sparsify_spmm_24_prefill : sparsify_spmm_24_decode)(x_type, w_type, x, values, indices, bias, y, M,
                                                                         N, K, stream);
 }

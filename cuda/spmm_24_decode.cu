@@ -6,8 +6,7 @@
 //
 // Memory is the limit: 9 bytes for 8 columns in 16 bits. Two 16-bit activations of four are picked by one byte
 // permutation, so the arithmetic keeps up.
-#include <type_traits>
-
+#include "choose.cuh"
 #include "launch.cuh"
 #include "load.cuh"
 #include "number.cuh"
@@ -93,12 +92,7 @@ extern "C" cudaError_t sparsify_spmm_24_decode(DType x_type, DType w_type, const
                     static_cast<const X*>(x), static_cast<const W*>(values), indices, bias, static_cast<X*>(y), M, N, K,
                     token_blocks);
     };
-    if (!all_wide(K, x, values, indices)) return run(std::integral_constant<int, 1>(), std::false_type());
-    if (M == 1) return run(std::integral_constant<int, 1>(), std::true_type());
-    if (M == 2) return run(std::integral_constant<int, 2>(), std::true_type());
-    if constexpr (sizeof(X) == 2)  // the activations of 8 tokens in float32 do not fit the registers
-      if (M > 4) return run(std::integral_constant<int, 8>(), std::true_type());
-    return run(std::integral_constant<int, 4>(), std::true_type());
+    return for_tokens<most_tokens<X>>(M, all_wide(K, x, values, indices), run);
   });
 }
 

@@ -5,8 +5,7 @@
 //   lane l of a step     columns 32 l .. 32 l + 31 = 16 values in 8 bytes, 32 bits of indices, 32 codes of each token
 //
 // One byte permutation picks the codes that four kept weights meet, one instruction multiplies and adds the four.
-#include <type_traits>
-
+#include "choose.cuh"
 #include "launch.cuh"
 #include "load.cuh"
 #include "number.cuh"
@@ -87,11 +86,7 @@ extern "C" cudaError_t sparsify_spmm_24_int4(DType y_type, const int8_t* codes, 
                     steps, values, indices, static_cast<const __half*>(scales), bias, static_cast<Y*>(y), M, N, K,
                     code_pitch(K), int64_t{group}, token_blocks);
     };
-    if (!all_wide(K, codes, values, indices)) return run(std::integral_constant<int, 1>(), std::false_type());
-    if (M == 1) return run(std::integral_constant<int, 1>(), std::true_type());
-    if (M == 2) return run(std::integral_constant<int, 2>(), std::true_type());
-    if (M <= 4) return run(std::integral_constant<int, 4>(), std::true_type());
-    return run(std::integral_constant<int, 8>(), std::true_type());
+    return for_tokens<8>(M, all_wide(K, codes, values, indices), run);
   });
 }
 

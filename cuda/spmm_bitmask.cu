@@ -1,5 +1,6 @@
 // y = x W^T + bias for a weight with zeros anywhere, one output a thread: the readable version. The faster ones,
 // spmm_bitmask_decode.cu and spmm_bitmask_prefill.cu, must agree with it. Layouts: kernels.h.
+#include "choose.cuh"
 #include "launch.cuh"
 #include "number.cuh"
 
@@ -34,13 +35,10 @@ extern "C" cudaError_t sparsify_spmm_bitmask_readable(DType x_type, DType w_type
   });
 }
 
-// As for 2:4 (spmm_24.cu): up to here decode reads the weight once.
-constexpr int64_t kMostDecoded = 8;
-
 extern "C" cudaError_t sparsify_spmm_bitmask(DType x_type, DType w_type, const void* x, const void* values,
                                              const uint8_t* mask, const int64_t* row_start, const float* bias, void* y,
                                              int64_t M, int64_t N, int64_t K, cudaStream_t stream) {
-  const bool prefill = M > kMostDecoded && has_tensor_cores(x_type, w_type);
+  const bool prefill = prefers_prefill(M, x_type, w_type);
   return (prefill ? sparsify_spmm_bitmask_prefill : sparsify_spmm_bitmask_decode)(x_type, w_type, x, values, mask,
                                                                                   row_start, bias, y, M, N, K, stream);
 }

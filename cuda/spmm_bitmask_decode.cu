@@ -3,8 +3,7 @@
 // to 8 tokens (4 in float32) share what was read of the weight (one, where x is not aligned for words).
 //
 //   lane l of a step     columns 8 l .. 8 l + 7 = one byte of the mask, up to 8 values, 8 activations of each token
-#include <type_traits>
-
+#include "choose.cuh"
 #include "launch.cuh"
 #include "load.cuh"
 #include "number.cuh"
@@ -80,12 +79,7 @@ extern "C" cudaError_t sparsify_spmm_bitmask_decode(DType x_type, DType w_type, 
                     static_cast<const X*>(x), static_cast<const W*>(values), mask, row_start, bias, static_cast<X*>(y),
                     M, N, K, token_blocks);
     };
-    if (!all_wide(K, x, nullptr, nullptr)) return run(std::integral_constant<int, 1>(), std::false_type());
-    if (M == 1) return run(std::integral_constant<int, 1>(), std::true_type());
-    if (M == 2) return run(std::integral_constant<int, 2>(), std::true_type());
-    if constexpr (sizeof(X) == 2)  // the activations of 8 tokens in float32 do not fit the registers
-      if (M > 4) return run(std::integral_constant<int, 8>(), std::true_type());
-    return run(std::integral_constant<int, 4>(), std::true_type());
+    return for_tokens<most_tokens<X>>(M, all_wide(K, x, nullptr, nullptr), run);
   });
 }
 
