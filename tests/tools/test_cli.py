@@ -180,6 +180,21 @@ def test_integers_are_stored_verified_and_shown(
     assert op in capsys.readouterr().out
 
 
+def test_best_distils_says_so_and_a_flag_changes_how(folder, text, tmp_path, capsys):
+    out = tmp_path / "model.onnx"
+    given = [str(folder), "--nm", "2:4", "--calibration", str(text), *SHORT[:4], "-o", str(out), "--overwrite"]
+    losses = []
+    for flags, epochs, rate in ((["--effort", "best"], 2, 0.0015), (["--distil", "3", "--distil-lr", "0.01"], 3, 0.01)):
+        assert main([*given, *flags]) == 0
+        assert "distilled" in capsys.readouterr().out
+        report = json.loads((tmp_path / "model.onnx.report.json").read_text())
+        assert (report["settings"]["distil"], report["settings"]["distil_lr"]) == (epochs, rate)
+        assert report["distilled"]["after"] <= report["distilled"]["before"]
+        assert report["pruning_seconds"]["distil"] > 0
+        losses.append(report["distilled"]["after"])
+    assert losses[0] != losses[1]
+
+
 def test_images_are_calibrated_from_npz_files(images, tmp_path, capsys):
     inputs = tmp_path / "inputs"
     inputs.mkdir()

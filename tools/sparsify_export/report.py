@@ -98,7 +98,8 @@ class Report:
         dense_linear_bytes: all linears of the repeated layers in float32.
         stored_linear_bytes: the same as stored.
         given_bytes: the ONNX model that was given and its data; None for other sources.
-        distilled: what training all blocks together made of the model's output, or None.
+        distilled: what training all blocks together made of the model's output, or None. The errors of blocks and of
+            linears are those before it.
         engine: what is known about a TensorRT engine: its options, why it was not built, what is in it; None for ONNX.
     """
 
