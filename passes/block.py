@@ -1,20 +1,18 @@
 """One block, and the small passes over it; `pipeline` has them in order."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ..calibrate import masks, scores
 from ..calibrate.damping import damped_inverse
-from ..calibrate.hessian import Hessian
 from ..calibrate.patterns import Group
-from ..calibrate.statistics import ActNorm
 from .errors import InputError
-from .frontend.batches import Batch
+from .fx.attended import Attended
 from .fx.linears import Linear
 from .fx.partition import Part
-from .fx.run import Values, observe_part, run_part
+from .fx.run import Values, run_part
 from .recipe import Note, Progress, Recipe, Score, Timings
 
 GROUPS: Mapping[Score, Group] = {
@@ -41,6 +39,7 @@ class Block:
         note: told what the user should know.
         progress: told what is being done.
         timings: seconds per stage are added here.
+        attended: the linears that are fitted to what attention makes of their inputs, by node.
     """
 
     part: Part
@@ -54,6 +53,7 @@ class Block:
     note: Note
     progress: Progress
     timings: Timings
+    attended: Mapping[str, Attended] = field(default_factory=dict)
 
     @property
     def pruned(self) -> list[Linear]:
@@ -66,6 +66,10 @@ class Block:
         state = {present for _, present in self.cache}
         return [name for name in self.part.outputs if name and name not in state]
 
+    def fitted_to(self, linear: Linear) -> str:
+        """Whose second moments a linear is fitted to: the node it reads, or its own, for what attention makes of it."""
+        return linear.node if linear.node in self.attended else linear.input
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -73,7 +77,8 @@ class Observed:
 
     Attributes:
         norms: activation norms by input node.
-        hessians: second moments by input node; empty where neither score, update nor quantiser needs them.
+        hessians: second moments by input node, and by the node of a linear that is fitted to its own; empty where
+            neither score, update nor quantiser needs them.
         outputs: the judged outputs, by batch.
     """
 
@@ -82,45 +87,10 @@ class Observed:
     outputs: list[Values]
 
     def hessian(self, nodes: Sequence[str]) -> Tensor | None:
-        """The second moments of some inputs together; None where they are not known."""
+        """Some second moments together; None where they are not known."""
         if not self.hessians:
             return None
         return sum((self.hessians[node] for node in nodes[1:]), self.hessians[nodes[0]])
-
-
-def observe(block: Block, params: Mapping[str, Tensor], states: list[Values], batches: Sequence[Batch]) -> Observed:
-    """Run the dense block on every batch, looking at what its linears read.
-
-    Raises:
-        InputError: activations hold NaN, or the batches hold nothing but padding.
-    """
-    recipe = block.recipe
-    sweeps = recipe.quantise is not None and recipe.quantise.method != "rtn"
-    plain = recipe.update == "none" and recipe.score != "hessian" and not sweeps
-    kind: type[ActNorm] | type[Hessian] = ActNorm if plain else Hessian
-    statistics = {linear.input: kind(linear.in_features) for linear in block.pruned}
-    first = {linear.input: linear for linear in reversed(block.pruned)}
-    outputs = []
-    for values, batch in zip(states, batches, strict=True):
-
-        def see(node: str, x: Tensor, token_mask: Tensor | None = batch.token_mask) -> None:
-            tokens = None if token_mask is None else token_mask.reshape(x.shape[:-1])
-            try:
-                statistics[node].update(x, tokens)
-            except ValueError as error:
-                raise InputError(f"{first[node].path}: {error}") from error
-
-        look = {node: lambda x, node=node: see(node, x) for node in statistics}
-        results = observe_part(block.part, values, params, block.names, look)
-        outputs.append({name: value for name, value in results.items() if name in block.judged})
-    norms = {}
-    for node, statistic in statistics.items():
-        try:
-            norms[node] = statistic.norm()
-        except ValueError as error:
-            raise InputError(f"{first[node].path}: {error}") from error
-    hessians = {node: statistic.matrix() for node, statistic in statistics.items() if isinstance(statistic, Hessian)}
-    return Observed(norms, hessians, outputs)
 
 
 def score_linear(block: Block, linear: Linear, params: Mapping[str, Tensor], observed: Observed) -> Tensor:
@@ -149,7 +119,7 @@ def mask(block: Block, key: str, score: Tensor) -> Tensor:
 
 
 def alike(block: Block, keys: Iterable[str]) -> dict[tuple[str, ...], list[str]]:
-    """Weights by the input nodes that they are fitted to: those of all the block's linears that they belong to.
+    """Weights by the second moments that they are fitted to: those of all the block's linears that they belong to.
 
     Left out: weights that another block reads as well, which would be fitted to this block's inputs.
     """
@@ -157,7 +127,7 @@ def alike(block: Block, keys: Iterable[str]) -> dict[tuple[str, ...], list[str]]
     groups: dict[tuple[str, ...], list[str]] = {}
     for key in keys:
         if key not in shared:
-            inputs = dict.fromkeys(linear.input for linear in block.pruned if linear.weight == key)
+            inputs = dict.fromkeys(block.fitted_to(linear) for linear in block.pruned if linear.weight == key)
             groups.setdefault(tuple(inputs), []).append(key)
     return groups
 

@@ -61,7 +61,7 @@ def permute(
             apply_fold(space, found.order, score, only_present=True)
             for statistics in (observed.norms, observed.hessians):
                 for node, statistic in statistics.items():
-                    reader = next(linear for linear in block.pruned if linear.input == node)
+                    reader = next(x for x in block.pruned if node in (x.input, x.node))
                     statistics[node] = permute_statistic(space, found.order, statistic, reader.weight)
         name = space.name.removeprefix(PREFIX)
         folds.append(FoldReport(name, space.size, found.retained_before, found.retained_after))

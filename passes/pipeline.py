@@ -2,7 +2,7 @@
 
 The passes over a block, in the order in which each may rely on those before it:
 
-1. observe: statistics of every distinct linear input, weighted by tokens, and the dense block's outputs;
+1. observe: statistics of every distinct linear input, and of what attention makes of it, and the dense outputs;
 2. score: how much each weight matters;
 3. permute: channel orders that keep the most score, folded into the block's own weights and checked;
 4. mask: zeros where the score is lowest, the same fraction everywhere or learned for each row (besa.py), or where a
@@ -23,13 +23,15 @@ from torch import Tensor
 from ..calibrate import masks
 from ..calibrate.patterns import NM, find_pattern
 from .besa import Examples, learn_masks
-from .block import Block, mask, observe, propagate, run_dense, score_linear
+from .block import Block, mask, propagate, run_dense, score_linear
 from .errors import InputError
 from .frontend.batches import Batch
+from .fx.attended import find_attended
 from .fx.linears import Linear
 from .fx.partition import Partition
 from .fx.run import Values, live_after, run_part, start
 from .given_masks import masks_by_weight
+from .observe import observe
 from .permute import permute
 from .quantise import Gridded, quantise_block, quantised_errors
 from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings
@@ -94,6 +96,7 @@ def prune(
                 note=note,
                 progress=progress,
                 timings=timings,
+                attended=find_attended(part) if recipe.hessian == "attended" else {},
             )
             report, on_grid = _prune_block(block, params, states, dense, batches, check)
             reports.append(report)

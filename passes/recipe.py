@@ -15,6 +15,7 @@ Score = Literal["ria", "wanda", "magnitude", "hessian"]
 Update = Literal["none", "sparsegpt", "admm", "cg", "admm-cg"]
 MaskFrom = Literal["update", "score"]
 Quantiser = Literal["rtn", "sweep", "joint"]
+Hessians = Literal["inputs", "attended"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 Note = Callable[[str], None]
@@ -79,6 +80,8 @@ class Recipe:
         update: how the surviving weights make up for those that are gone.
         mask_from: whether the update chooses the mask as it goes, or takes that of the score. Without an update,
             and with ``cg``, which wants a mask, it is ``score``.
+        hessian: what updates and quantisers fit a linear to: the tokens that it reads, or, where attention averages
+            its outputs over tokens, what attention makes of those (`fx.attended`).
         damping: added to the diagonal of the Hessian, as a fraction of its mean; None for the update's own.
         given: masks to use as they are, instead of those that the score would make; linears without one stay dense.
             They are for the order of channels that the model has and for no other, so ``permute`` must be ``none``
@@ -96,6 +99,7 @@ class Recipe:
     allocation: Learning | None = None
     update: Update = "none"
     mask_from: MaskFrom = "score"
+    hessian: Hessians = "attended"
     damping: float | None = None
     given: GivenMasks | None = field(default=None, compare=False)
     tune: Tune | None = None

@@ -46,10 +46,14 @@ def observe_part(
     params: Mapping[str, Tensor],
     names: Mapping[str, str],
     see: Mapping[str, Callable[[Tensor], None]],
+    before: Mapping[str, Callable[[tuple[Any, ...], dict[str, Any]], None]] | None = None,
 ) -> Values:
-    """As ``run_part``, calling ``see[node](value)`` for every named node inside the part as it is computed."""
+    """As ``run_part``, calling ``see[node](value)`` for every named node inside the part as it is computed.
+
+    ``before[node](args, kwargs)`` is called with the arguments of a node before it is.
+    """
     with torch.no_grad():
-        results = _Observer(part.module, see).run(*_arguments(part, values, params, names))
+        results = _Observer(part.module, see, before or {}).run(*_arguments(part, values, params, names))
     return _named(part, results)
 
 
@@ -122,13 +126,21 @@ class _Fast(Interpreter):
 
 
 class _Observer(_Fast):
-    """Shows chosen intermediate values to a callback."""
+    """Shows chosen intermediate values, and arguments of chosen nodes, to callbacks."""
 
-    def __init__(self, module: torch.fx.GraphModule, see: Mapping[str, Callable[[Tensor], None]]) -> None:
+    def __init__(
+        self,
+        module: torch.fx.GraphModule,
+        see: Mapping[str, Callable[[Tensor], None]],
+        before: Mapping[str, Callable[[tuple[Any, ...], dict[str, Any]], None]],
+    ) -> None:
         super().__init__(module)
         self._see = see
+        self._before = before
 
     def run_node(self, n: Node) -> Any:
+        if n.name in self._before:
+            self._before[n.name](*self.fetch_args_kwargs_from_env(n))
         result = super().run_node(n)
         if n.name in self._see:
             self._see[n.name](result)

@@ -280,6 +280,10 @@ BESA = [*HALF, "--allocate", "besa-row"]
         (["--nm", "2:4", "--ria-power", "-1"], "negative"),
         (["--nm", "2:4", "--effort", "huge"], "huge"),
         (["--nm", "2:4", "--damping", "2"], "--damping 2 is out of range; want 0 to 1"),
+        (
+            ["--nm", "2:4", "--effort", "fast", "--hessian", "inputs"],
+            "--hessian inputs has no effect without an update",
+        ),
         (["--nm", "2:4", "--effort", "fast", "--damping", "0.1"], "--damping 0.1 has no effect without an update"),
         (["--nm", "2:4", "--update", "none", "--mask-from", "score"], "--mask-from score has no effect without"),
         (["--nm", "2:4", "--update", "cg", "--mask-from", "update"], "--update cg does not choose a mask"),

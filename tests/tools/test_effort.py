@@ -35,6 +35,7 @@ def test_an_onnx_file_is_scored_and_masked():
         ({"score": "wanda"}, {}),
         ({"permute": "none"}, {}),
         ({"damping": 0.02}, {}),
+        ({"hessian": "inputs"}, {}),
         ({"skip": ("*.up",)}, {}),
         ({"ria_power": 1.0}, {}),
         ({"mask_from": "score"}, {}),

@@ -15,6 +15,7 @@ FLAGS = {
     "--permute fold": "cannot be had for an .onnx file",
     "--effort balanced": "an .onnx file is pruned with --effort fast",
     "--update admm": "--update admm needs the traced model",
+    "--hessian inputs": "--hessian inputs has no effect without an update",
     "--damping 0.1": "--damping 0.1 has no effect without an update",
     "--score wanda": "give --calibration-inputs",
     "--ria-power 0.3": "has no effect without --calibration-inputs",

@@ -59,6 +59,7 @@ def compile_command(
     mask: Path | None = None,
     update: Literal["none", "sparsegpt", "admm", "cg", "admm-cg"] | None = None,
     mask_from: Literal["update", "score"] | None = None,
+    hessian: Literal["inputs", "attended"] | None = None,
     damping: float | None = None,
     allocate: Literal["none", "besa-row", "besa-layer", "besa-nm"] | None = None,
     besa_reference: Literal["pruned", "dense"] | None = None,
@@ -115,6 +116,8 @@ def compile_command(
         update: how the surviving weights make up for those that are gone: not at all, SparseGPT's sweep, ADMM with
             gradual zeros, conjugate gradients on the score's mask, or ADMM and then conjugate gradients.
         mask_from: whether the update chooses the mask as it goes, its default, or keeps that of the score.
+        hessian: what updates and sweeps fit a linear to: the tokens it reads, or, the default, where attention averages
+            its outputs over tokens, what attention makes of those.
         damping: added to the diagonal of the update's Hessian, as a fraction of its mean; default the method's own.
         allocate: how --sparsity is shared out: none gives every row, or with RIA every matrix, the same rate;
             besa-row and besa-layer learn by gradient what each row or each linear loses, block by block; besa-nm learns
@@ -205,6 +208,7 @@ def compile_command(
                 "--effort": effort,
                 "--update": update,
                 "--mask-from": mask_from,
+                "--hessian": hessian,
                 "--damping": damping,
                 "--allocate": allocate,
                 "--besa-reference": besa_reference,
@@ -232,6 +236,7 @@ def compile_command(
         skip=skip,
         update=update,
         mask_from=mask_from,
+        hessian=hessian,
         damping=damping,
         given=given,
         allocate=allocate,

@@ -402,6 +402,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "allocation": asdict(recipe.allocation) if recipe and recipe.allocation else None,
         "update": recipe.update if recipe else None,
         "mask_from": recipe.mask_from if recipe and recipe.update != "none" else None,
+        "hessian": recipe.hessian if recipe and recipe.update != "none" else None,
         "damping": _damping(recipe) if recipe else None,
         "tune": recipe.tune.scope if recipe and recipe.tune else None,
         "tune_epochs": recipe.tune.epochs if recipe and recipe.tune else None,

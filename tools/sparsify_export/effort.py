@@ -10,7 +10,7 @@ from .calibrate.rates import reachable
 from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError
 from .passes.given_masks import GivenMasks
-from .passes.recipe import Distil, MaskFrom, Quantise, Quantiser, Recipe, Score, Tune, Update
+from .passes.recipe import Distil, Hessians, MaskFrom, Quantise, Quantiser, Recipe, Score, Tune, Update
 
 Allocate = Literal["none", "besa-row", "besa-layer", "besa-nm"]
 Effort = Literal["fast", "balanced", "best"]
@@ -28,6 +28,7 @@ class Flags:
     skip: tuple[str, ...] = field(default=())
     update: Update | None = None
     mask_from: MaskFrom | None = None
+    hessian: Hessians | None = None
     damping: float | None = None
     allocate: Allocate | None = None
     besa_reference: Literal["pruned", "dense"] | None = None
@@ -87,6 +88,9 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
     if allocation is not None and flags.mask_from == "update":
         raise InputError(f"--mask-from update would undo --allocate {flags.allocate}; want score, or leave it out")
     tune, distil = _tune(flags, onnx=onnx), _distil(flags, onnx=onnx)
+    quantise = _quantise(flags, onnx=onnx, learns=bool(tune or distil or allocation))
+    if flags.hessian is not None and update == "none" and (quantise is None or quantise.method == "rtn"):
+        raise InputError(f"--hessian {flags.hessian} has no effect without an update of the weights or a sweep")
     chooses = update not in ("none", "cg") and flags.given is None and allocation is None
     return Recipe(
         pattern=pattern,
@@ -97,11 +101,12 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
         allocation=allocation,
         update=update,
         mask_from=flags.mask_from or ("update" if chooses else "score"),
+        hessian=flags.hessian or "attended",
         damping=flags.damping,
         given=flags.given,
         tune=tune,
         distil=distil,
-        quantise=_quantise(flags, onnx=onnx, learns=bool(tune or distil or allocation)),
+        quantise=quantise,
     )
 
 

@@ -1,0 +1,85 @@
+"""Run a dense block on the calibration batches and look at what its linears read."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ..calibrate.hessian import Hessian
+from ..calibrate.statistics import ActNorm
+from .block import Block, Observed
+from .errors import InputError
+from .frontend.batches import Batch
+from .fx.attended import Attended, averages
+from .fx.run import Values, observe_part
+
+
+def observe(block: Block, params: Mapping[str, Tensor], states: list[Values], batches: Sequence[Batch]) -> Observed:
+    """Run the dense block on every batch, looking at what its linears read.
+
+    Raises:
+        InputError: activations hold NaN, or the batches hold nothing but padding.
+    """
+    seen = _Statistics(block)
+    outputs = []
+    for values, batch in zip(states, batches, strict=True):
+        seen.token_mask = batch.token_mask
+        look = {node: partial(seen.read, node) for node in seen.inputs}
+        before = {its.attention: partial(seen.attend, its) for its in seen.attended}
+        results = observe_part(block.part, values, params, block.names, look, before)
+        outputs.append({name: value for name, value in results.items() if name in block.judged})
+    norms, hessians = seen.done()
+    return Observed(norms, hessians, outputs)
+
+
+class _Statistics:
+    """The statistics of a block while they are collected.
+
+    Attributes:
+        inputs: of what linears read, by node.
+        attended: the linears with statistics of their own, because of the attention behind them.
+        token_mask: which tokens of the batch that is running count; None for all.
+    """
+
+    def __init__(self, block: Block) -> None:
+        recipe = block.recipe
+        sweeps = recipe.quantise is not None and recipe.quantise.method != "rtn"
+        plain = recipe.update == "none" and recipe.score != "hessian" and not sweeps
+        kind: type[ActNorm] | type[Hessian] = ActNorm if plain else Hessian
+        self.inputs = {linear.input: kind(linear.in_features) for linear in block.pruned}
+        self.attended = [] if plain else [block.attended[x.node] for x in block.pruned if x.node in block.attended]
+        self.token_mask: Tensor | None = None
+        self._paths = {x.input: x.path for x in reversed(block.pruned)} | {x.node: x.path for x in block.pruned}
+        self._own = {x.node: Hessian(x.in_features) for x in block.pruned if x.node in block.attended and not plain}
+        self._latest: dict[str, Tensor] = {}
+
+    def read(self, node: str, x: Tensor) -> None:
+        """Count what linears read."""
+        self._latest[node] = x
+        tokens = None if self.token_mask is None else self.token_mask.reshape(x.shape[:-1])
+        self._count(self.inputs[node], node, x, tokens)
+
+    def attend(self, its: Attended, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count what an attention makes of what a linear read."""
+        x = self._latest[its.input]
+        queries = None if self.token_mask is None else self.token_mask.reshape(x.shape[:-1]).bool()
+        self._count(self._own[its.node], its.node, averages(args, kwargs, x, queries), None)
+
+    def done(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Norms and second moments, by node."""
+        self._latest.clear()
+        norms = {}
+        for node, statistic in self.inputs.items():
+            try:
+                norms[node] = statistic.norm()
+            except ValueError as error:
+                raise InputError(f"{self._paths[node]}: {error}") from error
+        hessians = {node: found.matrix() for node, found in self.inputs.items() if isinstance(found, Hessian)}
+        return norms, hessians | {node: found.matrix() for node, found in self._own.items()}
+
+    def _count(self, statistic: ActNorm | Hessian, node: str, x: Tensor, tokens: Tensor | None) -> None:
+        try:
+            statistic.update(x, tokens)
+        except ValueError as error:
+            raise InputError(f"{self._paths[node]}: {error}") from error
