@@ -47,7 +47,8 @@ def find_attended(part: Part) -> dict[str, Attended]:
         readers = _readers(node, 1) if x.meta["val"].dim() == 3 else None
         if readers and len(readers) == 1:
             (attention,) = readers
-            values = attention.args[2].meta["val"]  # type: ignore[union-attr]
+            args: Any = attention.args
+            values = args[2].meta["val"]
             if values.dim() == 4 and statically_known_true(values.shape[0] == x.meta["val"].shape[0]):
                 found[linear.node] = Attended(linear.node, linear.input, attention.name)
     return found
@@ -119,22 +120,23 @@ def _readers(node: Node, axis: int) -> set[Node] | None:
 
 def _moved(node: Node, user: Node, axis: int) -> int | None:
     """Where the axis is in a result that holds the same entries; None where that is not known."""
-    old, args = node.meta["val"], user.args
+    old = node.meta["val"]
+    args: Any = user.args
     if user.target in COPIES:
         return axis
     if user.target in VIEWS:
         return _viewed(old.shape, user.meta["val"].shape, axis)
     if user.target is aten.transpose.int:
-        swap = [int(d) % old.dim() for d in args[1:3]]  # type: ignore[call-overload]
+        swap = [int(d) % old.dim() for d in args[1:3]]
         return swap[1 - swap.index(axis)] if axis in swap else axis
     if user.target is aten.permute.default:
-        return [int(d) % old.dim() for d in args[1]].index(axis)  # type: ignore[union-attr, arg-type]
+        return next(place for place, d in enumerate(args[1]) if int(d) % old.dim() == axis)
     if user.target is aten.unsqueeze.default:
-        return axis + (int(args[1]) % (old.dim() + 1) <= axis)  # type: ignore[call-overload]
+        return axis + 1 if int(args[1]) % (old.dim() + 1) <= axis else axis
     if user.target is aten.cat.default:
-        joined = int(args[1]) % old.dim() if len(args) > 1 else 0  # type: ignore[call-overload]
-        others = [other for other in args[0] if other is not node]  # type: ignore[union-attr]
-        return axis if joined == axis and all(other.op == "placeholder" for other in others) else None  # type: ignore[union-attr]
+        joined = int(args[1]) % old.dim() if len(args) > 1 else 0
+        inputs = all(other is node or other.op == "placeholder" for other in args[0])
+        return axis if joined == axis and inputs else None
     return None
 
 
