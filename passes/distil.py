@@ -1,7 +1,8 @@
 """Train the surviving weights of the whole model until it predicts again what the dense model predicts."""
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from ..calibrate.sums import total
 from .errors import InputError
 from .frontend.batches import Batch
 from .fx.partition import Partition
-from .fx.run import run_model, run_part, run_part_with_grad
+from .fx.run import Rounding, Values, run_model, run_part, run_part_rounded, run_part_with_grad
 from .quantise import STRENGTH_RATE, Gridded
 from .recipe import Distil, DistilReport, Progress
 from .trained import Trained
@@ -60,7 +61,8 @@ def distil(
         batches: the calibration batches.
         settings: epochs and learning rate.
         output: what the model's first output is.
-        quantised: the weights that are on a grid, by key; replaced where ``params`` are.
+        quantised: the weights that are on a grid, by key; replaced where ``params`` are. Their linears run on
+            activations rounded as the kernels round them.
         progress: told about every step.
 
     Raises:
@@ -68,7 +70,7 @@ def distil(
     """
     trained = Trained(params, list(dict.fromkeys(keys)), quantised)
     train, held_out = hold_out(batches)
-    model = _Model(partition, output)
+    model = _Model(partition, output, {key: its.storage.activations for key, its in (quantised or {}).items()})
     groups = [{"params": [w], "peak": settings.rate * _size(w, trained.keep[k])} for k, w in trained.weights.items()]
     groups += [{"params": [strength], "peak": STRENGTH_RATE} for strength in trained.strengths.values()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0)
@@ -99,19 +101,19 @@ def distil(
 class _Model:
     """The partitioned graph as one function, and how far two of its outputs are apart."""
 
-    def __init__(self, partition: Partition, output: Output) -> None:
+    def __init__(self, partition: Partition, output: Output, rounded: Mapping[str, Rounding]) -> None:
         self._partition = partition
         self._output = output
+        self._rounded = rounded
 
     def run(self, batch: Batch, params: Mapping[str, Tensor], *, learn: bool = False) -> Tensor:
-        """The first output, ``[tokens that count, features]``."""
-        run = run_part_with_grad if learn else run_part
-        rows = run_model(self._partition, batch.inputs, params, run).float().flatten(end_dim=-2)
-        return rows if batch.token_mask is None else rows[batch.token_mask.reshape(-1)]
+        """The first output of the sparse model, ``[tokens that count, features]``."""
+        run = run_part_with_grad if learn else run_part_rounded
+        return self._rows(batch, params, partial(run, rounded=self._rounded))
 
     def target(self, batch: Batch, dense: Mapping[str, Tensor]) -> Tensor:
         """What the dense model says: log-probabilities, or values."""
-        rows = self.run(batch, dense)
+        rows = self._rows(batch, dense, run_part)
         return rows.log_softmax(-1) if self._output == "logits" else rows
 
     def errors(self, rows: Tensor, target: Tensor) -> Tensor:
@@ -132,6 +134,10 @@ class _Model:
             wrong += total(self.errors(self.run(batch, params), target))
             size += self.size(target)
         return float(torch.tensor(wrong / size if size else wrong, dtype=torch.float32))
+
+    def _rows(self, batch: Batch, params: Mapping[str, Tensor], run: Callable[..., Values]) -> Tensor:
+        rows = run_model(self._partition, batch.inputs, params, run).float().flatten(end_dim=-2)
+        return rows if batch.token_mask is None else rows[batch.token_mask.reshape(-1)]
 
 
 def _size(weight: Tensor, keep: Tensor) -> float:

@@ -14,7 +14,7 @@ from .errors import InputError
 from .frontend.batches import Batch
 from .fx.halves import split_halves
 from .fx.partition import Part
-from .fx.run import Values, run_part, run_part_with_grad
+from .fx.run import Rounding, Values, run_part, run_part_rounded, run_part_with_grad
 from .quantise import STRENGTH_RATE, Gridded
 from .recipe import Progress, Tune, TuneReport
 from .trained import Trained
@@ -136,7 +136,8 @@ def tune_part(
         keys: what to train.
         settings: epochs, learning rate, tokens in a step.
         progress: told about every epoch.
-        quantised: the weights that are on a grid, by key; replaced where ``params`` are.
+        quantised: the weights that are on a grid, by key; replaced where ``params`` are. Their linears run on
+            activations rounded as the kernels round them.
 
     Raises:
         InputError: the loss is not finite.
@@ -151,14 +152,15 @@ def tune_part(
     learned = [*weights.values(), *strengths.values()]
     groups = [{"params": [w], "lr": lr} for w, lr in zip(learned, peaks, strict=True)]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
-    before = best = _loss(part, held_out, params, names)
+    rounded = {key: its.storage.activations for key, its in (quantised or {}).items()}
+    before = best = _loss(part, held_out, params, names, rounded)
     epoch = waited = 0
     while epoch < settings.epochs and waited < PATIENCE:
         seen = 0
         for step in _steps(train, settings.tokens_per_step, seed=epoch):
             for sample in step:
                 live = trained.live(learn=True)
-                errors = _errors(sample, run_part_with_grad(part, sample.inputs, live, names))
+                errors = _errors(sample, run_part_with_grad(part, sample.inputs, live, names, rounded))
                 torch.autograd.backward(torch.stack([error.square().sum() for error in errors]).sum() / energy)
             count = sum(_tokens(sample) for sample in step)
             factor = warm_up_and_cosine((epoch + (seen + count / 2) / tokens) / settings.epochs)
@@ -168,7 +170,7 @@ def tune_part(
             seen += count
         epoch += 1
         waited += 1
-        loss = _loss(part, held_out, trained.live(learn=False), names)
+        loss = _loss(part, held_out, trained.live(learn=False), names, rounded)
         progress(f"tuning {part.path}", epoch, settings.epochs)
         if not math.isfinite(loss):
             raise InputError(
@@ -275,11 +277,17 @@ def _energy(sample: Sample) -> float:
     return math.fsum(total(_counted(sample, target).square()) for target in sample.targets.values())
 
 
-def _loss(part: Part, samples: Sequence[Sample], params: Mapping[str, Tensor], names: Mapping[str, str]) -> float:
-    """Squared error over the target's energy; rounded, so that it is the same for any number of threads."""
+def _loss(
+    part: Part,
+    samples: Sequence[Sample],
+    params: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    rounded: Mapping[str, Rounding],
+) -> float:
+    """Squared error over the target's energy; as a float32, so that it is the same for any number of threads."""
     wrong, size = 0.0, 0.0
     for sample in samples:
-        made = run_part(part, sample.inputs, params, names)
+        made = run_part_rounded(part, sample.inputs, params, names, rounded)
         wrong += math.fsum(total(error.square()) for error in _errors(sample, made))
         size += _energy(sample)
     return float(torch.tensor(wrong / size if size else wrong, dtype=torch.float32))

@@ -12,6 +12,8 @@ from .partition import Part, Partition
 
 Values = dict[str, Any]
 """The live values of one batch by their name in the outer graph: tensors, and sizes as ints."""
+Rounding = Callable[[Tensor], Tensor]
+"""What becomes of the input of a linear."""
 
 
 def start(partition: Partition, inputs: tuple[Tensor, ...]) -> Values:
@@ -33,10 +35,20 @@ def run_part(part: Part, values: Values, params: Mapping[str, Tensor], names: Ma
     return _named(part, results)
 
 
-def run_part_with_grad(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> Values:
-    """As ``run_part``, differentiable in the weights that require a gradient."""
+def run_part_with_grad(
+    part: Part,
+    values: Values,
+    params: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    rounded: Mapping[str, Rounding] | None = None,
+) -> Values:
+    """As ``run_part`` or ``run_part_rounded``, differentiable in the weights that require a gradient.
+
+    A gradient passes rounded inputs as if they were not (Bengio, Leonard and Courville 2013, "Estimating or
+    Propagating Gradients Through Stochastic Neurons for Conditional Computation": straight through).
+    """
     with torch.enable_grad():
-        results = _Fast(part.module).run(*_arguments(part, values, params, names))
+        results = _Rounded(part, names, rounded or {}).run(*_arguments(part, values, params, names))
     return _named(part, results)
 
 
@@ -62,7 +74,7 @@ def run_part_rounded(
     values: Values,
     params: Mapping[str, Tensor],
     names: Mapping[str, str],
-    rounded: Mapping[str, Callable[[Tensor], Tensor]],
+    rounded: Mapping[str, Rounding],
 ) -> Values:
     """As ``run_part``, where linears see coarser inputs: ``rounded`` says by the key of a weight what becomes of x."""
     with torch.no_grad():
@@ -147,14 +159,14 @@ class _Observer(_Fast):
         return result
 
 
-class _Rounded(Interpreter):
-    """Changes the first argument of chosen linears."""
+class _Rounded(_Fast):
+    """Changes the first argument of chosen linears; straight through for gradients."""
 
-    def __init__(self, part: Part, names: Mapping[str, str], rounded: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+    def __init__(self, part: Part, names: Mapping[str, str], rounded: Mapping[str, Rounding]) -> None:
         super().__init__(part.module)
         holders = [node for node in part.module.graph.nodes if node.op == "placeholder"]
         keys = {node: names.get(name) for node, name in zip(holders, part.inputs, strict=True)}
-        self._change: dict[Node, Callable[[Tensor], Tensor]] = {}
+        self._change: dict[Node, Rounding] = {}
         for node in part.module.graph.nodes:
             key = keys.get(node.args[1]) if node.target is torch.ops.aten.linear.default else None
             if key is not None and key in rounded:
@@ -164,7 +176,10 @@ class _Rounded(Interpreter):
         if n not in self._change:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return self.call_function(n.target, (self._change[n](args[0]), *args[1:]), dict(kwargs))
+        exact = args[0].detach()
+        made = self._change[n](exact)
+        x = args[0] + (made - exact) if torch.is_grad_enabled() else made
+        return self.call_function(n.target, (x, *args[1:]), dict(kwargs))
 
 
 class _Float64(Interpreter):

@@ -3,7 +3,15 @@
 import torch
 from sparsify_export.calibrate.matmul import linear
 from sparsify_export.passes.fx.partition import partition
-from sparsify_export.passes.fx.run import live_after, observe_part, run_part, run_part_float64, run_part_rounded, start
+from sparsify_export.passes.fx.run import (
+    live_after,
+    observe_part,
+    run_part,
+    run_part_float64,
+    run_part_rounded,
+    run_part_with_grad,
+    start,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Block, Cached, Stack, export, stack, weights
@@ -75,8 +83,26 @@ def test_rounds_the_inputs_of_the_named_linears_and_no_others():
     x = model.layers[0](model.first(X))
     hidden = block.up(x).relu()
     assert len(seen) == 1
-    assert torch.equal(seen[0], hidden)
-    assert torch.equal(values[parts.outputs[0]], model.last(x + block.down(hidden.round())))
+    assert torch.allclose(seen[0], hidden, atol=1e-6)
+    assert torch.allclose(values[parts.outputs[0]], model.last(x + block.down(seen[0].round())), atol=1e-6)
+
+
+def test_a_gradient_passes_rounded_inputs_straight_through():
+    model = stack()
+    program = export(model, X)
+    parts, params = partition(program), weights(program)
+    up, down = "model.layers.0.up.weight", "model.layers.0.down.weight"
+    live = {**params, up: params[up].clone().requires_grad_(), down: params[down].clone().requires_grad_()}
+    values = start(parts, (X,))
+    values.update(run_part(parts.parts[0], values, params, parts.params))
+    made = run_part_with_grad(parts.parts[1], values, live, parts.params, {down: torch.round})
+    made[parts.parts[1].outputs[0]].sum().backward()
+    block, x = model.layers[0], model.first(X)
+    hidden = block.up(x)
+    towards = (hidden > 0) * params[down].sum(dim=0)  # as if nothing were rounded
+    assert torch.allclose(live[up].grad, torch.einsum("bth,btc->hc", towards, x), atol=1e-5)
+    seen = hidden.relu().round().sum(dim=(0, 1))
+    assert torch.allclose(live[down].grad, seen.expand(8, -1), atol=1e-5)
 
 
 def test_observes_exactly_the_inputs_of_the_linears_and_changes_nothing():
