@@ -15,7 +15,6 @@ The passes over a block, in the order in which each may rely on those before it:
 
 import fnmatch
 import math
-from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 
 from torch import Tensor
@@ -29,7 +28,7 @@ from .frontend.batches import Batch
 from .fx.attended import find_attended
 from .fx.linears import Linear
 from .fx.partition import Partition
-from .fx.run import Values, live_after, run_part, start
+from .fx.run import Values, run_part, shared_names, start, walk
 from .given_masks import masks_by_weight
 from .observe import observe
 from .permute import permute
@@ -73,42 +72,33 @@ def prune(
     linears = [linear for part in partition.blocks for linear in part.linears]
     given = masks_by_weight(recipe.given, linears, recipe.pattern) if recipe.given else {}
     reasons = _reasons(linears, recipe, given)
-    alive = live_after(partition)
-    readers = Counter(name for part in partition.parts for name in part.inputs)
-    shared = frozenset(name for name, count in readers.items() if count > 1)
+    shared = shared_names(partition)
     states = [start(partition, batch.inputs) for batch in batches]
     check = start(partition, batches[0].head().inputs)
     by_dense_model = recipe.allocation is not None and recipe.allocation.reference == "dense"
     dense = [dict(values) for values in states] if by_dense_model else []
     targets = iter(_targets(partition, recipe, reasons))
     reports: list[BlockReport] = []
-    for index, part in enumerate(partition.parts):
-        if part.path:
-            block = Block(
-                part,
-                partition.params,
-                recipe,
-                reasons,
-                given,
-                tuple(cache),
-                shared,
-                target=next(targets),
-                note=note,
-                progress=progress,
-                timings=timings,
-                attended=find_attended(part) if recipe.hessian == "attended" else {},
-            )
-            report, on_grid = _prune_block(block, params, states, dense, batches, check)
-            reports.append(report)
-            if quantised is not None:
-                quantised.update(on_grid)
-            progress("pruning", len(reports), len(partition.blocks))
-        elif not reports:  # the prologue; what follows the last block is nobody's input
-            for values in [*states, *dense, check]:
-                values.update(run_part(part, values, params, partition.params))
-        for values in [*states, *dense, check]:
-            for name in [n for n in values if n not in alive[index]]:
-                del values[name]
+    for part in walk(partition, params, [*states, *dense, check]):
+        block = Block(
+            part,
+            partition.params,
+            recipe,
+            reasons,
+            given,
+            tuple(cache),
+            shared,
+            target=next(targets),
+            note=note,
+            progress=progress,
+            timings=timings,
+            attended=find_attended(part) if recipe.hessian == "attended" else {},
+        )
+        report, on_grid = _prune_block(block, params, states, dense, batches, check)
+        reports.append(report)
+        if quantised is not None:
+            quantised.update(on_grid)
+        progress("pruning", len(reports), len(partition.blocks))
     return reports
 
 

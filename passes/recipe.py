@@ -133,7 +133,8 @@ class LinearReport:
             None without an update.
         error_after: the same with the weights as pruned.
         quantiser: how it was quantised; None where it was not.
-        error_quantised: the same error with the weights as quantised; None where the Hessian is not known.
+        error_quantised: the same error with the weights as quantised; None where the Hessian is not known. Where they
+            were distilled before, W0 is what that left.
     """
 
     path: str

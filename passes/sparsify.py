@@ -1,7 +1,7 @@
 """Everything that a recipe does to a model: the blocks one by one, then all of them together."""
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -11,7 +11,8 @@ from .frontend.batches import Batch
 from .fx.partition import Partition
 from .pipeline import prune
 from .quantise import Gridded, for_packing
-from .recipe import BlockReport, DistilReport, Note, Progress, Recipe, Timings
+from .quantise_trained import quantise_trained
+from .recipe import BlockReport, Distil, DistilReport, Note, Progress, Recipe, Timings
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,13 @@ class Sparsified:
 
     Attributes:
         blocks: every block's report.
-        distilled: what training all blocks together made of the model, or None where the recipe does not ask for it.
+        distilled: what training all blocks together made of the model: nothing where the recipe does not ask for it,
+            and with joint quantisation first that of the floats, then that on the grid.
         on_grid: what packing has to know of the weights that were quantised, by key.
     """
 
     blocks: tuple[BlockReport, ...]
-    distilled: DistilReport | None
+    distilled: tuple[DistilReport, ...]
     on_grid: dict[str, OnGrid]
 
 
@@ -50,10 +52,11 @@ def sparsify(
     timings = timings or Timings()
     quantised: dict[str, Gridded] = {}
     dense = dict(params) if recipe.distil else {}
+    late = _trains_before_the_grid(recipe)
     blocks = prune(
         partition,
         params,
-        recipe,
+        replace(recipe, quantise=None) if late else recipe,
         batches,
         cache=cache,
         progress=progress,
@@ -61,20 +64,37 @@ def sparsify(
         timings=timings,
         quantised=quantised,
     )
-    distilled = None
-    if recipe.distil is not None:
-        done = {linear.path for block in blocks for linear in block.linears if linear.pattern is not None}
-        keys = [linear.weight for part in partition.blocks for linear in part.linears if linear.path in done]
+    done = {linear.path for block in blocks for linear in block.linears if linear.pattern is not None}
+    keys = [linear.weight for part in partition.blocks for linear in part.linears if linear.path in done]
+
+    def train(settings: Distil) -> DistilReport:
         with timings.stage("distil"):
-            distilled = distil(
-                partition,
-                dense,
-                params,
-                keys,
-                batches,
-                recipe.distil,
-                output=output,
-                quantised=quantised,
-                progress=progress,
+            return distil(
+                partition, dense, params, keys, batches, settings, output=output, quantised=quantised, progress=progress
             )
-    return Sparsified(tuple(blocks), distilled, {key: for_packing(its) for key, its in quantised.items()})
+
+    distilled = [train(recipe.distil)] if recipe.distil is not None else []
+    if recipe.distil is not None and late:
+        blocks = quantise_trained(
+            partition,
+            params,
+            blocks,
+            recipe,
+            batches,
+            progress=progress,
+            note=note,
+            timings=timings,
+            quantised=quantised,
+        )
+        distilled.append(train(recipe.distil))
+    on_grid = {key: for_packing(its) for key, its in quantised.items()}
+    return Sparsified(tuple(blocks), tuple(distilled), on_grid)
+
+
+def _trains_before_the_grid(recipe: Recipe) -> bool:
+    """Whether the weights are distilled as floats and then once more on the grid.
+
+    Not where BESA learned the grids together with the rates: the rates were found on those grids.
+    """
+    joint = recipe.quantise is not None and recipe.quantise.method == "joint"
+    return joint and recipe.distil is not None and recipe.allocation is None

@@ -89,7 +89,10 @@ def test_distillation_mends_the_output_and_the_file_holds_its_weights(name, stor
     quantise = Quantise(storage, "joint") if storage.quantised else None
     compiled = compile_family(name, tmp_path, storage=storage, quantise=quantise, distil=Distil(epochs=2, rate=0.01))
     assert check_pattern(compiled.path, NM(2, 4)).weights == FAMILIES[name].ops
-    assert compiled.done.distilled.after < compiled.done.distilled.before
+    floats, *on_grid = compiled.done.distilled
+    assert floats.after < floats.before
+    assert len(on_grid) == storage.quantised
+    assert all(loss.after <= loss.before for loss in on_grid)
     assert len(compiled.done.on_grid) == (FAMILIES[name].pruned if storage.quantised else 0)
     stored = compiler.as_stored(compiled.params, compiled.packed)
     assert all(torch.equal(stored[key], compiled.params[key]) for key in compiled.done.on_grid)

@@ -1,6 +1,7 @@
 """Run the parts of a partitioned graph on calibration batches, and look inside a block while it runs."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +109,33 @@ def run_model(
             del values[dead]
     found: Tensor = values[name]
     return found
+
+
+def walk(partition: Partition, params: Mapping[str, Tensor], runs: Sequence[Values]) -> Iterator[Part]:
+    """Every block in order, when ``runs`` hold what it reads; whoever takes it adds what comes out of it.
+
+    Args:
+        partition: the model. What follows the last block is not run.
+        params: weights by key; those of a block may be replaced while it is out.
+        runs: the values of some batches from `start`; what nothing reads any more is dropped.
+    """
+    begun = False
+    for part, needed in zip(partition.parts, live_after(partition), strict=True):
+        if part.path:
+            begun = True
+            yield part
+        elif not begun:
+            for values in runs:
+                values.update(run_part(part, values, params, partition.params))
+        for values in runs:
+            for name in [n for n in values if n not in needed]:
+                del values[name]
+
+
+def shared_names(partition: Partition) -> frozenset[str]:
+    """The names that more than one part reads."""
+    readers = Counter(name for part in partition.parts for name in part.inputs)
+    return frozenset(name for name, count in readers.items() if count > 1)
 
 
 def live_after(partition: Partition) -> list[set[str]]:

@@ -152,7 +152,7 @@ def compile_model(
         parts = partition(traced.program)
     batches = _batches(traced, pretrained, settings, windows)
     params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
-    done = Sparsified((), None, {})
+    done = Sparsified((), (), {})
     if settings.recipe is not None:
         with stages.run("prune"):
             done = sparsify(

@@ -98,8 +98,9 @@ class Report:
         dense_linear_bytes: all linears of the repeated layers in float32.
         stored_linear_bytes: the same as stored.
         given_bytes: the ONNX model that was given and its data; None for other sources.
-        distilled: what training all blocks together made of the model's output, or None. The errors of blocks and of
-            linears are those before it.
+        distilled: what training all blocks together made of the model's output: nothing where that was not asked for,
+            and with joint quantisation first of the floats, then on the grid. The errors of blocks and of linears are
+            those before it, ``error_quantised`` between the two is against the floats.
         engine: what is known about a TensorRT engine: its options, why it was not built, what is in it; None for ONNX.
     """
 
@@ -117,7 +118,7 @@ class Report:
     dense_linear_bytes: int
     stored_linear_bytes: int
     given_bytes: int | None = None
-    distilled: DistilReport | None = None
+    distilled: tuple[DistilReport, ...] = ()
     engine: Mapping[str, Any] | None = None
 
     def save(self, path: Path) -> None:
@@ -137,7 +138,7 @@ def build_report(
     stages: Sequence[Stage],
     machine: Mapping[str, Any] | None,
     pruning_seconds: Mapping[str, float],
-    distilled: DistilReport | None,
+    distilled: tuple[DistilReport, ...],
     model: Path,
 ) -> Report:
     """Put together what the stages reported."""
@@ -322,9 +323,8 @@ def _totals(report: Report) -> Table:
         if row.against is not None and row.ratio is not None:
             gain = f"{row.ratio:.2f}x" if row.ratio >= NO_GAIN else f"{row.ratio:.2f}x: no gain"
             table.add_row(row.name, f"{row.model.p50:.1f} ms, {against} {row.against.p50:.1f} ms ({gain})")
-    if report.distilled:
-        loss = report.distilled
-        table.add_row("distilled", f"loss on held-out text {loss.before:.3f}, now {loss.after:.3f}")
+    for name, loss in zip(("distilled", "distilled on the grid"), report.distilled, strict=False):
+        table.add_row(name, f"loss on held-out text {loss.before:.3f}, now {loss.after:.3f}")
     if report.evaluation:
         dense, result = report.evaluation.dense, report.evaluation.result
         where = f"{result.windows} windows of {result.window} tokens"
