@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -24,6 +25,7 @@ from .onnx.attention_cache import JoinCacheInAttention
 from .onnx.attention_heads import SplitHeadsInAttention
 from .onnx.grouped_attention import ShareAttentionHeads
 from .onnx.plugin import SuitPlugin
+from .onnx.qdq import Codes, QuantiseLinears, joined
 from .onnx.tensorrt import SuitTensorRT, check_tensorrt
 from .onnx.write import write_model
 
@@ -33,7 +35,14 @@ TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object], tensorrt: bool = False) -> None:
+def to_onnx(
+    traced: Traced,
+    path: Path,
+    *,
+    metadata: Mapping[str, object],
+    tensorrt: bool = False,
+    quantised: Mapping[str, Codes] = MappingProxyType({}),
+) -> None:
     """Write ``traced`` as ``path`` and ``path.data``.
 
     Causal models take ``input_ids, attention_mask, past_key_values.{i}.key/value`` and return ``logits,
@@ -47,11 +56,12 @@ def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object], tenso
         tensorrt: write what TensorRT's parser takes. It refuses Attention that joins the KV cache itself, so Concat
             joins it; and of our ops only the bitmask of float weights has a plugin, so the program may hold no other.
             The file has no functions: one of its name would be taken for the plugin.
+        quantised: by the key of their weight, the plain products that TensorRT is to make of 8-bit codes.
 
     Raises:
         InputError: the files cannot be written, or TensorRT would not take the model.
     """
-    merge_linears(traced.program)
+    merged = merge_linears(traced.program, apart=quantised)
     plain_linears(traced.program)
     model = _export(traced.program)
     _name(model, traced)
@@ -65,7 +75,7 @@ def to_onnx(traced: Traced, path: Path, *, metadata: Mapping[str, object], tenso
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(),
-        *((SuitPlugin(),) if tensorrt else ()),
+        *((SuitPlugin(), QuantiseLinears(joined(quantised, merged))) if tensorrt else ()),
         common.RemoveUnusedNodesPass(),
     ):
         pass_(model)

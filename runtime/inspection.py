@@ -19,6 +19,7 @@ from ..calibrate.patterns import NM, Unstructured, find_pattern
 from ..passes.dialect.packed import TENSORS, Packed
 from ..passes.errors import InputError, VerificationError
 from ..passes.onnx.plugin import from_words
+from ..passes.onnx.quantised import dequantise
 from .session import SPARSE_OPS, model_file
 
 
@@ -35,6 +36,7 @@ class LinearInfo:
         dense_bytes: the weight in float32.
         stored_bytes: the weight as stored, with its indices or mask.
         weight: name of the stored weight; linears that share it share its bytes.
+        bits: of a stored value.
     """
 
     path: str
@@ -45,6 +47,7 @@ class LinearInfo:
     dense_bytes: int
     stored_bytes: int
     weight: str
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -141,41 +144,50 @@ def _linears(path: Path, *, packed: bool) -> Iterator[tuple[LinearInfo, Tensor |
             if node.domain == "sparsify" and node.op_type in SPARSE_OPS:
                 yield _sparse(node, packed)
             elif node.domain == "" and node.op_type in ("MatMul", "Gemm"):
-                value, transposed = _constant(node.inputs[1])
+                value, transposed, scaling = _constant(node.inputs[1])
                 if value is not None:
-                    yield _dense(node, value, transposed)
+                    yield _dense(node, value, transposed, scaling)
     except (OSError, DecodeError, ValueError, KeyError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"cannot read {path}: {str(error).splitlines()[0] if str(error) else error!r}") from error
 
 
-def _constant(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
-    """The initializer a weight is read from, and whether it is transposed on the way; None if it is computed."""
+def _constant(value: ir.Value | None) -> tuple[ir.Value | None, bool, ir.Node | None]:
+    """The initializer a weight is read from, and whether it is transposed on the way; None if it is computed.
+
+    The last is the DequantizeLinear behind it, or None.
+    """
     transposed = False
     while value is not None and value.const_value is None:
         producer = value.producer()
+        if producer is not None and producer.op_type == "DequantizeLinear":
+            stored = all(given is None or given.const_value is not None for given in producer.inputs)
+            return (producer.inputs[0], transposed, producer) if stored else (None, False, None)
         if producer is None or producer.op_type not in ("Transpose", "Identity", "Cast"):
-            return None, False
+            return None, False, None
         transposed ^= producer.op_type == "Transpose"
         value = producer.inputs[0]
-    return value, transposed
+    return value, transposed, None
 
 
-def _dense(node: ir.Node, value: ir.Value, transposed: bool) -> tuple[LinearInfo, Tensor | None]:
+def _dense(
+    node: ir.Node, value: ir.Value, transposed: bool, scaling: ir.Node | None
+) -> tuple[LinearInfo, Tensor | None]:
     """A standard op; MatMul wants ``[K, N]``, Gemm too unless transB says ``[N, K]``."""
     tensor = value.const_value
     assert tensor is not None
     rows_first = transposed ^ bool(node.op_type == "Gemm" and node.attributes.get_int("transB", 0))
-    shape = tuple(tensor.numpy().shape)
+    shape = tuple(tensor.shape.numpy())
     if not rows_first:
         shape = (*shape[:-2], *reversed(shape[-2:]))
     pattern, weight = None, None
     if len(shape) == 2:
-        stored = _torch(tensor)
+        stored = _torch(tensor) if scaling is None else _dequantised(scaling)
         weight = stored if rows_first else stored.T
         pattern = find_pattern(weight)
-    others = sorted({user.op_type for user in value.consumers()} - {"MatMul", "Gemm", "Transpose"})
+    read = value if scaling is None else scaling.outputs[0]
+    others = sorted({user.op_type for user in read.consumers()} - {"MatMul", "Gemm", "Transpose"})
     if len(shape) != 2:
         reason = f"its weight has rank {len(shape)}"
     elif pattern is None:
@@ -183,10 +195,31 @@ def _dense(node: ir.Node, value: ir.Value, transposed: bool) -> tuple[LinearInfo
     else:
         reason = f"{others[0]} reads the same weight" if others else f"the file uses a plain {node.op_type}"
     name = value.name or "?"
+    size = tensor.nbytes if scaling is None else sum(given.nbytes for given in _given(scaling))
     info = LinearInfo(
-        node.name or name, node.op_type, shape, _text(pattern), reason, 4 * tensor.size, tensor.nbytes, name
+        node.name or name,
+        node.op_type,
+        shape,
+        _text(pattern),
+        reason,
+        4 * tensor.size,
+        size,
+        name,
+        int(tensor.dtype.bitwidth),
     )
     return info, weight
+
+
+def _given(node: ir.Node) -> list[ir.TensorProtocol]:
+    """The stored tensors that a node reads."""
+    return [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+
+
+def _dequantised(node: ir.Node) -> Tensor:
+    """What DequantizeLinear makes of stored codes, in the type of its scale."""
+    parts = [torch.from_numpy(given.numpy().astype(np.float32)) for given in _given(node)]
+    axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    return dequantise(*parts, axis=axis, block_size=block).to(_torch(_given(node)[1]).dtype)
 
 
 def _sparse(node: ir.Node, packed: bool) -> tuple[LinearInfo, Tensor | None]:
@@ -219,7 +252,15 @@ def _sparse(node: ir.Node, packed: bool) -> tuple[LinearInfo, Tensor | None]:
     size = sum(tensor.nbytes for tensor in tensors.values())
     name = inputs["values"].name
     info = LinearInfo(
-        node.name or "?", node.op_type, (rows, columns), _text(pattern), "", 4 * rows * columns, size, name or "?"
+        node.name or "?",
+        node.op_type,
+        (rows, columns),
+        _text(pattern),
+        "",
+        4 * rows * columns,
+        size,
+        name or "?",
+        int(tensors["values"].dtype.bitwidth),
     )
     return info, weight
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 
@@ -281,3 +282,21 @@ def quantised_descent(
                     tried.append(((moved @ matrix @ moved).item(), code))
                 done[row, j] = min(tried)[1] * scale[row, j].item()
     return done
+
+
+@cache
+def eight_bit_codes(kind: str) -> list[tuple[float, bool]]:
+    """Every code there is, and whether its last digit is even."""
+    if kind == "int8":
+        return [(float(code), code % 2 == 0) for code in range(-128, 128)]
+    positive = [(m / 8 * 2.0**-6, m % 2 == 0) for m in range(8)]
+    positive += [
+        ((1 + m / 8) * 2.0 ** (e - 7), m % 2 == 0) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)
+    ]
+    return [*positive, *((-code, even) for code, even in positive[1:])]
+
+
+def eight_bit(x: float, scale: float, kind: str) -> float:
+    """The nearest code times the scale: of equally near ones that with an even last digit, beyond the ends the end."""
+    steps = x / scale
+    return min(eight_bit_codes(kind), key=lambda code: (abs(code[0] - steps), not code[1]))[0] * scale

@@ -25,6 +25,7 @@ class Storage:
     Attributes:
         kind: ``fp32``, ``fp16``, ``bf16``; ``int8``, one float32 scale a row; ``int4``, one float16 scale a group.
         group: columns that share a scale; 0 unless ``int4``.
+        half_scales: the scales of ``int8`` are float16, as a TensorRT engine takes them.
 
     Raises:
         ValueError: ``group`` does not go with ``kind``.
@@ -32,6 +33,7 @@ class Storage:
 
     kind: Kind = "fp32"
     group: int = 0
+    half_scales: bool = False
 
     def __post_init__(self) -> None:
         if self.kind == "int4" and self.group not in GROUPS:
@@ -60,7 +62,8 @@ class Storage:
         Raises:
             KeyError: they are not.
         """
-        grids = {"int8": Grid(127, 0, torch.float32), "int4": Grid(7, self.group, torch.float16)}
+        scales = torch.float16 if self.half_scales else torch.float32
+        grids = {"int8": Grid(127, 0, scales), "int4": Grid(7, self.group, torch.float16)}
         return grids[self.kind]
 
     def activations(self, x: Tensor) -> Tensor:

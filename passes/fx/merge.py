@@ -1,6 +1,6 @@
 """Give linears that read the same input one weight, so that they run as one op."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -38,7 +38,7 @@ class _Linear:
     rows: int
 
 
-def merge_linears(program: ExportedProgram) -> None:
+def merge_linears(program: ExportedProgram, apart: Collection[str] = ()) -> dict[str, list[str]]:
     """Merge every set of linears with the same input, op, pattern and dtypes, in place.
 
     Before:  q = linear(x, Wq, bq)      k = linear(x, Wk, bk)      v = linear(x, Wv)
@@ -54,6 +54,10 @@ def merge_linears(program: ExportedProgram) -> None:
     Args:
         program: a canonical program in which sparse linears are already sparse ops: what each weight is stored as
             was decided for the weight alone.
+        apart: keys of dense weights that merge with each other only.
+
+    Returns:
+        The keys of the weights that were joined, by the key they have together.
     """
     names = parameter_names(program)
     groups: dict[Hashable, list[_Linear]] = {}
@@ -61,12 +65,15 @@ def merge_linears(program: ExportedProgram) -> None:
         if node.op == "call_function" and node.target in LINEAR:
             key, linear = _read(program, node, names)
             if linear is not None:
-                groups.setdefault(key, []).append(linear)
+                is_apart = any(names[holder.name] in apart for holder in linear.holders.values())
+                groups.setdefault((key, is_apart), []).append(linear)
+    merged: dict[str, list[str]] = {}
     for same in groups.values():
         if len(same) > 1:
-            _merge(program, same, names)
+            merged |= _merge(program, same, names)
     drop_unused(program)
     program.graph_module.recompile()
+    return merged
 
 
 def _read(program: ExportedProgram, node: Node, names: dict[str, str]) -> tuple[Hashable, _Linear | None]:
@@ -90,7 +97,7 @@ def _arguments(node: Node) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
-def _merge(program: ExportedProgram, linears: list[_Linear], names: dict[str, str]) -> None:
+def _merge(program: ExportedProgram, linears: list[_Linear], names: dict[str, str]) -> dict[str, list[str]]:
     graph, state = program.graph_module.graph, program.state_dict
     first = linears[0]
     assert isinstance(first.node.target, OpOverload)
@@ -120,6 +127,8 @@ def _merge(program: ExportedProgram, linears: list[_Linear], names: dict[str, st
     for linear, output in zip(linears, outputs, strict=True):
         output.meta = dict(linear.node.meta)
         replace_node(program, linear.node, output)
+    parts = [[part[name] for part in keys] for name in joined]
+    return {_joined(part): part for part in parts}
 
 
 def _arguments_with(node: Node, bias: Node | None) -> tuple[Any, ...]:

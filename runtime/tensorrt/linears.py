@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-import torch
-
 from ...calibrate.patterns import NM, largest_group_count
 from ...passes.errors import VerificationError
 from ...passes.onnx.plugin import OP
@@ -26,6 +24,7 @@ class PlanLinear:
         eligible: whether a sparse tactic is possible: by shape, pattern and dtype.
         reason: why not, or why not surely; "" for ``yes``.
         plugin: the plugin that runs it; "" for none.
+        bits: of a stored weight; with 8 its product is between QuantizeLinear and DequantizeLinear.
     """
 
     name: str
@@ -35,6 +34,7 @@ class PlanLinear:
     eligible: Eligible
     reason: str
     plugin: str = ""
+    bits: int = 16
 
 
 def plan_linears(path: Path) -> list[PlanLinear]:
@@ -52,26 +52,29 @@ def plan_linears(path: Path) -> list[PlanLinear]:
             found.append(PlanLinear(info.path, k, n, info.pattern, "no", f"the plugin {OP} runs it", OP))
             continue
         two_of_four = k % 4 == 0 and info.pattern is not None and largest_group_count(weight != 0, 4) <= 2
-        eligible, reason = eligibility(k, n, two_of_four=two_of_four, sixteen_bit=weight.dtype != torch.float32)
+        eligible, reason = eligibility(k, n, two_of_four=two_of_four, bits=info.bits)
         pattern = str(NM(2, 4)) if two_of_four else info.pattern
-        found.append(PlanLinear(info.path, k, n, pattern, eligible, reason))
+        found.append(PlanLinear(info.path, k, n, pattern, eligible, reason, bits=info.bits))
     return found
 
 
-def eligibility(k: int, n: int, *, two_of_four: bool, sixteen_bit: bool) -> tuple[Eligible, str]:
+def eligibility(k: int, n: int, *, two_of_four: bool, bits: int) -> tuple[Eligible, str]:
     """Whether sparse tensor cores may run a product with a weight ``[K, N]``, and the reason if not surely.
 
     The sizes are those below which no sparse kernel was found to run (PyTorch's table of minimum shapes for cuSPARSELt
-    and CUTLASS; ASP and Model Optimizer prune nothing smaller than 16 by 8).
+    and CUTLASS; ASP and Model Optimizer prune nothing smaller than 16 by 8). Products of 8 bits are never sure.
     """
+    least_k, least_n = (32, 32) if bits == 8 else (16, 8)
     if not two_of_four:
         return "no", "the weight is not 2:4"
-    if k % 16:
-        return "no", f"K = {k} is not a multiple of 16"
-    if n % 8:
-        return "no", f"N = {n} is not a multiple of 8"
-    if not sixteen_bit:
+    if k % least_k:
+        return "no", f"K = {k} is not a multiple of {least_k}"
+    if n % least_n:
+        return "no", f"N = {n} is not a multiple of {least_n}"
+    if bits > 16:
         return "no", "2:4 tensor cores need 16 bits or less"
+    if bits == 8:
+        return "maybe", "TensorRT may run a product between Q and DQ dense (NVIDIA/TensorRT#4694)"
     if k % 64 or n % 32:
         return "maybe", f"K = {k} is not a multiple of 64" if k % 64 else f"N = {n} is not a multiple of 32"
     return "yes", ""

@@ -12,6 +12,7 @@ import torch
 from families import VOCABULARY, load_into, random_model
 from safetensors.torch import save_file
 from sparsify_export import engine
+from sparsify_export.calibrate.eight_bit import rounded
 from sparsify_export.cli import main
 from sparsify_export.compile import Console
 from sparsify_export.engine import _tell
@@ -205,6 +206,103 @@ def test_a_given_mask_makes_plugins_where_it_has_no_pattern(folder, text, tmp_pa
     assert "with TensorRT 10.15 or newer, libsparsify_tensorrt.so and an NVIDIA GPU" in said
 
 
+@pytest.fixture(scope="module")
+def quantised(folder, text, tmp_path_factory):
+    """A decoder of int8 codes, put on their grid by a sweep, where one of three linears that read the same is dense."""
+    out = tmp_path_factory.mktemp("engine") / "model.plan"
+    arguments = [str(folder), "--nm", "2:4", "--dtype", "int8", "--quantise", "sweep", "--skip", "*.0.*.k_proj"]
+    assert main([*arguments, "--calibration", str(text), *SHORT, "--quiet", "-o", str(out)]) == 3
+    return out
+
+
+def test_pruned_products_are_of_codes_and_the_rest_is_fp16(quantised):
+    file = quantised.with_name("model.trt.onnx")
+    onnx.checker.check_model(str(file), full_check=True)
+    model = onnx.load(file)
+    ops = [node.op_type for node in model.graph.node]
+    assert set(ops) <= DOCUMENTED
+    assert (ops.count("QuantizeLinear"), ops.count("DequantizeLinear")) == (8, 16)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = {info.path: (info, weight) for info, weight in weights(file)}
+    coded = {path for path, (info, _) in found.items() if info.bits == 8}
+    assert set(found) - coded == {"model.layers.0.self_attn.k_proj", "lm_head"}
+    assert "model.layers.0.self_attn.q_proj+v_proj" in coded
+    for path in coded:
+        info, weight = found[path]
+        codes = onnx.numpy_helper.to_array(stored[info.weight])  # [K, N]
+        assert codes.dtype == np.int8
+        assert (codes.reshape(-1, 4, codes.shape[1]) != 0).sum(axis=1).max() == 2
+        assert abs(codes.astype(int)).max() <= 127
+        assert not bool(((weight == 0) & weight.signbit()).any())
+    types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
+    assert set(types.values()) == {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
+
+
+def test_codes_are_told_in_the_options_and_in_the_report(quantised):
+    linears = {x["name"]: x for x in json.loads(quantised.with_name("model.trt.json").read_text())["linears"]}
+    gate = linears["model.layers.0.mlp.gate_proj+up_proj"]
+    assert (gate["bits"], gate["pattern"], gate["eligible"]) == (8, "2:4", "maybe")
+    assert gate["reason"] == "TensorRT may run a product between Q and DQ dense (NVIDIA/TensorRT#4694)"
+    report = json.loads(quantised.with_name("model.plan.report.json").read_text())
+    assert (report["settings"]["dtype"], report["settings"]["quantise"]) == ("int8", "sweep")
+    entries = {entry["path"]: entry for entry in report["linears"]}
+    down = entries["model.layers.1.mlp.down_proj"]
+    assert down["stored_bytes"] == 64 * 128 + 64 * 2
+    assert down["reason"] == "a MatMul of int8 codes between Q and DQ, for TensorRT to choose a tactic"
+    assert down["error_quantised"] > 0
+    assert entries["model.layers.0.self_attn.k_proj"]["stored_bytes"] == 32 * 64 * 2
+
+
+def test_onnx_runtime_writes_the_text_of_the_torch_model_with_the_same_rounding(quantised):
+    file = quantised.with_name("model.trt.onnx")
+    model, graph = random_model("llama"), onnx.load(file).graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    producers = {node.output[0]: node for node in graph.node}
+    scales = {}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[0] in producers:
+            source = producers[node.input[0]]
+            if source.op_type == "DequantizeLinear":
+                scales[node.name] = float(stored[source.input[1]])
+    state, params, rounds = model.state_dict(), {}, {}
+    for info, weight in weights(file):
+        module, _, names = info.path.rpartition(".")
+        paths = [f"{module}.{name}".lstrip(".") for name in names.split("+")]
+        rows = [len(state[f"{path}.weight"]) for path in paths]
+        params.update(zip((f"model.{path}.weight" for path in paths), weight.float().split(rows), strict=True))
+        rounds |= {path: scales[info.path] for path in paths if info.path in scales}
+    load_into(model, params)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half()
+    for path, scale in rounds.items():
+        model.get_submodule(path).register_forward_pre_hook(lambda _, x, s=scale: (rounded(x[0], s, "int8"),))
+    assert len(rounds) == 13
+    prompts = [[5, 6, 7, 8]]
+    got = generate(CausalSession(open_session(file)), prompts, max_new_tokens=16).tokens
+    assert got == greedy_torch(model, prompts, max_new_tokens=16)
+
+
+def test_float8_products_of_a_model_of_images(images, tmp_path, capsys):
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    np.savez(inputs / "0.npz", pixel_values=np.random.default_rng(0).standard_normal((2, 3, 32, 32), np.float32))
+    arguments = [str(images), "--nm", "2:4", "--effort", "fast", "--calibration-inputs", str(inputs)]
+    assert main([*arguments, "--dtype", "fp8", "-o", str(tmp_path / "m.plan")]) == 3
+    file = tmp_path / "m.trt.onnx"
+    onnx.checker.check_model(str(file), full_check=True)
+    model = onnx.load(file, load_external_data=False)
+    kinds = [tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 2]
+    assert kinds.count(onnx.TensorProto.FLOAT8E4M3FN) == 8
+    assert {node.op_type for node in model.graph.node} <= DOCUMENTED
+    coded = [(info, weight) for info, weight in weights(file) if info.bits == 8]
+    assert [info.pattern for info, _ in coded] == ["2:4"] * 8
+    assert not any(bool(((weight == 0) & weight.signbit()).any()) for _, weight in coded)
+    told = capsys.readouterr()
+    said = " ".join((told.out + told.err).split())
+    assert "8 products are of 8-bit codes between Q and DQ, which TensorRT may run dense" in said
+    assert "(NVIDIA/TensorRT#4694)" in said
+
+
 def test_the_library_of_an_installation_is_put_beside_the_engine(tmp_path, monkeypatch):
     target = Target.check(str(tmp_path / "m.plan"), overwrite=False)
     target.open()
@@ -240,7 +338,14 @@ def test_an_engine_is_not_run_without_tensorrt(tmp_path, capsys, command):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--dtype", "int8"], "--dtype int8 cannot be had in an engine; want fp16, bf16 or fp32"),
+        (["--dtype", "int4"], "--dtype int4 cannot be had in an engine; want fp16, bf16, fp32, int8 or fp8"),
+        (["--dtype", "int8"], "--dtype int8 of an engine is for the linears that are pruned; give --nm, e.g. 2:4"),
+        (["--dtype", "fp8", "--sparsity", "0.5"], "--dtype fp8 cannot be had with zeros anywhere: their plugin takes"),
+        (
+            ["--dtype", "fp8", "--nm", "2:4", "--quantise", "rtn"],
+            "--quantise rtn has no effect with --dtype fp8, which",
+        ),
+        (["--nm", "2:4", "--quantise", "rtn"], "--quantise rtn has no effect on an engine without --dtype int8"),
         (["--ops", "sparse"], "--ops sparse has no effect on an engine"),
         (["--lower", "auto"], "--lower auto has no effect on an engine"),
         (["--batch", "2,1,3"], "--batch 2,1,3 contradicts itself"),
@@ -261,6 +366,13 @@ def test_what_an_engine_cannot_have_is_refused(folder, tmp_path, capsys, argumen
 def test_flags_of_an_engine_want_one(folder, tmp_path, capsys, flag):
     assert main([str(folder), *flag, "-o", str(tmp_path / "m.onnx")]) == 2
     assert f"{flag[0]} has no effect without an engine" in capsys.readouterr().err
+
+
+def test_fp8_is_for_engines(folder, tmp_path, capsys):
+    assert main([str(folder), "--nm", "2:4", "--dtype", "fp8", "-o", str(tmp_path / "m.onnx")]) == 2
+    assert "--dtype fp8 is for engines; want an output ending in .plan" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "or int8 or fp8, for engines only, with --nm" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_an_onnx_model_and_texts_of_images_are_refused(images, given, tmp_path, capsys):
@@ -332,9 +444,8 @@ def test_the_engine_is_built_in_place_where_tensorrt_is(images, double, tmp_path
     ],
 )
 def test_zeros_that_cannot_help_are_named_beforehand(k, dtype, said):
-    sixteen_bit = dtype != torch.float32
     linears = [
-        PlanLinear(name, size, 64, "2:4", *eligibility(size, 64, two_of_four=True, sixteen_bit=sixteen_bit))
+        PlanLinear(name, size, 64, "2:4", *eligibility(size, 64, two_of_four=True, bits=8 * dtype.itemsize))
         for name, size in (("layers.0.up", k), ("layers.0.down", 128))
     ]
     notes = []

@@ -78,7 +78,7 @@ def compile_command(
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
-    dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] | None = None,
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"] | None = None,
     group: Literal[32, 64, 128] | None = None,
     quantise: Literal["rtn", "sweep", "joint"] | None = None,
     ops: Literal["sparse", "standard"] | None = None,
@@ -144,7 +144,9 @@ def compile_command(
         seq_len: tokens in a calibration window; default 2048 of a file, 512 of the model's own text.
         seed: of everything random.
         dtype: storage of packed weights, default fp32; with int8 and int4 activations are quantised too, token by
-            token. Of an engine, what everything is computed in: fp16, the default, bf16 or fp32.
+            token. Of an engine, what everything is computed in: fp16, the default, bf16 or fp32; or int8 or fp8, for
+            engines only, with --nm: products of pruned linears are of 8-bit codes between Q and DQ, activations with
+            one scale each, calibrated, and the rest is fp16. TensorRT may run such products dense.
         group: neighbouring weights that share an int4 scale; default 128.
         quantise: how pruned weights become int8 or int4: each to the nearest, the default of fast; by a sweep that
             hands errors on to other weights, the default of balanced; or joint, the default of best, where clipping
@@ -168,7 +170,7 @@ def compile_command(
     from .effort import Flags, effort_of, make_recipe
     from .passes.dialect.storage import FP32, Storage
     from .passes.given_masks import read_masks
-    from .plan import EngineSettings, check_engine_flags, not_built
+    from .plan import EngineSettings, check_codes, check_engine_flags, not_built
     from .report import render
 
     _positive("--context", context, least=2)
@@ -178,9 +180,9 @@ def compile_command(
         out,
         EngineSettings(batch, seq, context, workspace),
         dtype=dtype,
+        quantise=quantise,
         refused={
             "--group": group,
-            "--quantise": quantise,
             "--ops": ops,
             "--lower": lower,
             "--lower-for": lower_for,
@@ -194,9 +196,16 @@ def compile_command(
     _positive("--windows", windows)
     if group is not None and dtype != "int4":
         raise InputError(f"--group {group} has no effect without --dtype int4")
-    if quantise is not None and ops == "standard":
+    if quantise is not None and ops == "standard" and engine is None:
         raise InputError(f"--quantise {quantise} has no effect with --ops standard, which writes floats")
-    storage = Storage(dtype, (group or 128) if dtype == "int4" else 0)
+    codes = engine.codes if engine else None
+    if codes is None:
+        assert dtype != "fp8"  # which was refused without an engine
+        storage = Storage(dtype, (group or 128) if dtype == "int4" else 0)
+        on_grid = storage if ops == "sparse" else FP32
+    else:
+        storage = Storage("fp16")
+        on_grid = Storage("int8", half_scales=True) if codes == "int8" else FP32
     pattern = compiler.parse_pattern(nm, sparsity)
     given = read_masks(mask) if mask is not None else None
     is_onnx = model.endswith(".onnx")
@@ -253,9 +262,10 @@ def compile_command(
         distil=distil,
         distil_lr=distil_lr,
         quantise=quantise,
-        storage=storage if ops == "sparse" else FP32,
+        storage=on_grid,
     )
     recipe = make_recipe(pattern, flags, onnx=is_onnx) if pattern or given else None
+    check_codes(codes, recipe)
     if lower == "auto" and ops == "standard":
         raise InputError("--lower auto has no effect with --ops standard, which lowers nothing")
     if lower_for is not None and lower != "auto":

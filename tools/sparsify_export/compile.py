@@ -171,7 +171,7 @@ def compile_model(
     if sizes is not None:
         from .engine import Pruned, finish_engine  # which imports this file
 
-        pruned = Pruned(pretrained, params, done, probe, example)
+        pruned = Pruned(pretrained, parts, params, batches, done, probe, example)
         return finish_engine(pruned, target, settings, sizes, before, stages, timings, console)
     with stages.run("lower"):
         console.progress("lowering", 0, 0)

@@ -10,15 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calibrate.eight_bit import Kind
 from .calibrate.patterns import NM, Pattern
 from .compile import Console, Settings, evaluate_onnx, plain
+from .passes.activations import Scaled, scale_activations
 from .passes.frontend.batches import Batch
 from .passes.frontend.load import Pretrained
 from .passes.frontend.retrace import retrace
-from .passes.fx.partition import partition
+from .passes.frontend.trace import Traced
+from .passes.fx.partition import Partition, partition
 from .passes.fx.rewrite import Lowered, lower_linears
 from .passes.lower import to_onnx
 from .passes.onnx.plugin import LIBRARY
+from .passes.onnx.qdq import Codes, quantise_weights
 from .passes.recipe import Timings
 from .passes.sparsify import Sparsified
 from .report import Evaluation, Report, build_report
@@ -36,6 +40,7 @@ from .target import Target
 
 SCRIPT = "build_plan.py"
 LOWERED = "a plain MatMul, for TensorRT to choose a tactic"
+QUANTISED = "a MatMul of {} codes between Q and DQ, for TensorRT to choose a tactic"
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,18 @@ class Pruned:
 
     Attributes:
         pretrained: the model; its own weights are cast.
+        parts: what was pruned.
         params: the weights by their key in the traced program.
+        batches: what pruning was calibrated on.
         done: what pruning reported.
         probe: what the result is verified on.
         example: see ``trace``.
     """
 
     pretrained: Pretrained
+    parts: Partition
     params: Mapping[str, Tensor]
+    batches: Sequence[Batch]
     done: Sparsified
     probe: Batch
     example: Mapping[str, Tensor] | None
@@ -77,18 +86,21 @@ def finish_engine(
     """
     assert settings.engine is not None
     dtype = settings.storage.dtype
+    scaled = _scaled(pruned, settings.engine.codes, stages, console)
     with stages.run("lower"):
         console.progress("lowering", 0, 0)
         traced = retrace(pruned.pretrained, pruned.params, dtype, pruned.example)
+        quantised = _quantised(traced, pruned, settings.engine.codes, scaled)
         params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
-        expected = expect(partition(traced.program), params, _in_dtype(pruned.probe, dtype))
+        rounded = {key: codes.activations for key, codes in quantised.items()}
+        expected = expect(partition(traced.program), params, _in_dtype(pruned.probe, dtype), rounded)
         del params
         entries = lower_linears(traced.program, storage=settings.storage, worth=_plain_product)
-        lowered = [_entry(entry, dtype) for entry in entries]
+        lowered = [_entry(entry, dtype, quantised.get(entry.linear.weight)) for entry in entries]
         target.open()
         with target.guarded():
             metadata = {"source": pruned.pretrained.source, "settings": plain(settings)}
-            to_onnx(traced, target.model, metadata=metadata, tensorrt=True)
+            to_onnx(traced, target.model, metadata=metadata, tensorrt=True, quantised=quantised)
     with target.guarded():
         linears = plan_linears(target.model)
         plugins = any(linear.plugin for linear in linears)
@@ -124,16 +136,44 @@ def finish_engine(
     return report
 
 
+def _scaled(pruned: Pruned, kind: Kind | None, stages: Stages, console: Console) -> list[Scaled]:
+    """The scales of what pruned linears read, where their products are to be of codes."""
+    if kind is None:
+        return []
+    with stages.run("scale activations"):
+        return scale_activations(
+            pruned.parts,
+            pruned.params,
+            pruned.batches,
+            paths={x.path for block in pruned.done.blocks for x in block.linears if x.pattern is not None},
+            kind=kind,
+            progress=console.progress,
+        )
+
+
+def _quantised(traced: Traced, pruned: Pruned, kind: Kind | None, scaled: Sequence[Scaled]) -> dict[str, Codes]:
+    """The codes of the linears that were scaled; their weights become the values of these."""
+    if kind is None:
+        return {}
+    state, quantised = traced.program.state_dict, quantise_weights(pruned.params, scaled, kind, pruned.done.on_grid)
+    for key, codes in quantised.items():
+        state[key] = torch.nn.Parameter(codes.value(pruned.params[key].detach()), requires_grad=False)
+    return quantised
+
+
 def _plain_product(pattern: Pattern, rows: int, columns: int, nonzeros: int) -> str:
     """Why a weight stays a MatMul: one with N:M structure does, for TensorRT's own sparse kernels; see ``Worth``."""
     return LOWERED if isinstance(pattern, NM) else ""
 
 
-def _entry(entry: Lowered, dtype: torch.dtype) -> Lowered:
-    """What the report says of a linear: its bytes in the engine's dtype."""
+def _entry(entry: Lowered, dtype: torch.dtype, codes: Codes | None) -> Lowered:
+    """What the report says of a linear: its bytes in the engine's dtype, or those of its codes and their scales."""
     if not entry.reason:
         return entry
-    return replace(entry, stored_bytes=entry.linear.out_features * entry.linear.in_features * dtype.itemsize)
+    weights = entry.linear.out_features * entry.linear.in_features
+    if codes is not None:
+        return replace(entry, reason=QUANTISED.format(codes.kind), stored_bytes=weights + codes.scales.nbytes)
+    return replace(entry, stored_bytes=weights * dtype.itemsize)
 
 
 def _ways(dtype: torch.dtype, *, plugins: bool) -> dict[str, bool]:
@@ -155,6 +195,11 @@ def _tell(linears: Sequence[PlanLinear], dtype: torch.dtype, console: Console) -
         console.note("2:4 tensor cores need 16 bits or less, so this fp32 engine will run dense; give --dtype fp16")
     elif odd := [linear for linear in sparse if linear.eligible == "no"]:
         console.note(f"{len(odd)} of {len(sparse)} 2:4 linears will run dense: {odd[0].name}, {odd[0].reason}")
+    if coded := sum(linear.bits == 8 for linear in linears):
+        console.note(
+            f"{coded} products are of 8-bit codes between Q and DQ, which TensorRT may run dense whatever their "
+            "pattern (NVIDIA/TensorRT#4694); the report of a built engine says what it picked"
+        )
     if plugged := sum(linear.plugin != "" for linear in linears):
         console.note(
             f"{plugged} linears have zeros without a pattern and need the plugin in {LIBRARY} to build and run"

@@ -1,13 +1,16 @@
 """The flags of a TensorRT engine: which there are, what they may be with, and what they mean for a model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from .calibrate.eight_bit import Kind
+from .calibrate.patterns import NM
 from .passes.errors import InputError
 from .passes.frontend.load import Pretrained
 from .passes.onnx.plugin import LIBRARY
+from .passes.recipe import Recipe
 from .runtime.tensorrt.profiles import Sizes, choose_sizes, parse_range
 from .runtime.tensorrt.session import is_plan
 
@@ -21,12 +24,14 @@ class EngineSettings:
         sequence: tokens at once, ``min,opt,max``; None for any up to the context.
         context: tokens of a text at most; None for what the model takes, within reason.
         workspace_mib: memory that a tactic may use; None leaves it to TensorRT.
+        codes: what the products of pruned linears are of; None for what everything else is computed in.
     """
 
     batch: str | None = None
     sequence: str | None = None
     context: int | None = None
     workspace_mib: int | None = None
+    codes: Kind | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON-able values."""
@@ -35,11 +40,18 @@ class EngineSettings:
             "seq": self.sequence,
             "context": self.context,
             "workspace_mib": self.workspace_mib,
+            **({"dtype": self.codes} if self.codes else {}),
         }
 
 
 def check_engine_flags(
-    model: str, out: str, engine: EngineSettings, *, dtype: str | None, refused: Mapping[str, object]
+    model: str,
+    out: str,
+    engine: EngineSettings,
+    *,
+    dtype: str | None,
+    quantise: str | None,
+    refused: Mapping[str, object],
 ) -> EngineSettings | None:
     """The settings of the engine that ``out`` names, or None where it names none.
 
@@ -48,6 +60,7 @@ def check_engine_flags(
         out: where to.
         engine: what the flags of an engine say.
         dtype: what ``--dtype`` says.
+        quantise: what ``--quantise`` says.
         refused: flags that an engine cannot have, with what they say; None for not given.
 
     Raises:
@@ -58,18 +71,42 @@ def check_engine_flags(
     if not is_plan(Path(out)):
         if ignored := [flag for flag, value in given.items() if value is not None]:
             raise InputError(f"{ignored[0]} has no effect without an engine; want an output ending in .plan")
+        if dtype == "fp8":
+            raise InputError("--dtype fp8 is for engines; want an output ending in .plan")
         return None
     if model.endswith(".onnx"):
         raise InputError(f"{model} cannot become an engine; give the pretrained model it was exported from")
     for flag, value in refused.items():
         if value is not None:
             raise InputError(f"{flag} {value} has no effect on an engine")
-    if dtype not in (None, "fp32", "fp16", "bf16"):
-        raise InputError(f"--dtype {dtype} cannot be had in an engine; want fp16, bf16 or fp32")
+    codes: Kind | None = next((kind for kind in get_args(Kind) if kind == dtype), None)
+    if codes is None and dtype not in (None, "fp32", "fp16", "bf16"):
+        raise InputError(f"--dtype {dtype} cannot be had in an engine; want fp16, bf16, fp32, int8 or fp8")
+    if quantise is not None and codes != "int8":
+        why = "with --dtype fp8, which rounds to nearest" if codes else "on an engine without --dtype int8"
+        raise InputError(f"--quantise {quantise} has no effect {why}")
     for flag, text in (("--batch", engine.batch), ("--seq", engine.sequence)):
         if text is not None:
             parse_range(flag, text)
-    return engine
+    return replace(engine, codes=codes)
+
+
+def check_codes(codes: Kind | None, recipe: Recipe | None) -> None:
+    """Refuse 8-bit codes where no linear of an engine will have them.
+
+    Args:
+        codes: what ``--dtype`` asks for.
+        recipe: how the model is pruned.
+
+    Raises:
+        InputError: nothing is pruned, or not to a pattern.
+    """
+    if codes is None:
+        return
+    if recipe is None:
+        raise InputError(f"--dtype {codes} of an engine is for the linears that are pruned; give --nm, e.g. 2:4")
+    if not isinstance(recipe.pattern, NM):
+        raise InputError(f"--dtype {codes} cannot be had with zeros anywhere: their plugin takes fp16; want --nm")
 
 
 def engine_sizes(engine: EngineSettings, pretrained: Pretrained) -> Sizes:

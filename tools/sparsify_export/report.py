@@ -281,6 +281,9 @@ def _engine_totals(engine: Mapping[str, Any], table: Table) -> None:
             "2:4 linears that may run sparse",
             f"{counts['yes']} of {len(sparse)} by shape, {counts['maybe']} maybe, {counts['no']} not",
         )
+    if coded := sum(linear["bits"] == 8 for linear in engine["linears"]):
+        said = f"{coded} of {len(engine['linears'])}; TensorRT may run them dense (NVIDIA/TensorRT#4694)"
+        table.add_row("products of 8-bit codes", said)
     if plugged:
         table.add_row("linears that the plugin runs", f"{plugged} of {len(engine['linears'])}")
     if not engine["not_built"]:
@@ -308,7 +311,7 @@ def _totals(report: Report) -> Table:
         table.add_row(name, f"{sizes} ({ratio:.3f}x{gain})")
     if (kept := _retained(report)) is not None:
         table.add_row("score kept", f"{kept:.3f} of that of the pruned weights")
-    if lowered and report.settings["dtype"] in ("int8", "int4"):
+    if lowered and report.engine is None and report.settings["dtype"] in ("int8", "int4"):
         table.add_row("their activations", "quantised to 8 bits, each token by itself")
     if report.machine is not None:
         table.add_row(

@@ -169,3 +169,10 @@ def test_left_alone(model, linears):
     _, before, after, counts = merged(model())
     assert counts == {"linear": linears}
     assert torch.equal(before, after)
+
+
+def test_weights_apart_merge_with_each_other_only():
+    program = export(Attentive().eval().requires_grad_(False), X)
+    keys = {f"model.{name}.weight" for name in "qk"}
+    assert merge_linears(program, apart=keys) == {"model.q+k.weight": ["model.q.weight", "model.k.weight"]}
+    assert "model.v.weight" in program.state_dict

@@ -9,7 +9,9 @@ from sparsify_export.passes.errors import VerificationError
 from sparsify_export.runtime.tensorrt.linears import eligibility, plan_linears
 from sparsify_export.runtime.tensorrt.twin import write_twin
 
-FP16 = {"sixteen_bit": True, "two_of_four": True}
+FP16 = {"bits": 16, "two_of_four": True}
+CODES = {"bits": 8, "two_of_four": True}
+NOT_SURE = "TensorRT may run a product between Q and DQ dense (NVIDIA/TensorRT#4694)"
 
 
 @pytest.mark.parametrize(
@@ -21,8 +23,13 @@ FP16 = {"sixteen_bit": True, "two_of_four": True}
         (64, 24, FP16, ("maybe", "N = 24 is not a multiple of 32")),
         (100, 32, FP16, ("no", "K = 100 is not a multiple of 16")),
         (64, 33, FP16, ("no", "N = 33 is not a multiple of 8")),
-        (64, 32, {**FP16, "sixteen_bit": False}, ("no", "2:4 tensor cores need 16 bits or less")),
+        (64, 32, {**FP16, "bits": 32}, ("no", "2:4 tensor cores need 16 bits or less")),
         (64, 32, {**FP16, "two_of_four": False}, ("no", "the weight is not 2:4")),
+        (64, 32, CODES, ("maybe", NOT_SURE)),
+        (576, 960, CODES, ("maybe", NOT_SURE)),
+        (48, 32, CODES, ("no", "K = 48 is not a multiple of 32")),
+        (64, 24, CODES, ("no", "N = 24 is not a multiple of 32")),
+        (64, 32, {**CODES, "two_of_four": False}, ("no", "the weight is not 2:4")),
     ],
 )
 def test_by_shape_dtype_and_pattern(k, n, how, found):
