@@ -1,6 +1,5 @@
 """One pass over the pruned model that finds the scale of what every quantised linear reads."""
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from .errors import InputError
 from .frontend.batches import Batch
 from .fx.linears import Linear
 from .fx.partition import Part, Partition
-from .fx.run import live_after, observe_part, start
+from .fx.run import Values, observe_part, run_model, shared_names
 from .recipe import Progress
 
 
@@ -54,16 +53,17 @@ def scale_activations(
     """
     groups = {part.path: _groups(part, partition, paths) for part in partition.blocks}
     seen = {(path, node): Magnitudes() for path, nodes in groups.items() for node in nodes}
-    after = live_after(partition)
     for index, batch in enumerate(batches):
         progress("scaling activations", index, len(batches))
-        values = start(partition, batch.inputs)
-        for part, needed in zip(partition.parts, after, strict=True):
+
+        def observe(
+            part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str], its: Batch = batch
+        ) -> Values:
             nodes = groups.get(part.path, {})
-            look = {n: _look(seen[part.path, n], nodes[n][0].path, batch.token_mask) for n in nodes}
-            values.update(observe_part(part, values, params, partition.params, look))
-            for dead in values.keys() - needed:
-                del values[dead]
+            look = {n: _look(seen[part.path, n], nodes[n][0].path, its.token_mask) for n in nodes}
+            return observe_part(part, values, params, names, look)
+
+        run_model(partition, batch.inputs, params, observe)
     return [
         Scaled(tuple(linears), _scale(seen[path, node], linears[0].path, kind))
         for path, nodes in groups.items()
@@ -73,12 +73,12 @@ def scale_activations(
 
 def _groups(part: Part, partition: Partition, paths: Collection[str]) -> dict[str, list[Linear]]:
     """The linears of a part to quantise, by the node that they read."""
-    readers = Counter(name for other in partition.parts for name in other.inputs)
+    shared = shared_names(partition)
     holders = [node for node in part.module.graph.nodes if node.op == "placeholder"]
     alone = {
         partition.params.get(name)
         for node, name in zip(holders, part.inputs, strict=True)
-        if readers[name] == len(node.users) == 1
+        if name not in shared and len(node.users) == 1
     }
     found: dict[str, list[Linear]] = {}
     for linear in part.linears:

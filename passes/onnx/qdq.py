@@ -71,7 +71,7 @@ def quantise_weights(
     Returns:
         The codes by key of the weight.
     """
-    found = {}
+    found: dict[str, Codes] = {}
     for group in scaled:
         keys = [linear.weight for linear in group.linears]
         weights = [params[key].detach().float() for key in keys]
@@ -156,13 +156,13 @@ def _stored(model: ir.Model, node: ir.Node, weight: ir.Value, how: Codes) -> ir.
     assert floats is not None
     assert floats.dtype == ir.DataType.FLOAT16
 
-    def make() -> ir.Tensor:
+    def make() -> ir.TensorProtocol:
         found = how.of(torch.from_numpy(floats.numpy()).T).T.contiguous()
         array = found.view(torch.uint8).numpy().view(np.int8 if how.kind == "int8" else ml_dtypes.float8_e4m3fn)
         return ir.Tensor(array, dtype=TYPES[how.kind], name=f"{name}.codes")
 
     # Made when it is written, so that the codes of one weight are in memory at a time.
-    lazy = ir.LazyTensor(make, TYPES[how.kind], ir.Shape(floats.shape), name=f"{name}.codes")
+    lazy = ir.LazyTensor(make, TYPES[how.kind], ir.Shape(floats.shape.numpy()), name=f"{name}.codes")
     stored = ir.Value(name=lazy.name, type=ir.TensorType(lazy.dtype), shape=lazy.shape, const_value=lazy)
     model.graph.register_initializer(stored)
     scales = how.scales.numpy() if len(how.scales) > 1 else how.scales.numpy()[0]
