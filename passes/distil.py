@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calibrate.sums import total
+from .checkpoint import Checkpoint, from_grids, to_grids
 from .errors import InputError
 from .frontend.batches import Batch
 from .fx.partition import Partition
@@ -33,6 +34,8 @@ def distil(
     output: Output,
     quantised: MutableMapping[str, Gridded] | None = None,
     progress: Progress = lambda stage, done, total: None,
+    checkpoint: Checkpoint | None = None,
+    name: str = "distil",
 ) -> DistilReport:
     r"""Train the non-zeros of the pruned weights, all blocks together, against the dense model's output.
 
@@ -64,6 +67,8 @@ def distil(
         quantised: the weights that are on a grid, by key; replaced where ``params`` are. Their linears run on
             activations rounded as the kernels round them.
         progress: told about every step.
+        checkpoint: every epoch that is done is kept there, and gone on from.
+        name: of the step in the checkpoint.
 
     Raises:
         InputError: the loss is not finite.
@@ -74,8 +79,17 @@ def distil(
     groups = [{"params": [w], "peak": settings.rate * _size(w, trained.keep[k])} for k, w in trained.weights.items()]
     groups += [{"params": [strength], "peak": STRENGTH_RATE} for strength in trained.strengths.values()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0)
-    before = best = model.mean_loss(held_out, dense, params)
-    epoch = waited = step = 0
+    done = checkpoint.load(name) if checkpoint else None
+    if done is None:
+        before = best = model.mean_loss(held_out, dense, params)
+        epoch = waited = step = 0
+    else:
+        tensors, notes = done
+        before, best, epoch, waited, step = (notes[n] for n in ("before", "best", "epoch", "waited", "step"))
+        trained.restore(tensors, optimizer)
+        params.update({key: tensors[f"params/{key}"] for key in trained.weights})
+        if quantised is not None:
+            quantised.update(to_grids(tensors, notes["grids"]))
     while epoch < settings.epochs and waited < PATIENCE:
         for index in torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch)).tolist():
             target = model.target(train[index], dense)
@@ -95,6 +109,11 @@ def distil(
         if found < best:
             best, waited = found, 0
             trained.store(params, quantised)
+        if checkpoint is not None:
+            tensors, grids = from_grids({key: its for key, its in (quantised or {}).items() if key in trained.weights})
+            kept = {f"params/{key}": params[key] for key in trained.weights}
+            notes = {"before": before, "best": best, "epoch": epoch, "waited": waited, "step": step, "grids": grids}
+            checkpoint.save(name, {**trained.state(optimizer), **kept, **tensors}, notes)
     return DistilReport(before, best, epoch)
 
 

@@ -16,6 +16,8 @@ The passes over a block, in the order in which each may rely on those before it:
 import fnmatch
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from ..calibrate import masks
 from ..calibrate.patterns import NM, find_pattern
 from .besa import Examples, learn_masks
 from .block import Block, mask, propagate, run_dense, score_linear
+from .checkpoint import Checkpoint, from_grids, to_grids, to_report
 from .errors import InputError
 from .frontend.batches import Batch
 from .fx.attended import find_attended
@@ -49,6 +52,7 @@ def prune(
     note: Note = lambda text: None,
     timings: Timings | None = None,
     quantised: MutableMapping[str, Gridded] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[BlockReport]:
     """Prune every block of ``partition``, replacing the pruned weights in ``params``.
 
@@ -62,6 +66,7 @@ def prune(
         note: told what the user should know.
         timings: seconds per stage are added here.
         quantised: the weights that were quantised are added here with their grids, by key.
+        checkpoint: every block that is done is kept there; those that are there are only run.
 
     Raises:
         InputError: nothing can be pruned, ``skip`` matches nothing, a given mask does not fit, weights or activations
@@ -94,12 +99,40 @@ def prune(
             timings=timings,
             attended=find_attended(part) if recipe.hessian == "attended" else {},
         )
-        report, on_grid = _prune_block(block, params, states, dense, batches, check)
+        done = checkpoint.load(f"block-{len(reports)}") if checkpoint else None
+        if done is not None:
+            report, on_grid = _restore_block(block, params, states, dense, check, *done)
+        else:
+            before = dict(params)
+            report, on_grid = _prune_block(block, params, states, dense, batches, check)
+            if checkpoint is not None:
+                changed = {f"params/{key}": new for key, new in params.items() if new is not before[key]}
+                tensors, grids = from_grids(on_grid)
+                checkpoint.save(
+                    f"block-{len(reports)}", {**changed, **tensors}, {"report": asdict(report), "grids": grids}
+                )
         reports.append(report)
         if quantised is not None:
             quantised.update(on_grid)
         progress("pruning", len(reports), len(partition.blocks))
     return reports
+
+
+def _restore_block(
+    block: Block,
+    params: MutableMapping[str, Tensor],
+    states: list[Values],
+    dense: list[Values],
+    check: Values,
+    tensors: Mapping[str, Tensor],
+    notes: Mapping[str, Any],
+) -> tuple[BlockReport, dict[str, Gridded]]:
+    """What ``_prune_block`` did before: its weights, and what they make of the batches."""
+    run_dense(block, params, dense)
+    params.update({key.removeprefix("params/"): new for key, new in tensors.items() if key.startswith("params/")})
+    for values in [*states, check]:
+        values.update(run_part(block.part, values, params, block.names))
+    return to_report(notes["report"]), to_grids(tensors, notes["grids"])
 
 
 def _prune_block(

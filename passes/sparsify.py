@@ -2,9 +2,11 @@
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
+from .checkpoint import Checkpoint, fingerprint
 from .dialect.packed import OnGrid
 from .distil import Output, distil
 from .frontend.batches import Batch
@@ -42,16 +44,21 @@ def sparsify(
     progress: Progress = lambda stage, done, total: None,
     note: Note = lambda text: None,
     timings: Timings | None = None,
+    checkpoint: Path | None = None,
 ) -> Sparsified:
     """Prune the blocks of ``partition``, and distil if the recipe says so; arguments as ``prune`` and ``distil`` say.
 
+    With ``checkpoint``, a folder, blocks and epochs that are done are kept there, and what is there already is not done
+    again; the result is the same to the bit, but where BESA compares with the dense model, to float error.
+
     Raises:
-        InputError: see ``prune`` and ``distil``.
+        InputError: see ``prune`` and ``distil``; or the folder holds another run.
         VerificationError: a fold changed what its block computes.
     """
     timings = timings or Timings()
     quantised: dict[str, Gridded] = {}
     dense = dict(params) if recipe.distil else {}
+    kept = Checkpoint.open(checkpoint, fingerprint(recipe, params, batches)) if checkpoint else None
     late = _trains_before_the_grid(recipe)
     blocks = prune(
         partition,
@@ -63,17 +70,28 @@ def sparsify(
         note=note,
         timings=timings,
         quantised=quantised,
+        checkpoint=kept,
     )
     done = {linear.path for block in blocks for linear in block.linears if linear.pattern is not None}
     keys = [linear.weight for part in partition.blocks for linear in part.linears if linear.path in done]
 
-    def train(settings: Distil) -> DistilReport:
+    def train(settings: Distil, name: str) -> DistilReport:
         with timings.stage("distil"):
             return distil(
-                partition, dense, params, keys, batches, settings, output=output, quantised=quantised, progress=progress
+                partition,
+                dense,
+                params,
+                keys,
+                batches,
+                settings,
+                output=output,
+                quantised=quantised,
+                progress=progress,
+                checkpoint=kept,
+                name=name,
             )
 
-    distilled = [train(recipe.distil)] if recipe.distil is not None else []
+    distilled = [train(recipe.distil, "distil")] if recipe.distil is not None else []
     if recipe.distil is not None and late:
         blocks = quantise_trained(
             partition,
@@ -86,7 +104,7 @@ def sparsify(
             timings=timings,
             quantised=quantised,
         )
-        distilled.append(train(recipe.distil))
+        distilled.append(train(recipe.distil, "distil-on-grid"))
     on_grid = {key: for_packing(its) for key, its in quantised.items()}
     return Sparsified(tuple(blocks), tuple(distilled), on_grid)
 

@@ -61,3 +61,25 @@ class Trained:
             assert quantised is not None
             exact, strengths = self.weights[key].detach().clone(), self.strengths[key].detach().clone()
             quantised[key] = replace(its, exact=exact, strengths=strengths)
+
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """What goes on from here: weights, strengths and the optimiser's moments."""
+        state: dict[str, Tensor] = {f"weights/{key}": weight for key, weight in self.weights.items()}
+        state |= {f"clipping/{key}": strength for key, strength in self.strengths.items()}
+        for index, moments in optimizer.state_dict()["state"].items():
+            state |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
+        return state
+
+    def restore(self, state: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Go on from a `state`."""
+        with torch.no_grad():
+            for key, weight in self.weights.items():
+                weight.copy_(state[f"weights/{key}"])
+            for key, strength in self.strengths.items():
+                strength.copy_(state[f"clipping/{key}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("optimizer/"):
+                _, index, moment = name.split("/")
+                moments.setdefault(int(index), {})[moment] = value
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -20,6 +20,7 @@ from sparsify_export import cli
 from sparsify_export.calibrate import besa
 from sparsify_export.cli import main
 from sparsify_export.passes.cost import Speed
+from sparsify_export.passes.errors import InputError
 from sparsify_export.runtime import machine
 from sparsify_export.runtime.inspection import sparse_weights
 
@@ -454,6 +455,29 @@ def test_file_that_fails_its_verification_is_kept_as_failed(images, tmp_path, ca
     assert main([str(images), "--quiet", "-o", str(tmp_path / "model.onnx")]) == 4
     assert "verification failed: model.onnx differs from the model" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["model.onnx.failed"]
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(folder, text, tmp_path, monkeypatch, capsys):
+    given = [str(folder), "--nm", "2:4", "--calibration", str(text), *SHORT[:4]]
+    assert main([*given, "-o", str(tmp_path / "whole.onnx"), "--quiet"]) == 0
+    kept, out = tmp_path / "kept", tmp_path / "model.onnx"
+
+    def power_cut(*args):
+        raise InputError("power cut")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("sparsify_export.compile.store", power_cut)
+        assert main([*given, "-o", str(out), "--checkpoint", str(kept)]) == 2
+    assert sorted(file.name for file in kept.iterdir()) == [
+        "block-0.checkpoint.safetensors",
+        "block-1.checkpoint.safetensors",
+        "run.json",
+    ]
+    assert main([*given, "-o", str(out), "--checkpoint", str(kept), "--score", "wanda"]) == 2
+    assert "kept holds a run of another model, recipe or text" in capsys.readouterr().err
+    assert main([*given, "-o", str(out), "--checkpoint", str(kept)]) == 0
+    assert not kept.exists()
+    assert (tmp_path / "model.onnx.data").read_bytes() == (tmp_path / "whole.onnx.data").read_bytes()
 
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing(folder, tmp_path):

@@ -23,6 +23,7 @@ FLAGS = {
     "--eval text.txt": "--eval has no meaning",
     "--windows 3": "--windows has no meaning",
     "--trust-remote-code": "--trust-remote-code has no meaning",
+    "--checkpoint kept": "--checkpoint kept has no meaning for an .onnx file",
     "--seq-len 64": "--seq-len has no meaning",
     "--samples 4": "--samples has no effect without",
     "--skip nothing": "matches none of the 2 linears",

@@ -93,6 +93,7 @@ def compile_command(
     windows: int | None = None,
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
+    checkpoint: Path | None = None,
     quiet: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Prune a model, verify it and write it as ONNX or as an engine; without --nm and --sparsity, only lower it.
@@ -164,10 +165,13 @@ def compile_command(
         windows: evaluation windows at most.
         trust_remote_code: run Python code that comes with the checkpoint.
         overwrite: replace what is at OUT.
+        checkpoint: folder that keeps every block and every epoch that is done, so that the same command goes on from
+            there when it was stopped; removed at the end.
         quiet: print nothing but errors.
     """
     from . import compile as compiler
     from .effort import Flags, effort_of, make_recipe
+    from .passes.checkpoint import Checkpoint
     from .passes.dialect.storage import FP32, Storage
     from .passes.given_masks import read_masks
     from .plan import EngineSettings, check_codes, check_engine_flags, not_built
@@ -236,6 +240,7 @@ def compile_command(
                 "--samples": None if is_onnx else samples,
                 "--seq-len": seq_len,
                 "--calibration-inputs": None if is_onnx else calibration_inputs,  # an ONNX model is verified on them
+                "--checkpoint": checkpoint,
             }
         )
     flags = Flags(
@@ -284,8 +289,11 @@ def compile_command(
             settings,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
+            checkpoint=checkpoint,
             console=console.as_console(),
         )
+    if checkpoint is not None:
+        Checkpoint(checkpoint).remove()
     if not quiet:
         terminal.print(render(report))
     if report.engine is not None and report.engine["not_built"]:

@@ -108,6 +108,7 @@ def compile_model(
     *,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    checkpoint: Path | None = None,
     console: Console = Console(),
 ) -> Report:
     """Compile ``source`` to ``out``.
@@ -120,6 +121,7 @@ def compile_model(
         settings: what to make.
         trust_remote_code: run Python code that comes with the checkpoint.
         overwrite: replace what is at ``out``.
+        checkpoint: folder for what pruning has done so far, see ``sparsify``; whoever calls may then remove it.
         console: where to tell what happens.
 
     Returns:
@@ -133,6 +135,8 @@ def compile_model(
     if source.endswith(".onnx"):
         from .onnx_in import compile_onnx  # which imports this file
 
+        if checkpoint is not None:
+            raise InputError(f"--checkpoint {checkpoint} has no meaning for an .onnx file, which is pruned in one step")
         return compile_onnx(
             source, out, settings, trust_remote_code=trust_remote_code, overwrite=overwrite, console=console
         )
@@ -165,6 +169,7 @@ def compile_model(
                 progress=console.progress,
                 note=console.note,
                 timings=timings,
+                checkpoint=checkpoint,
             )
         store(traced, params)
     probe = _probe(traced, pretrained, batches, held_out, settings)
