@@ -5,6 +5,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,10 @@ class Checkpoint:
 
 
 def fingerprint(recipe: Recipe, params: Mapping[str, Tensor], batches: Sequence[Batch]) -> dict[str, Any]:
-    """What decides the result of a run: the recipe by its words, masks, weights and calibration by their CRC-32."""
+    """What decides a run: our version, the recipe by its words, masks, weights and calibration by their CRC-32."""
     masks = recipe.given.keep if recipe.given else {}
     return {
+        "version": version("sparsify-export"),
         "recipe": repr(replace(recipe, given=None)),
         "masks": _crc(masks[key] for key in sorted(masks)),
         "weights": _crc(params[key] for key in sorted(params)),
