@@ -83,6 +83,19 @@ def run_part_rounded(
     return _named(part, results)
 
 
+def run_part_plain(
+    part: Part,
+    values: Values,
+    params: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    rounded: Mapping[str, Rounding],
+) -> Values:
+    """As ``run_part_rounded``, linears as torch computes them: the error that others' are measured by."""
+    with torch.no_grad():
+        results = _Rounded(part, names, rounded, fast=False).run(*_arguments(part, values, params, names))
+    return _named(part, results)
+
+
 def run_part_float64(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> Values:
     """As ``run_part`` in float64 throughout: the truth that float32 results are measured against."""
     arguments = [_to_float64(a) for a in _arguments(part, values, params, names)]
@@ -190,8 +203,11 @@ class _Observer(_Fast):
 class _Rounded(_Fast):
     """Changes the first argument of chosen linears; straight through for gradients."""
 
-    def __init__(self, part: Part, names: Mapping[str, str], rounded: Mapping[str, Rounding]) -> None:
+    def __init__(
+        self, part: Part, names: Mapping[str, str], rounded: Mapping[str, Rounding], *, fast: bool = True
+    ) -> None:
         super().__init__(part.module)
+        self._fast = fast
         holders = [node for node in part.module.graph.nodes if node.op == "placeholder"]
         keys = {node: names.get(name) for node, name in zip(holders, part.inputs, strict=True)}
         self._change: dict[Node, Rounding] = {}
@@ -199,6 +215,11 @@ class _Rounded(_Fast):
             key = keys.get(node.args[1]) if node.target is torch.ops.aten.linear.default else None
             if key is not None and key in rounded:
                 self._change[node] = rounded[key]
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._fast:
+            return super().call_function(target, args, kwargs)
+        return Interpreter.call_function(self, target, args, kwargs)
 
     def run_node(self, n: Node) -> Any:
         if n not in self._change:
