@@ -31,12 +31,12 @@ from torch import Tensor
 
 PATTERN = NM(2, 4)
 WINDOW, HEAD = 1024, 64
-"""Tokens that an attention looks over, and channels of a head, for what it makes of the inputs of its values."""
+"""W, the tokens that an attention looks over at most, and channels of a head."""
 
 FORMULAS: dict[str, tuple[str, Callable[[int, int, int], float], str, Callable[[int, int, int], float]]] = {
     "norms": ("2 T C", lambda r, c, t: 2 * t * c, "4 C", lambda r, c, t: 4 * c),
     "Hessian": ("T C^2", lambda r, c, t: t * c * c, "8 C^2", lambda r, c, t: 8 * c * c),
-    "averages": (f"2 {WINDOW} T (C + {HEAD})", lambda r, c, t: 2 * WINDOW * t * (c + HEAD), "8 T C",
+    "averages": (f"2 W T (C + {HEAD})", lambda r, c, t: 2 * min(t, WINDOW) * t * (c + HEAD), "8 T C",
                  lambda r, c, t: 8 * t * c),
     "RIA and mask": ("10 R C", lambda r, c, t: 10 * r * c, "8 R C", lambda r, c, t: 8 * r * c),
     "inverse": ("C^3", lambda r, c, t: c**3, "24 C^2", lambda r, c, t: 24 * c * c),
@@ -68,7 +68,7 @@ def main(*, sizes: str = "512,1024,2048", tokens: int = 8192, json: bool = False
 
     Args:
         sizes: of R and of C, with commas between them.
-        tokens: of the inputs, a multiple of 2,048; half of them are measured as well.
+        tokens: of the inputs, a multiple of 2,048 or less than that; half of them are measured as well.
         json: print JSON.
     """
     wanted = [int(size) for size in sizes.split(",")]
@@ -122,8 +122,8 @@ def measure(rows: int, columns: int, tokens: int) -> list[Cost]:
     norms, hessian = ActNorm(columns), Hessian(columns)
     step("norms", lambda: norms.update(x))
     step("Hessian", lambda: hessian.update(x))
-    windows = x.reshape(-1, WINDOW, columns)
-    queries = torch.randn(len(windows), max(1, columns // HEAD), WINDOW, HEAD, generator=generator)
+    windows = x.reshape(-1, min(tokens, WINDOW), columns)
+    queries = torch.randn(len(windows), max(1, columns // HEAD), windows.shape[1], HEAD, generator=generator)
     step("averages", lambda: averages((queries, queries, None), {"is_causal": True}, windows, None))
     norm, matrix = norms.norm(), hessian.matrix()
     mask: list[Tensor] = []
