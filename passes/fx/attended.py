@@ -90,12 +90,14 @@ def averages(args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor, queries:
     rows = []
     for b in range(batch):
         counted = chosen if queries is None else chosen[queries[b, chosen]]
+        attention = []
         for h in range(heads):
             scores = product(query[b, h, counted].float() * scale, key[b, h * key.shape[1] // heads].float().mT)
             if mask is not None:
                 own = mask[b, h, counted]
                 scores = scores.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else scores + own
-            rows.append(product(scores.softmax(dim=-1), x[b].float()))
+            attention.append(scores.softmax(dim=-1))
+        rows.append(product(torch.cat(attention), x[b].float()))
     return torch.cat(rows)
 
 
