@@ -15,7 +15,7 @@ from ..passes.errors import VerificationError
 from ..passes.frontend.batches import Batch
 from ..passes.frontend.trace import Traced
 from ..passes.fx.partition import Partition
-from ..passes.fx.run import run_part_float64, run_part_plain, start
+from ..passes.fx.run import run_part_float64, run_part_rounded, start
 from .feeds import NUMPY
 from .session import CausalSession, open_session
 
@@ -71,7 +71,7 @@ def expect(
     """
     baseline, exact = start(partition, batch.inputs), start(partition, batch.inputs)
     for part in partition.parts:
-        baseline.update(run_part_plain(part, baseline, params, partition.params, rounded))
+        baseline.update(run_part_rounded(part, baseline, params, partition.params, rounded, fast=False))
         exact.update(run_part_float64(part, exact, params, partition.params))
     return Expected(batch, baseline[partition.outputs[0]], exact[partition.outputs[0]])
 

@@ -76,23 +76,15 @@ def run_part_rounded(
     params: Mapping[str, Tensor],
     names: Mapping[str, str],
     rounded: Mapping[str, Rounding],
+    *,
+    fast: bool = True,
 ) -> Values:
-    """As ``run_part``, where linears see coarser inputs: ``rounded`` says by the key of a weight what becomes of x."""
-    with torch.no_grad():
-        results = _Rounded(part, names, rounded).run(*_arguments(part, values, params, names))
-    return _named(part, results)
+    """As ``run_part``, where linears see coarser inputs: ``rounded`` says by the key of a weight what becomes of x.
 
-
-def run_part_plain(
-    part: Part,
-    values: Values,
-    params: Mapping[str, Tensor],
-    names: Mapping[str, str],
-    rounded: Mapping[str, Rounding],
-) -> Values:
-    """As ``run_part_rounded``, linears as torch computes them: the error that others' are measured by."""
+    Without ``fast`` linears are torch's own: the error that others' are measured by.
+    """
     with torch.no_grad():
-        results = _Rounded(part, names, rounded, fast=False).run(*_arguments(part, values, params, names))
+        results = _Rounded(part, names, rounded, fast=fast).run(*_arguments(part, values, params, names))
     return _named(part, results)
 
 
