@@ -22,6 +22,8 @@ from .recipe import BlockReport, FoldReport, LinearReport, Recipe, TuneReport
 
 RUN = "run.json"
 SUFFIX = ".checkpoint.safetensors"
+PARTIAL = ".partial-"
+"""In front of the name of what is being written; a run that is killed leaves it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Checkpoint:
             if file.is_file():
                 if json.loads(file.read_text(encoding="utf-8")) != dict(run):
                     raise InputError(f"{folder} holds a run of another model, recipe or text; give another folder")
-            elif any(folder.iterdir()):
+            elif any(not file.name.startswith(PARTIAL) for file in folder.iterdir()):
                 raise InputError(f"{folder} is not empty and holds no checkpoint; give another folder")
             else:
                 _write(file, lambda path: path.write_text(json.dumps(run), encoding="utf-8"))
@@ -88,7 +90,7 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Delete the steps and, if nothing else is in it, the folder."""
-        for file in [*self.folder.glob(f"*{SUFFIX}"), self.folder / RUN]:
+        for file in [*self.folder.glob(f"*{SUFFIX}"), *self.folder.glob(f"{PARTIAL}*"), self.folder / RUN]:
             file.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
@@ -139,7 +141,7 @@ _PARTS = ("exact", "top", "strengths")
 
 def _write(file: Path, write: Callable[[Path], object]) -> None:
     """Beside, then renamed, so that a file that is there is whole."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial = file.with_name(f"{PARTIAL}{file.name}.{os.getpid()}")
     try:
         write(partial)
         partial.replace(file)

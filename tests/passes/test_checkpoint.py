@@ -157,6 +157,15 @@ def test_folders_that_are_no_checkpoints_are_refused(tmp_path):
         Checkpoint.open(tmp_path, {})
 
 
+def test_what_a_killed_run_was_writing_is_no_obstacle_and_goes_at_the_end(tmp_path):
+    for name in (".partial-run.json.7", ".partial-block-0.checkpoint.safetensors.7"):
+        (tmp_path / name).write_text("{")
+    kept = Checkpoint.open(tmp_path, {"a": 1})
+    assert kept.load("block-0") is None
+    kept.remove()
+    assert not tmp_path.exists()
+
+
 def test_a_damaged_step_is_named(tmp_path):
     toy, kept = Toy(), tmp_path / "kept"
     toy.run(BALANCED, kept)
