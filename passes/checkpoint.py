@@ -57,6 +57,8 @@ class Checkpoint:
                 raise InputError(f"{folder} is not empty and holds no checkpoint; give another folder")
             else:
                 _write(file, lambda path: path.write_text(json.dumps(run), encoding="utf-8"))
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             raise InputError(f"{folder} cannot hold a checkpoint: {error}") from error
         return cls(folder)

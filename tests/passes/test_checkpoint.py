@@ -135,7 +135,7 @@ def test_stopped_on_the_grid_and_twice(tmp_path):
 def test_another_run_is_refused(tmp_path):
     toy, kept = Toy(), tmp_path / "kept"
     toy.run(BALANCED, kept)
-    why = "kept holds a run of another model, recipe or text; give another folder"
+    why = f"^{kept} holds a run of another model, recipe or text; give another folder"
     with pytest.raises(InputError, match=why):
         toy.run(RECIPES["sweep"], kept)
     with pytest.raises(InputError, match=why):
@@ -148,7 +148,7 @@ def test_another_run_is_refused(tmp_path):
 
 def test_folders_that_are_no_checkpoints_are_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="is not empty and holds no checkpoint"):
+    with pytest.raises(InputError, match=f"^{tmp_path} is not empty and holds no checkpoint"):
         Checkpoint.open(tmp_path, {})
     with pytest.raises(InputError, match="cannot hold a checkpoint"):
         Checkpoint.open(tmp_path / "mine.txt", {})
