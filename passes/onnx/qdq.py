@@ -112,7 +112,9 @@ class QuantiseLinears(ir.passes.InPlacePass):
              x' = DequantizeLinear(QuantizeLinear(x, s), s)   made once for all products of the same x
              W' = DequantizeLinear(codes, t)                  codes constant, int8 or float8 [K, N]; t [N] or one number
     Left alone: every other product, and what else reads x.
-    Numerics: W is the value of its codes already, so nothing happens to it; x is rounded to its codes.
+    Numerics: W is the value of its codes already, so nothing happens to it; x is rounded to its codes, after a division
+              in float32 (attribute ``precision``): from opset 23 on it would be in float16, the type of the scale, and
+              one code in a hundred another one (ONNX Runtime 1.32 keeps to that, 1.31 does not).
 
     Args:
         quantised: how, by the name of the weight.
@@ -145,7 +147,8 @@ class QuantiseLinears(ir.passes.InPlacePass):
 def _round_trip(model: ir.Model, node: ir.Node, x: ir.Value, how: Codes) -> ir.Value:
     scale = _constant(model, f"{x.name}.scale", np.array(how.scale, np.float16))
     zero = _zeros(model, how.kind, ())
-    quantised = _insert(node, "QuantizeLinear", [x, scale, zero], TYPES[how.kind], x.shape)
+    division = [ir.AttrInt64("precision", ir.DataType.FLOAT)]
+    quantised = _insert(node, "QuantizeLinear", [x, scale, zero], TYPES[how.kind], x.shape, division)
     return _insert(node, "DequantizeLinear", [quantised, scale, zero], ir.DataType.FLOAT16, x.shape)
 
 
