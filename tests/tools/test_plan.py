@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from sparsify_export import engine
 from sparsify_export.calibrate.eight_bit import rounded
 from sparsify_export.cli import main
-from sparsify_export.compile import Console
 from sparsify_export.engine import _tell
 from sparsify_export.frontdoor import tokenizer_of
 from sparsify_export.passes.errors import InputError
@@ -25,6 +24,7 @@ from sparsify_export.runtime.generate import generate, greedy_torch
 from sparsify_export.runtime.inspection import weights
 from sparsify_export.runtime.session import CausalSession, open_session
 from sparsify_export.runtime.tensorrt.linears import PlanLinear, eligibility
+from sparsify_export.settings import Console
 from sparsify_export.target import Target
 from trt_double import Double
 from trt_surface import VERSIONS, WHEELS, read_surface

@@ -6,10 +6,10 @@ from typing import Any
 
 from sparsify_export.calibrate.besa import Learning
 from sparsify_export.calibrate.patterns import NM
-from sparsify_export.compile import parse_pattern
 from sparsify_export.passes.dialect.storage import FP32, GROUPS, Storage
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.recipe import Distil, Quantise, Recipe, Tune
+from sparsify_export.settings import parse_pattern
 
 DENSE = "dense"
 METHODS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparsify_export.compile import as_stored, cache_pairs, output_of, store, text_batches
+from sparsify_export.calibration_data import text_batches
+from sparsify_export.compile import as_stored, cache_pairs, output_of, store
 from sparsify_export.passes.dialect.storage import FP32
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.batches import read_windows, token_batches

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .commands import bench_command, eval_command, generate_command, inspect_command, simulate_command
 from .passes.errors import InputError, NotBuiltError, VerificationError
+from .terminal import ProgressBar, errors, positive, terminal
 
 DONE, BAD_INPUT, NOT_BUILT, NOT_EQUAL, INTERRUPTED = 0, 2, 3, 4, 130
 
@@ -19,16 +19,15 @@ app = App(
     suppress_keyboard_interrupt=False,
     help="Compile a pretrained transformer into a sparse one that really is faster.",
 )
-terminal = Terminal(stderr=False)
-errors = Terminal(stderr=True, soft_wrap=True, highlight=False, markup=False)
+for command in (eval_command, bench_command, inspect_command, simulate_command, generate_command):
+    app.command(command, name=command.__name__.removesuffix("_command"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, and prints one sentence for everything the user can mend."""
     tokens = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
-        return code if isinstance(code, int) else DONE
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError) as error:
         errors.print(f"sparsify-export: {' '.join(str(error).split())}")
         return BAD_INPUT
@@ -41,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("sparsify-export: interrupted; nothing was written")
         return INTERRUPTED
+    return DONE
 
 
 @app.default
@@ -95,7 +95,7 @@ def compile_command(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     checkpoint: Path | None = None,
     quiet: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
+) -> None:
     """Prune a model, verify it and write it as ONNX or as an engine; without --nm and --sparsity, only lower it.
 
     Args:
@@ -136,7 +136,7 @@ def compile_command(
         tune_lr: peak learning rate; a step moves a half's output by about this fraction of the error there is.
         distil: then train the surviving weights of all blocks together against the dense model's predictions, so many
             passes over the calibration windows at most; 0 for not at all. It needs memory for the whole model. With
-            --quantise joint it is done twice: as floats, and then, one epoch longer, on the grid.
+            --quantise joint it is done twice: as floats, and then on the grid.
         distil_lr: peak learning rate, as a fraction of the root mean square of each weight; default 0.0015.
         calibration: text file, JSONL with a text field, or self: text the model writes itself.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
@@ -169,16 +169,17 @@ def compile_command(
             there when it was stopped; removed at the end.
         quiet: print nothing but errors.
     """
-    from . import compile as compiler
+    from .compile import compile_model
     from .effort import Flags, effort_of, make_recipe
     from .passes.checkpoint import Checkpoint
     from .passes.dialect.storage import FP32, Storage
     from .passes.given_masks import read_masks
     from .plan import EngineSettings, check_codes, check_engine_flags, not_built
     from .report import render
+    from .settings import Calibration, Settings, parse_pattern
 
-    _positive("--context", context, least=2)
-    _positive("--workspace", workspace)
+    positive("--context", context, least=2)
+    positive("--workspace", workspace)
     engine = check_engine_flags(
         model,
         out,
@@ -194,10 +195,10 @@ def compile_command(
     )
     dtype = dtype or ("fp16" if engine else "fp32")
     ops = ops or ("standard" if engine else "sparse")
-    _positive("--samples", samples)
-    _positive("--seq-len", seq_len, least=2)
-    _positive("--window", window, least=2)
-    _positive("--windows", windows)
+    positive("--samples", samples)
+    positive("--seq-len", seq_len, least=2)
+    positive("--window", window, least=2)
+    positive("--windows", windows)
     if group is not None and dtype != "int4":
         raise InputError(f"--group {group} has no effect without --dtype int4")
     if quantise is not None and ops == "standard" and engine is None:
@@ -210,7 +211,7 @@ def compile_command(
     else:
         storage = Storage("fp16")
         on_grid = Storage("int8", half_scales=True) if codes == "int8" else FP32
-    pattern = compiler.parse_pattern(nm, sparsity)
+    pattern = parse_pattern(nm, sparsity)
     given = read_masks(mask) if mask is not None else None
     is_onnx = model.endswith(".onnx")
     if pattern is None and given is None:
@@ -275,15 +276,15 @@ def compile_command(
         raise InputError("--lower auto has no effect with --ops standard, which lowers nothing")
     if lower_for is not None and lower != "auto":
         raise InputError(f"--lower-for {lower_for} has no effect without --lower auto")
-    _positive("--lower-for", lower_for)
+    positive("--lower-for", lower_for)
     tokens = (lower_for or 1) if lower == "auto" else None
-    source = compiler.Calibration(calibration, calibration_inputs, samples, seq_len, seed)
-    settings = compiler.Settings(recipe, source, storage, ops, tokens, eval_, window, windows, engine)
-    with _progress(quiet) as console:
+    source = Calibration(calibration, calibration_inputs, samples, seq_len, seed)
+    settings = Settings(recipe, source, storage, ops, tokens, eval_, window, windows, engine)
+    with ProgressBar(quiet) as console:
         if not quiet:
             chosen = effort_of(flags, onnx=is_onnx) if recipe else None
             terminal.print(_settings_table(model, out, chosen, settings))
-        report = compiler.compile_model(
+        report = compile_model(
             model,
             out,
             settings,
@@ -300,237 +301,6 @@ def compile_command(
         raise NotBuiltError(not_built(Path(out), report.engine))
     if not quiet:
         terminal.print(f"wrote {out}", highlight=False)
-    return DONE
-
-
-@app.command(name="eval")
-def eval_command(
-    model: str,
-    /,
-    *,
-    text: Path | None = None,
-    exact: Annotated[bool, Parameter(negative="")] = False,
-    window: int = 2048,
-    windows: int | None = None,
-    tokenizer: str | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
-    trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
-    """Perplexity of a model or an exported file over non-overlapping windows of a text, and exact answers.
-
-    Args:
-        model: an .onnx file, an engine, a folder this tool wrote, a Hugging Face folder, hub id or .gguf file.
-        text: plain text, or JSONL with a text field, to measure perplexity on.
-        exact: count exactly right answers to small problems: copying, brackets, arithmetic.
-        window: tokens in a window.
-        windows: windows at most; default all of the text.
-        tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
-        json: print JSON.
-        trust_remote_code: run Python code that comes with the checkpoint.
-    """
-    from dataclasses import asdict
-    from json import dumps
-
-    from . import frontdoor
-
-    _positive("--window", window, least=2)
-    _positive("--windows", windows)
-    if text is None and not exact:
-        raise InputError("there is nothing to evaluate; give --text FILE, --exact, or both")
-    with _progress(quiet=json) as console:
-        result, answers = frontdoor.evaluate(
-            model,
-            text,
-            exact=exact,
-            window=window,
-            windows=windows,
-            tokenizer=tokenizer,
-            trust_remote_code=trust_remote_code,
-            progress=console.progress,
-        )
-    if json:
-        terminal.print_json(dumps((asdict(result) if result else {}) | ({"exact": asdict(answers)} if answers else {})))
-        return DONE
-    if result:
-        where = f"{result.windows} windows of {result.window} tokens"
-        terminal.print(f"perplexity {result.perplexity:.2f} over {where}", highlight=False)
-    if answers:
-        terminal.print(f"exact answers: {answers}", highlight=False)
-    return DONE
-
-
-@app.command(name="bench")
-def bench_command(
-    model: Path,
-    /,
-    *,
-    against: Path | None = None,
-    repeats: int = 20,
-    threads: int | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
-    """Time prefill and decode of an exported file or engine, in turns with another one.
-
-    Args:
-        model: the file under test.
-        against: the file to compare with.
-        repeats: runs of each row and file.
-        threads: threads of an op, the same for both files.
-        json: print JSON.
-    """
-    from .runtime.benchmark import bench, render
-
-    _positive("--repeats", repeats)
-    _positive("--threads", threads)
-    with _progress(quiet=json) as console:
-        report = bench(model, against, repeats=repeats, threads=threads, progress=console.progress)
-    if json:
-        terminal.print_json(report.to_json())
-    else:
-        terminal.print(render(report))
-        for reason in report.skipped:
-            terminal.print(f"left out {reason}", highlight=False)
-    return DONE
-
-
-@app.command(name="inspect")
-def inspect_command(model: Path, /) -> int:
-    """List every linear of an ONNX file: shape, pattern, bytes, lowered or left dense and why.
-
-    Args:
-        model: an .onnx file, or a folder that holds model.onnx.
-    """
-    from .runtime.inspection import inspect, render
-
-    terminal.print(render(inspect(model)))
-    return DONE
-
-
-@app.command(name="simulate")
-def simulate_command(
-    model: str,
-    /,
-    *,
-    tokens: int = 1,
-    paper_compat: Annotated[bool, Parameter(negative="")] = False,
-    json: Annotated[bool, Parameter(negative="")] = False,
-    trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
-    """Cycles of every projection on an accelerator with a dense and a sparse engine; a simulation, nothing is timed.
-
-    The machine is that of Table 5 in the BESA paper (ViTCoD: 64 lines of 64 multipliers, 76.8 GB/s at 500 MHz). The
-    published formula counts products of a matrix as if it were square, rows as if they were equally long, and no
-    memory. Corrected here: out_features x in_features products, lines that wait for the longest row of each 64, and
-    the bytes of weights and positions. The zeros are those of the weights as they are.
-
-    Args:
-        model: an .onnx file, a folder this tool wrote, a Hugging Face folder, hub id or .gguf file.
-        tokens: tokens in a call; with few of them memory decides.
-        paper_compat: the published formula, for one token.
-        json: print JSON.
-        trust_remote_code: run Python code that comes with the checkpoint.
-    """
-    from dataclasses import asdict
-    from json import dumps
-
-    from . import frontdoor
-    from .simulator import render
-
-    _positive("--tokens", tokens)
-    if paper_compat and tokens != 1:
-        raise InputError(f"--tokens {tokens} cannot be had with --paper-compat, whose formula is for one token")
-    with _progress(quiet=json) as console:
-        found = frontdoor.simulate(
-            model,
-            tokens=tokens,
-            paper_compat=paper_compat,
-            trust_remote_code=trust_remote_code,
-            progress=console.progress,
-        )
-    if json:
-        terminal.print_json(dumps([asdict(one) for one in found]))
-    else:
-        terminal.print(render(found))
-    return DONE
-
-
-@app.command(name="generate")
-def generate_command(
-    model: Path,
-    /,
-    *,
-    prompt: str,
-    max_new_tokens: int = 64,
-    tokenizer: str | None = None,
-    threads: int | None = None,
-    kernels: bool = True,
-) -> int:
-    """Continue a prompt greedily, with the KV cache.
-
-    Args:
-        model: an exported file or folder, or an engine.
-        prompt: the text to continue.
-        max_new_tokens: tokens to write at most.
-        tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
-        threads: threads of an op.
-        kernels: use our kernels; without, ONNX Runtime runs the functions inside the file.
-    """
-    from . import frontdoor
-
-    _positive("--max-new-tokens", max_new_tokens)
-    _positive("--threads", threads)
-    text, result = frontdoor.generate(
-        model, prompt, max_new_tokens=max_new_tokens, tokenizer=tokenizer, threads=threads, kernels=kernels
-    )
-    terminal.print(prompt + text, highlight=False, markup=False)
-    terminal.print(
-        f"prefill {result.prompt_tokens} tokens at {result.prefill_rate:.1f} tokens/s, "
-        f"decode {result.decoded_tokens} at {result.decode_rate:.1f} tokens/s",
-        highlight=False,
-    )
-    return DONE
-
-
-class _progress:
-    """A progress bar on stderr that follows ``(stage, done, total)``; silent when ``quiet``."""
-
-    def __init__(self, quiet: bool) -> None:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=errors, transient=True, disable=quiet)
-        self._quiet = quiet
-        self._task: Any = None
-        self._stage = ""
-
-    def __enter__(self) -> "_progress":
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.__exit__(*error)
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """Show a stage; a new one replaces the last."""
-        if stage != self._stage:
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._task, self._stage = self._bar.add_task(stage, total=total or None), stage
-        self._bar.update(self._task, completed=done, total=total or None)
-
-    def note(self, text: str) -> None:
-        """Say something that stays on the screen."""
-        if not self._quiet:
-            self._bar.console.print(text)
-
-    def as_console(self) -> Any:
-        """The same as what the compiler wants."""
-        from .compile import Console
-
-        return Console(note=self.note, progress=self.progress)
-
-
-def _positive(flag: str, value: int | None, *, least: int = 1) -> None:
-    if value is not None and value < least:
-        raise InputError(f"{flag} {value} is too small; want {least} or more")
 
 
 def _refuse_ignored(flags: dict[str, object]) -> None:
@@ -540,8 +310,8 @@ def _refuse_ignored(flags: dict[str, object]) -> None:
 
 
 def _settings_table(model: str, out: str, effort: str | None, settings: Any) -> Table:
-    from .compile import plain
     from .onnx_in import told
+    from .settings import plain
 
     table = Table("setting", "value", title="sparsify-export", title_justify="left")
     table.add_row("model", model)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .calibrate.eight_bit import Kind
 from .calibrate.patterns import NM, Pattern
-from .compile import Console, Settings, evaluate_onnx, plain
+from .evaluation import evaluate_onnx
 from .passes.activations import Scaled, scale_activations
 from .passes.frontend.batches import Batch
 from .passes.frontend.load import Pretrained
@@ -35,6 +35,7 @@ from .runtime.tensorrt.profiles import Sizes, profiles_for
 from .runtime.tensorrt.session import why_not
 from .runtime.tensorrt.twin import wants_twin, write_twin
 from .runtime.verify import expect, verify
+from .settings import Console, Settings, plain
 from .stages import Stages
 from .target import Target
 

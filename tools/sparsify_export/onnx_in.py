@@ -7,7 +7,6 @@ from typing import Any
 import onnx
 from torch import Tensor
 
-from .compile import Console, Settings, plain
 from .passes.errors import InputError
 from .passes.onnx.index_inputs import head_sizes, index_bounds
 from .passes.onnx.linears import LeftOut, Linear, find_linears
@@ -26,10 +25,9 @@ from .runtime.observe_onnx import observe
 from .runtime.session import open_session
 from .runtime.verify import Verified
 from .runtime.verify_onnx import verify_onnx
+from .settings import SILENT, Console, Settings, plain
 from .stages import Stages
 from .target import Target
-
-SILENT = Console()
 
 
 def compile_onnx(

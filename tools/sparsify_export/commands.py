@@ -1,0 +1,190 @@
+"""The commands beside compiling: ``eval``, ``bench``, ``inspect``, ``simulate`` and ``generate``.
+
+What a command needs is imported when it runs: torch and ONNX Runtime take seconds, and ``--help`` shall not.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from .passes.errors import InputError
+from .terminal import ProgressBar, positive, terminal
+
+
+def eval_command(
+    model: str,
+    /,
+    *,
+    text: Path | None = None,
+    exact: Annotated[bool, Parameter(negative="")] = False,
+    window: int = 2048,
+    windows: int | None = None,
+    tokenizer: str | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Perplexity of a model or an exported file over non-overlapping windows of a text, and exact answers.
+
+    Args:
+        model: an .onnx file, an engine, a folder this tool wrote, a Hugging Face folder, hub id or .gguf file.
+        text: plain text, or JSONL with a text field, to measure perplexity on.
+        exact: count exactly right answers to small problems: copying, brackets, arithmetic.
+        window: tokens in a window.
+        windows: windows at most; default all of the text.
+        tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
+        json: print JSON.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from . import frontdoor
+
+    positive("--window", window, least=2)
+    positive("--windows", windows)
+    if text is None and not exact:
+        raise InputError("there is nothing to evaluate; give --text FILE, --exact, or both")
+    with ProgressBar(quiet=json) as console:
+        result, answers = frontdoor.evaluate(
+            model,
+            text,
+            exact=exact,
+            window=window,
+            windows=windows,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+            progress=console.progress,
+        )
+    if json:
+        terminal.print_json(dumps((asdict(result) if result else {}) | ({"exact": asdict(answers)} if answers else {})))
+        return
+    if result:
+        where = f"{result.windows} windows of {result.window} tokens"
+        terminal.print(f"perplexity {result.perplexity:.2f} over {where}", highlight=False)
+    if answers:
+        terminal.print(f"exact answers: {answers}", highlight=False)
+
+
+def bench_command(
+    model: Path,
+    /,
+    *,
+    against: Path | None = None,
+    repeats: int = 20,
+    threads: int | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Time prefill and decode of an exported file or engine, in turns with another one.
+
+    Args:
+        model: the file under test.
+        against: the file to compare with.
+        repeats: runs of each row and file.
+        threads: threads of an op, the same for both files.
+        json: print JSON.
+    """
+    from .runtime.benchmark import bench, render
+
+    positive("--repeats", repeats)
+    positive("--threads", threads)
+    with ProgressBar(quiet=json) as console:
+        report = bench(model, against, repeats=repeats, threads=threads, progress=console.progress)
+    if json:
+        terminal.print_json(report.to_json())
+    else:
+        terminal.print(render(report))
+        for reason in report.skipped:
+            terminal.print(f"left out {reason}", highlight=False)
+
+
+def inspect_command(model: Path, /) -> None:
+    """List every linear of an ONNX file: shape, pattern, bytes, lowered or left dense and why.
+
+    Args:
+        model: an .onnx file, or a folder that holds model.onnx.
+    """
+    from .runtime.inspection import inspect, render
+
+    terminal.print(render(inspect(model)))
+
+
+def simulate_command(
+    model: str,
+    /,
+    *,
+    tokens: int = 1,
+    paper_compat: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Cycles of every projection on an accelerator with a dense and a sparse engine; a simulation, nothing is timed.
+
+    The machine is that of Table 5 in the BESA paper (ViTCoD: 64 lines of 64 multipliers, 76.8 GB/s at 500 MHz). The
+    published formula counts products of a matrix as if it were square, rows as if they were equally long, and no
+    memory. Corrected here: out_features x in_features products, lines that wait for the longest row of each 64, and
+    the bytes of weights and positions. The zeros are those of the weights as they are.
+
+    Args:
+        model: an .onnx file, a folder this tool wrote, a Hugging Face folder, hub id or .gguf file.
+        tokens: tokens in a call; with few of them memory decides.
+        paper_compat: the published formula, for one token.
+        json: print JSON.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from . import frontdoor
+    from .simulator import render
+
+    positive("--tokens", tokens)
+    if paper_compat and tokens != 1:
+        raise InputError(f"--tokens {tokens} cannot be had with --paper-compat, whose formula is for one token")
+    with ProgressBar(quiet=json) as console:
+        found = frontdoor.simulate(
+            model,
+            tokens=tokens,
+            paper_compat=paper_compat,
+            trust_remote_code=trust_remote_code,
+            progress=console.progress,
+        )
+    if json:
+        terminal.print_json(dumps([asdict(one) for one in found]))
+    else:
+        terminal.print(render(found))
+
+
+def generate_command(
+    model: Path,
+    /,
+    *,
+    prompt: str,
+    max_new_tokens: int = 64,
+    tokenizer: str | None = None,
+    threads: int | None = None,
+    kernels: bool = True,
+) -> None:
+    """Continue a prompt greedily, with the KV cache.
+
+    Args:
+        model: an exported file or folder, or an engine.
+        prompt: the text to continue.
+        max_new_tokens: tokens to write at most.
+        tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
+        threads: threads of an op.
+        kernels: use our kernels; without, ONNX Runtime runs the functions inside the file.
+    """
+    from . import frontdoor
+
+    positive("--max-new-tokens", max_new_tokens)
+    positive("--threads", threads)
+    text, result = frontdoor.generate(
+        model, prompt, max_new_tokens=max_new_tokens, tokenizer=tokenizer, threads=threads, kernels=kernels
+    )
+    terminal.print(prompt + text, highlight=False, markup=False)
+    terminal.print(
+        f"prefill {result.prompt_tokens} tokens at {result.prefill_rate:.1f} tokens/s, "
+        f"decode {result.decoded_tokens} at {result.decode_rate:.1f} tokens/s",
+        highlight=False,
+    )

@@ -1,0 +1,131 @@
+"""Everything that is asked of the compiler: plain data, printed before work starts and stored with the result."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .calibrate.patterns import NM, Pattern, Unstructured
+from .calibrate.update import DAMPING
+from .passes.dialect.storage import FP32, Storage
+from .passes.errors import InputError
+from .passes.recipe import Recipe
+from .plan import EngineSettings
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the activations are observed on.
+
+    Attributes:
+        text: ``self``, or a text file; not used when ``inputs`` is given.
+        inputs: folder of ``.npz`` batches.
+        samples: how many windows; None for 128 of a file, 32 of the model's own text, every ``.npz`` batch.
+        length: tokens in a window; None for 2,048 of a file, 512 of the model's own text.
+        seed: of the model's own text, and of the tokens that verify the file.
+    """
+
+    text: str = "self"
+    inputs: Path | None = None
+    samples: int | None = None
+    length: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what comes out; printed before work starts and stored in the file and the report.
+
+    Attributes:
+        recipe: how to prune, or None to prune nothing.
+        calibration: what to observe.
+        storage: of packed weights.
+        ops: ``sparse`` lowers sparse weights to our ops; ``standard`` writes plain MatMul with zeros.
+        lower_for: leave a weight dense where this machine would run it slower sparse, in calls of so many tokens;
+            None lowers every weight that gets smaller.
+        evaluate: text file to measure perplexity on before and after, or None.
+        window: tokens in an evaluation window.
+        windows: how many evaluation windows at most; None for all.
+        engine: what a TensorRT engine has to take; None where none is asked for.
+    """
+
+    recipe: Recipe | None
+    calibration: Calibration = Calibration()
+    storage: Storage = FP32
+    ops: Literal["sparse", "standard"] = "sparse"
+    lower_for: int | None = None
+    evaluate: Path | None = None
+    window: int = 2048
+    windows: int | None = None
+    engine: EngineSettings | None = None
+
+
+@dataclass(frozen=True)
+class Console:
+    """Where the compiler tells what it does; the default says nothing."""
+
+    note: Callable[[str], None] = lambda text: None
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+
+
+SILENT = Console()
+
+
+def parse_pattern(nm: str | None, sparsity: float | None) -> Pattern | None:
+    """The pattern that ``--nm`` or ``--sparsity`` names, or None with neither.
+
+    Raises:
+        InputError: both are given, or one is out of range.
+    """
+    if nm is not None and sparsity is not None:
+        raise InputError(f"--nm {nm} and --sparsity {sparsity:g} were both given; want at most one of them")
+    try:
+        return NM.parse(nm) if nm is not None else Unstructured(sparsity) if sparsity is not None else None
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _damping(recipe: Recipe) -> float | None:
+    if recipe.update == "none" or recipe.damping is not None:
+        return recipe.damping
+    return DAMPING[recipe.update]
+
+
+def _quantiser(settings: Settings) -> str | None:
+    """How weights are quantised: as the recipe says, else to nearest where they are packed."""
+    if settings.recipe and settings.recipe.quantise:
+        return settings.recipe.quantise.method
+    return "rtn" if settings.storage.quantised and settings.ops == "sparse" else None
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON-able values."""
+    recipe = settings.recipe
+    return {
+        "pattern": str(recipe.pattern) if recipe else None,
+        "score": recipe.score if recipe else None,
+        "ria_power": recipe.ria_power if recipe else None,
+        "permute": recipe.permute if recipe else None,
+        "skip": list(recipe.skip) if recipe else [],
+        "mask": str(recipe.given.file) if recipe and recipe.given else None,
+        "allocation": asdict(recipe.allocation) if recipe and recipe.allocation else None,
+        "update": recipe.update if recipe else None,
+        "mask_from": recipe.mask_from if recipe and recipe.update != "none" else None,
+        "hessian": recipe.hessian if recipe and recipe.update != "none" else None,
+        "damping": _damping(recipe) if recipe else None,
+        "tune": recipe.tune.scope if recipe and recipe.tune else None,
+        "tune_epochs": recipe.tune.epochs if recipe and recipe.tune else None,
+        "tune_lr": recipe.tune.rate if recipe and recipe.tune else None,
+        "distil": recipe.distil.epochs if recipe and recipe.distil else None,
+        "distil_lr": recipe.distil.rate if recipe and recipe.distil else None,
+        "quantise": _quantiser(settings),
+        "calibration": str(settings.calibration.inputs or settings.calibration.text),
+        "samples": settings.calibration.samples,
+        "seq_len": settings.calibration.length,
+        "seed": settings.calibration.seed,
+        "dtype": settings.storage.kind,
+        "group": settings.storage.group or None,
+        "ops": settings.ops if settings.engine is None else "what TensorRT takes",
+        "lower": "always" if settings.lower_for is None else f"auto, for {settings.lower_for} tokens a call",
+        **(settings.engine.plain() if settings.engine else {}),
+    }
