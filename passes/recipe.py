@@ -48,7 +48,7 @@ class Distil:
         rate: peak learning rate, as a fraction of the root mean square of each weight's non-zeros.
     """
 
-    epochs: int = 2
+    epochs: int = 3
     rate: float = 0.0015
 
 

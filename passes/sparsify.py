@@ -3,7 +3,6 @@
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 from torch import Tensor
 
@@ -16,9 +15,6 @@ from .pipeline import prune
 from .quantise import Gridded, for_packing
 from .quantise_trained import quantise_trained
 from .recipe import BlockReport, Distil, DistilReport, Note, Progress, Recipe, Timings
-
-MORE_EPOCHS: Final = 1
-"""Epochs on the grid beyond those of the floats: a step of training is small against one of the grid."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +104,7 @@ def sparsify(
             timings=timings,
             quantised=quantised,
         )
-        longer = replace(recipe.distil, epochs=recipe.distil.epochs + MORE_EPOCHS)
-        distilled.append(train(longer, "distil-on-grid"))
+        distilled.append(train(recipe.distil, "distil-on-grid"))
     on_grid = {key: for_packing(its) for key, its in quantised.items()}
     return Sparsified(tuple(blocks), tuple(distilled), on_grid)
 

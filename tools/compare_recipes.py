@@ -28,6 +28,8 @@ from recipe_table.measure import measure
 from recipe_table.table import read_cells, render, table, write
 
 app = App()
+WIDTH = 160
+"""Columns of the table where it is not printed on a screen: a log cut to 80 cannot be read."""
 
 
 @app.default
@@ -62,7 +64,7 @@ def main(
         vary: samples, ria-power, or of BESA epochs, granularity, rate-step; every method is run with every value.
         values: of what is varied, with commas between them.
     """
-    screen = Console()
+    screen = Console(width=None if sys.stdout.isatty() else WIDTH)
     if importlib.util.find_spec("matplotlib") is None:  # before hours of work, not after
         screen.print("compare_recipes: matplotlib is not installed, which draws table.png: pip install matplotlib")
         return 2
