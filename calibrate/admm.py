@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .masks import count_keep_mask, keep_mask, nm_keep_mask
+from .masks import count_keep_mask, keep_mask, nm_keep_mask, row_keep_mask
 from .matmul import product
-from .patterns import NM, Group, Pattern
+from .patterns import NM, Group, Pattern, RowCounts
 
 ITERATIONS, GRADUAL = 20, 15  # Boza 2024, section 3: 20 iterations, of which 15 may still change the mask
 
@@ -14,7 +14,7 @@ def admm(
     weight: Tensor,
     hessian: Tensor,
     inverse: Tensor,
-    target: Pattern | Tensor,
+    target: Pattern | RowCounts | Tensor,
     *,
     per: Group = "matrix",
     iterations: int = ITERATIONS,
@@ -34,7 +34,8 @@ def admm(
 
     .. math:: s_t = s \Bigl(1 - \bigl(1 - \tfrac{t + 1}{T}\bigr)^3\Bigr)
 
-    N:M keeps the n best of every group in any case and prunes the lowest of the others.
+    N:M keeps the n best of every group in any case and prunes the lowest of the others. Rows with counts of their own
+    prune that fraction of them.
 
     Boza 2024, "Fast and Effective Weight Update for Pruned Large Language Models", with gradual support; and Boyd et
     al. 2011 for ADMM itself.
@@ -43,7 +44,7 @@ def admm(
         weight: ``[R, C]`` float32, scaled by the norms of its inputs.
         hessian: ``[C, C]`` float32, scaled to a diagonal of ones and damped.
         inverse: ``[C, C]`` float32, of the Hessian plus the identity.
-        target: the pattern, or a bool keep mask ``[R, C]`` to hold on to.
+        target: the pattern, how many every row prunes, or a bool keep mask ``[R, C]`` to hold on to.
         per: the weights that compete under an unstructured pattern.
         iterations: how many.
         gradual: T, how many of them choose the mask; 1 or more.
@@ -64,8 +65,10 @@ def admm(
     return torch.where(keep, w + dual, 0.0), keep
 
 
-def _select(score: Tensor, target: Pattern, per: Group, *, part: float) -> Tensor:
+def _select(score: Tensor, target: Pattern | RowCounts, per: Group, *, part: float) -> Tensor:
     """The keep mask when ``part`` of the zeros of a pattern are there."""
+    if isinstance(target, RowCounts):
+        return row_keep_mask(score, (target.pruned * part).long())
     if part == 1:
         return keep_mask(score, target, per)
     if isinstance(target, NM):

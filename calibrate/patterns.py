@@ -70,6 +70,17 @@ class Unstructured:
 Pattern: TypeAlias = NM | Unstructured
 
 
+@dataclass(frozen=True, eq=False)
+class RowCounts:
+    """Zeros anywhere in a row, and for every row how many.
+
+    Attributes:
+        pruned: int64 ``[out_features]``, 0 to in_features.
+    """
+
+    pruned: torch.Tensor
+
+
 def largest_group_count(weight: torch.Tensor, m: int) -> int:
     """Count the non-zeros of the fullest aligned group of ``m`` along the last axis.
 

@@ -10,7 +10,7 @@ from .admm import admm
 from .damping import damped_inverse
 from .masked_cg import masked_cg
 from .matmul import product
-from .patterns import Group, Pattern
+from .patterns import Group, Pattern, RowCounts
 from .sparsegpt import sweep
 from .sums import total
 
@@ -68,14 +68,16 @@ def prepare(hessian: Tensor, method: Method, damping: float | None = None) -> In
     return Inputs(method, scale, scaled, scaled + found.damping * identity, found.matrix, raised)
 
 
-def update(weight: Tensor, inputs: Inputs, target: Pattern | Tensor, *, per: Group) -> tuple[Tensor, Tensor]:
+def update(
+    weight: Tensor, inputs: Inputs, target: Pattern | RowCounts | Tensor, *, per: Group
+) -> tuple[Tensor, Tensor]:
     """Prune a weight and change what is left of it, so that the layer's output changes least.
 
     Args:
         weight: ``[R, C]``, float32.
         inputs: from `prepare`.
-        target: the pattern, whose mask the method then chooses; or a bool keep mask ``[R, C]``. Conjugate
-            gradients want a mask.
+        target: the pattern, or how many weights every row loses, and the method then chooses the mask; or a bool keep
+            mask ``[R, C]``. Conjugate gradients want a mask, and SparseGPT takes no counts.
         per: the weights that compete under an unstructured pattern.
 
     Returns:
@@ -86,6 +88,7 @@ def update(weight: Tensor, inputs: Inputs, target: Pattern | Tensor, *, per: Gro
     """
     if inputs.method == "sparsegpt":
         assert inputs.inverse is not None
+        assert not isinstance(target, RowCounts)
         alive = inputs.hessian.diagonal() > 0  # algorithm 1 of the paper drops weights that nothing ever reaches
         return sweep(weight * alive, inputs.inverse, target)
     scaled = weight * inputs.scale

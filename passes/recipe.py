@@ -81,7 +81,8 @@ class Recipe:
         allocation: how BESA learns what each row loses (unstructured only), or None for the same rate everywhere.
         update: how the surviving weights make up for those that are gone.
         mask_from: whether the update chooses the mask as it goes, or takes that of the score. Without an update,
-            and with ``cg``, which wants a mask, it is ``score``.
+            and with ``cg``, which wants a mask, it is ``score``. With an allocation ``update`` chooses what every row
+            loses, as much as was learned: for ``admm`` and ``admm-cg``, where no patterns are learned.
         hessian: what updates and quantisers fit a linear to: the tokens that it reads, or, where attention averages
             its outputs over tokens, what attention makes of those (`fx.attended`).
         damping: added to the diagonal of the Hessian, as a fraction of its mean; None for the update's own.

@@ -110,9 +110,6 @@ def sparsify(
 
 
 def _trains_before_the_grid(recipe: Recipe) -> bool:
-    """Whether the weights are distilled as floats and then once more on the grid.
-
-    Not where BESA learned the grids together with the rates: the rates were found on those grids.
-    """
+    """Whether the weights are distilled as floats, and then once more on the grid."""
     joint = recipe.quantise is not None and recipe.quantise.method == "joint"
-    return joint and recipe.distil is not None and recipe.allocation is None
+    return joint and recipe.distil is not None

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibrate.patterns import Pattern
+from ..calibrate.patterns import Pattern, RowCounts
 from ..calibrate.update import prepare, relative_error, update
 from .block import GROUPS, Block, Observed, alike
 from .errors import InputError
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,23 @@ def update_block(
     for nodes, keys in groups.items():
         hessian = observed.hessian(nodes)
         assert hessian is not None
-        own = {key: block.recipe.pattern if block.recipe.mask_from == "update" else keep[key] for key in keys}
+        own = {key: _target(block.recipe, keep[key]) for key in keys}
         done |= _update_alike(block, {key: params[key] for key in keys}, keep, own, hessian)
     return done
+
+
+def _target(recipe: Recipe, keep: Tensor) -> Pattern | RowCounts | Tensor:
+    """What an update is to make: the mask itself, or, where it chooses, the pattern or the counts that were learned."""
+    if recipe.mask_from == "score":
+        return keep
+    return recipe.pattern if recipe.allocation is None else RowCounts((~keep).sum(dim=1))
 
 
 def _update_alike(
     block: Block,
     weights: Mapping[str, Tensor],
     keep: Mapping[str, Tensor],
-    targets: Mapping[str, Pattern | Tensor],
+    targets: Mapping[str, Pattern | RowCounts | Tensor],
     hessian: Tensor,
 ) -> dict[str, Updated]:
     """Update the weights of linears that read the same input."""

@@ -10,7 +10,7 @@ from sparsify_export.calibrate.admm import admm
 from sparsify_export.calibrate.damping import damped_inverse
 from sparsify_export.calibrate.masked_cg import masked_cg
 from sparsify_export.calibrate.masks import keep_mask, nm_keep_mask
-from sparsify_export.calibrate.patterns import NM, Unstructured, fits
+from sparsify_export.calibrate.patterns import NM, RowCounts, Unstructured, fits
 from sparsify_export.calibrate.sparsegpt import sweep
 from sparsify_export.calibrate.update import DAMPING, prepare, relative_error, update
 
@@ -90,6 +90,31 @@ def test_admm_prunes_by_a_cubic_schedule_and_spares_the_best_of_a_group():
     close(first, reference.admm(weight, hessian, [keep]))
     _, keep = admm(weight, hessian, inverse, Unstructured(0.25), iterations=1, gradual=2)
     assert int((~keep).sum()) == int(32 * 0.25 * (1 - 0.5**3))
+
+
+def test_admm_chooses_what_rows_lose_whose_counts_are_given():
+    weight, hessian = layer(rows=4, columns=8)
+    hessian = hessian / hessian.diagonal().mean()
+    inverse = damped_inverse(hessian, 0.0, shift=1.0).matrix.float()
+    counts = torch.tensor([0, 3, 5, 8])
+    first, keep = admm(weight, hessian, inverse, RowCounts(counts), iterations=1, gradual=2)
+    assert (~keep).sum(dim=1).tolist() == [int(n * (1 - 0.5**3)) for n in (0, 3, 5, 8)]
+    for row, kept in zip(weight.abs(), keep, strict=True):
+        assert kept.all() or row[~kept].max() <= row[kept].min()
+    close(first, reference.admm(weight, hessian, [keep]))
+    found, keep = admm(weight, hessian, inverse, RowCounts(counts))
+    assert (~keep).sum(dim=1).tolist() == (found == 0).sum(dim=1).tolist() == [0, 3, 5, 8]
+
+
+@pytest.mark.parametrize("method", ["admm", "admm-cg"])
+def test_a_mask_that_is_chosen_beats_one_that_is_given_with_the_same_counts(method):
+    weight, hessian = layer(rows=8, columns=24, tokens=200)
+    given = magnitude_mask(weight, Unstructured(0.5))
+    inputs = prepare(hessian, method)
+    fixed, _ = update(weight, inputs, given, per="row")
+    chosen, keep = update(weight, inputs, RowCounts((~given).sum(dim=1)), per="row")
+    assert torch.equal(keep.sum(dim=1), given.sum(dim=1))
+    assert relative_error(chosen, weight, hessian) < relative_error(fixed, weight, hessian)
 
 
 def test_conjugate_gradients_reach_the_best_weights():

@@ -102,17 +102,15 @@ def test_joint_distils_floats_then_quantises_then_distils_on_the_grid(tune):
     assert len(done.on_grid) == 4
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        {"quantise": Quantise(INT4, "sweep")},
-        {"quantise": Quantise(INT4, "joint"), "allocation": Learning(), "mask_from": "score"},
-    ],
-    ids=["sweep", "rates"],
-)
-def test_else_training_begins_on_the_grid(recipe):
-    pattern = Unstructured(0.5) if "allocation" in recipe else TWO_OF_FOUR
-    done, told = trained(pattern, distil=DISTIL, **recipe)
+def test_joint_after_learned_rates_does_the_same():
+    done, told = trained(Unstructured(0.5), quantise=Quantise(INT4, "joint"), distil=DISTIL, allocation=Learning())
+    assert [stage for stage in told if not stage.startswith("learning")] == ["pruning", "distilling", "quantising"]
+    assert len(done.distilled) == 2
+    assert len(done.on_grid) == 4
+
+
+def test_a_sweep_is_done_first_and_trained_on_its_grid():
+    done, told = trained(quantise=Quantise(INT4, "sweep"), distil=DISTIL)
     assert "quantising" not in told
     assert len(done.distilled) == 1
     assert len(done.on_grid) == 4

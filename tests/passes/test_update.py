@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sparsify_export.calibrate.besa import Learning
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.calibrate.update import relative_error
 from sparsify_export.passes.errors import InputError
@@ -149,3 +150,18 @@ def test_the_number_of_threads_decides_nothing(method):
     (one, reports), (two, same) = found
     assert [report.folds for report in reports] == [report.folds for report in same]
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("method", ["admm", "admm-cg"])
+def test_admm_chooses_among_as_many_weights_of_a_row_as_were_learned(method):
+    half, learning = Unstructured(0.5), Learning(step_size=0.5)
+    given = {"pattern": half, "score": "wanda", "allocation": learning, "update": method}
+    fixed, *_ = pruned(mask_from="score", **given)
+    chosen, _, linears, _ = pruned(mask_from="update", **given)
+    first = "model.layers.0.up.weight"  # whose block reads the same in both
+    counts = (chosen[first] == 0).sum(dim=1)
+    assert torch.equal(counts, (fixed[first] == 0).sum(dim=1))
+    assert len(counts.unique()) > 1
+    assert not torch.equal(chosen[first] == 0, fixed[first] == 0)
+    zeros = sum(int((chosen[f"model.{path}.weight"] == 0).sum()) for path in linears)
+    assert zeros == sum(chosen[f"model.{path}.weight"].numel() for path in linears) // 2

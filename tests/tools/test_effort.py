@@ -52,10 +52,25 @@ def test_a_flag_that_is_given_changes_only_itself(flag, changed):
 HALF = Unstructured(0.5)
 
 
-def test_allocation_learns_rates_and_keeps_its_mask():
+@pytest.mark.parametrize(
+    ("flags", "mask_from"),
+    [
+        ({"allocate": "besa-row"}, "update"),
+        ({"allocate": "besa-layer", "update": "admm"}, "update"),
+        ({"allocate": "besa-row", "mask_from": "score"}, "score"),
+        ({"allocate": "besa-row", "update": "cg"}, "score"),
+        ({"allocate": "besa-row", "update": "sparsegpt"}, "score"),
+        ({"allocate": "besa-nm"}, "score"),
+        ({"allocate": "besa-row", "update": "none"}, "score"),
+    ],
+)
+def test_admm_chooses_what_rows_lose_and_others_keep_the_mask(flags, mask_from):
+    assert recipe(pattern=HALF, **flags).mask_from == mask_from
+
+
+def test_allocation_learns_rates():
     by_row = recipe(pattern=HALF, allocate="besa-row")
-    assert by_row.allocation == Learning()
-    assert (by_row.update, by_row.mask_from) == ("admm-cg", "score")
+    assert by_row == replace(recipe(pattern=HALF), allocation=Learning())
     by_layer = recipe(pattern=HALF, allocate="besa-layer", besa_optimiser="prodigy", besa_rate_step=0.02, besa_epochs=3)
     assert by_layer.allocation == Learning("layer", "dense", "prodigy", rate_steps=50, epochs=3)
     published = recipe(pattern=HALF, allocate="besa-row", besa_logits="sigmoid", besa_reference="dense")
@@ -69,6 +84,14 @@ def test_allocation_learns_rates_and_keeps_its_mask():
     ("flags", "why"),
     [
         ({"onnx": True, "allocate": "besa-row"}, "needs the traced model"),
+        (
+            {"allocate": "besa-nm", "mask_from": "update"},
+            "--mask-from update would undo --allocate besa-nm; want score",
+        ),
+        (
+            {"allocate": "besa-row", "mask_from": "update", "update": "sparsegpt"},
+            "--update sparsegpt chooses its mask over all rows, which undoes --allocate; want --mask-from score",
+        ),
         ({"onnx": True, "score": "hessian"}, "--score hessian needs the traced model"),
         ({"allocate": "besa-nm", "besa_logits": "sigmoid"}, "no effect with --allocate besa-nm, which learns no rates"),
         ({"allocate": "besa-row", "besa_patterns": "2:4,dense"}, "no effect without --allocate besa-nm"),
@@ -88,7 +111,10 @@ def test_fast_with_an_update_is_that_update():
 
 def test_best_is_balanced_and_distillation():
     assert recipe(effort="best") == Recipe(TWO_OF_FOUR, update="admm-cg", mask_from="update", distil=Distil())
-    assert recipe(effort="best", pattern=Unstructured(0.5)).distil == Distil()
+    learned = Recipe(HALF, score="wanda", allocation=Learning(), update="admm-cg", mask_from="update", distil=Distil())
+    assert recipe(effort="best", pattern=HALF) == learned
+    assert recipe(effort="best", pattern=HALF, allocate="none").allocation is None
+    assert recipe(effort="best", pattern=HALF, score="ria", besa_epochs=2).allocation == Learning(epochs=2)
     assert recipe(effort="best", distil=0) == recipe()
     assert recipe(effort="best", update="none").distil == Distil()
     assert recipe(effort="best", tune="halves").tune == Tune()

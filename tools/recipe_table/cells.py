@@ -12,6 +12,7 @@ from sparsify_export.passes.recipe import Distil, Quantise, Recipe, Tune
 from sparsify_export.settings import parse_pattern
 
 DENSE = "dense"
+BESA: dict[str, Any] = {"score": "wanda", "allocation": Learning()}
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"score": "magnitude", "permute": "none"},
     "wanda": {"score": "wanda", "permute": "none"},
@@ -25,14 +26,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "balanced": {"update": "admm-cg", "mask_from": "update"},
     "halves": {"update": "admm-cg", "mask_from": "update", "tune": Tune(epochs=2)},
     "best": {"update": "admm-cg", "mask_from": "update", "distil": Distil()},
-    "wanda+besa-row": {"score": "wanda", "allocation": Learning()},
-    "wanda+besa-row+cg": {"score": "wanda", "allocation": Learning(), "update": "cg"},
-    "best+besa-row": {"score": "wanda", "allocation": Learning(), "update": "admm-cg", "distil": Distil()},
+    "wanda+besa-row": BESA,
+    "wanda+besa-row+cg": BESA | {"update": "cg"},
+    "wanda+besa-row+admm-cg": BESA | {"update": "admm-cg", "mask_from": "update"},
+    "best+besa-row": BESA | {"update": "admm-cg", "mask_from": "update", "distil": Distil()},
     "balanced+rtn": {"update": "admm-cg", "mask_from": "update", "quantise": "rtn"},
     "best+sweep": {"update": "admm-cg", "mask_from": "update", "distil": Distil(), "quantise": "sweep"},
-    "wanda+besa-row+joint": {"score": "wanda", "allocation": Learning(), "quantise": "joint"},
+    "wanda+besa-row+joint": BESA | {"quantise": "joint"},
 }
-"""A method is what it changes of a ``Recipe``; a new one is a line here. ``quantise`` is the quantiser of patterns that
+"""A method is what it changes of a ``Recipe``; a new one is a line here. ``--effort best`` is ``best`` for N:M and
+``best+besa-row`` for a fraction of zeros. ``quantise`` is the quantiser of patterns that
 want one; where it is not said it is that of the effort: rtn without an update, joint with fine-tuning, else sweep."""
 
 PATTERNS = ("2:4", "4:8", "0.5", "0.6", "0.7", "2:4+int4", "0.5+int4")

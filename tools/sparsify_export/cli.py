@@ -105,8 +105,9 @@ def compile_command(
         nm: keep N of every M neighbouring weights, e.g. 2:4.
         sparsity: fraction of zeros anywhere, between 0 and 1; an engine runs such linears by a plugin of ours.
         effort: the recipe that fills in flags not given; fast is score and fold, original weights; balanced, the
-            default, is fold and the best update of the weights without gradients; best trains all blocks together after
-            that, which takes several times as long. An .onnx file has fast only.
+            default, is fold and the best update of the weights without gradients; best, which takes several times as
+            long, trains all blocks together after that, and of --sparsity learns what each row loses (--allocate
+            besa-row, --score wanda). An .onnx file has fast only.
         score: what ranks the weights; default ria, of an .onnx file without calibration inputs from weights alone.
         ria_power: exponent of the activation norms in RIA.
         permute: fold channel orders into neighbouring weights where the graph allows it; default fold, and none for an
@@ -116,7 +117,8 @@ def compile_command(
             prune by instead of a score; with --nm they are checked, linears without one stay dense.
         update: how the surviving weights make up for those that are gone: not at all, SparseGPT's sweep, ADMM with
             gradual zeros, conjugate gradients on the score's mask, or ADMM and then conjugate gradients.
-        mask_from: whether the update chooses the mask as it goes, its default, or keeps that of the score.
+        mask_from: whether the update chooses the mask as it goes, its default, or keeps that of the score. Where
+            --allocate learned what each row loses, ADMM chooses which weights these are.
         hessian: what updates and sweeps fit a linear to: the tokens it reads, or, the default, where attention averages
             its outputs over tokens, what attention makes of those.
         damping: added to the diagonal of the update's Hessian, as a fraction of its mean; default the method's own.

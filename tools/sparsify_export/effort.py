@@ -84,17 +84,23 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
                 raise InputError(f"{flag} {value} has no effect without an update of the weights")
     if update == "cg" and flags.mask_from == "update":
         raise InputError("--update cg does not choose a mask; want --mask-from score, or leave it out")
-    allocation = _allocation(pattern, flags, onnx=onnx)
-    if allocation is not None and flags.mask_from == "update":
-        raise InputError(f"--mask-from update would undo --allocate {flags.allocate}; want score, or leave it out")
+    best = effort_of(flags, onnx=onnx) == "best" and isinstance(pattern, Unstructured) and flags.given is None
+    allocation = _allocation(pattern, flags, flags.allocate or ("besa-row" if best else "none"), onnx=onnx)
+    counts = allocation is None or allocation.per != "pattern"
+    if not counts and flags.mask_from == "update":
+        raise InputError("--mask-from update would undo --allocate besa-nm; want score, or leave it out")
+    if allocation is not None and update == "sparsegpt" and flags.mask_from == "update":
+        why = "--update sparsegpt chooses its mask over all rows, which undoes --allocate; want --mask-from score"
+        raise InputError(why)
     tune, distil = _tune(flags, onnx=onnx), _distil(flags, onnx=onnx)
     quantise = _quantise(flags, onnx=onnx, learns=bool(tune or distil or allocation))
     if flags.hessian is not None and update == "none" and (quantise is None or quantise.method == "rtn"):
         raise InputError(f"--hessian {flags.hessian} has no effect without an update of the weights or a sweep")
-    chooses = update not in ("none", "cg") and flags.given is None and allocation is None
+    choosing = ("sparsegpt", "admm", "admm-cg") if allocation is None else ("admm", "admm-cg")
+    chooses = update in choosing and flags.given is None and counts
     return Recipe(
         pattern=pattern,
-        score=flags.score or "ria",
+        score=flags.score or ("wanda" if best else "ria"),
         ria_power=flags.ria_power,
         permute=flags.permute or ("none" if onnx or flags.given else "fold"),
         skip=flags.skip,
@@ -169,9 +175,9 @@ def _quantise(flags: Flags, *, onnx: bool, learns: bool) -> Quantise | None:
     return Quantise(flags.storage, flags.quantise or usual[effort_of(flags, onnx=onnx)])
 
 
-def _allocation(pattern: Pattern, flags: Flags, *, onnx: bool) -> Learning | None:
+def _allocation(pattern: Pattern, flags: Flags, allocate: Allocate, *, onnx: bool) -> Learning | None:
     """How rates are to be learned, or None where they are the same everywhere."""
-    if flags.allocate in (None, "none"):
+    if allocate == "none":
         given = {
             "--besa-reference": flags.besa_reference,
             "--besa-optimiser": flags.besa_optimiser,
@@ -185,10 +191,10 @@ def _allocation(pattern: Pattern, flags: Flags, *, onnx: bool) -> Learning | Non
                 raise InputError(f"{flag} {value} has no effect without --allocate besa-row, besa-layer or besa-nm")
         return None
     if isinstance(pattern, NM):
-        raise InputError(f"--allocate {flags.allocate} wants --sparsity: --nm {pattern} prunes every row alike")
+        raise InputError(f"--allocate {allocate} wants --sparsity: --nm {pattern} prunes every row alike")
     if onnx:
-        raise InputError(f"--allocate {flags.allocate} needs the traced model and cannot be had for an .onnx file")
-    if flags.allocate == "besa-nm":
+        raise InputError(f"--allocate {allocate} needs the traced model and cannot be had for an .onnx file")
+    if allocate == "besa-nm":
         for flag, value in {"--besa-logits": flags.besa_logits, "--besa-rate-step": flags.besa_rate_step}.items():
             if value is not None:
                 raise InputError(f"{flag} {value} has no effect with --allocate besa-nm, which learns no rates")
@@ -203,8 +209,8 @@ def _allocation(pattern: Pattern, flags: Flags, *, onnx: bool) -> Learning | Non
         raise InputError(f"--besa-logits sigmoid reaches rates from {low:.3f} to {high:.3f}, not {pattern.sparsity:g}")
     if flags.besa_epochs is not None and flags.besa_epochs < 1:
         raise InputError(f"--besa-epochs {flags.besa_epochs} is too small; want 1 or more")
-    kinds: dict[str | None, Literal["row", "layer", "pattern"]] = {"besa-row": "row", "besa-layer": "layer"}
-    per = kinds.get(flags.allocate, "pattern")
+    kinds: dict[str, Literal["row", "layer", "pattern"]] = {"besa-row": "row", "besa-layer": "layer"}
+    per = kinds.get(allocate, "pattern")
     return Learning(
         per=per,
         reference=flags.besa_reference or ("dense" if per == "layer" else "pruned"),
