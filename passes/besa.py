@@ -79,6 +79,8 @@ def learn_masks(block: Block, params: Mapping[str, Tensor], score: Mapping[str, 
     learning = block.recipe.allocation
     assert learning is not None
     linears = {linear.weight: linear for linear in block.pruned}  # once each, where two share a weight
+    if not linears:
+        return Learned({}, {})  # all of the block stays dense
     if learning.per == "pattern":
         return _learn_patterns(block, linears, params, score, examples, learning)
     return _learn_counts(block, linears, params, score, examples, learning)

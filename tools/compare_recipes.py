@@ -45,6 +45,7 @@ def main(
     seq_len: int = 1024,
     window: int = 1024,
     windows: int | None = 24,
+    skip: str = "",
     vary: str | None = None,
     values: str | None = None,
 ) -> int:
@@ -61,6 +62,7 @@ def main(
         seq_len: tokens in one.
         window: tokens in an evaluation window.
         windows: evaluation windows at most.
+        skip: globs of module paths that stay dense, with commas between them: for ablations on some blocks.
         vary: samples, ria-power, or of BESA epochs, granularity, rate-step; every method is run with every value.
         values: of what is varied, with commas between them.
     """
@@ -70,7 +72,7 @@ def main(
         return 2
     try:
         cells = plan(
-            Cell(model, str(calibration), str(text), DENSE, "", samples, seq_len, window, windows),
+            Cell(model, str(calibration), str(text), DENSE, "", samples, seq_len, window, windows, skip),
             methods.split(","),
             patterns.split(","),
             vary,
@@ -83,7 +85,7 @@ def main(
     finished = read_cells(out / "cells.jsonl")
     failed = []
     for number, cell in enumerate(cells, 1):
-        if any(done["cell"] == asdict(cell) for done in finished):
+        if any(Cell(**done["cell"]) == cell for done in finished):
             continue
         screen.print(f"{number} of {len(cells)}: {_name(cell)}", highlight=False)
         ran = subprocess.run(

@@ -89,6 +89,16 @@ def test_skipped_linears_stay_and_do_not_count():
     assert [int(zeros(after[path]).sum()) for path in BLOCKS if path.endswith("up")] == [64, 64]
 
 
+@pytest.mark.parametrize("per", ["row", "layer", "pattern"])
+def test_a_block_that_is_skipped_stays_whole(per):
+    after, before, reports = learned(skip=("layers.0.*",), per=per)
+    for path in BLOCKS[:2]:
+        assert torch.equal(after[path], before[path])
+    assert [linear.pattern for linear in reports[0].linears] == [None, None]
+    size = sum(before[path].numel() for path in BLOCKS[2:])
+    assert sum(int(zeros(after[path]).sum()) for path in BLOCKS[2:]) >= size // 2
+
+
 def test_padding_does_not_count():
     rows = [torch.randn(1, length, 8, generator=torch.Generator().manual_seed(length)) for length in (5, 3)]
     padded = [Batch((torch.nn.functional.pad(x, (0, 0, 2, 0), value=1e3),), None) for x in rows]

@@ -88,6 +88,12 @@ def test_a_plan_has_every_pattern_method_and_value(base):
     assert [(cell.varied, cell.value, cell.samples) for cell in samples[1:]] == [("samples", 1, 1), ("samples", 5, 5)]
 
 
+def test_linears_can_stay_dense(base):
+    assert recipe_of(replace(base, method="ria", pattern="2:4")).skip == ()
+    some = recipe_of(replace(base, method="ria", pattern="2:4", skip="model.layers.0.*,*.down_proj"))
+    assert some.skip == ("model.layers.0.*", "*.down_proj")
+
+
 def test_what_besa_learns_can_be_varied(base):
     def learned(vary, values=None):
         cells = plan(base, ["ria", "wanda+besa-row"], ["0.5"], vary, values)
@@ -126,7 +132,8 @@ def test_what_is_not_known_is_refused(base, arguments, said):
 def test_finished_cells_are_read_and_others_run(base, tmp_path, monkeypatch, capsys):
     figures = {"mean_nll": 3.0, "perplexity": 20.1, "exact": {"copying": 0.5, "brackets": 0.25, "arithmetic": 0}}
     figures |= {"error": 0.1, "zeros": 0.5, "learned": 0, "seconds": 1.0, "peak_bytes": 10**9, "windows": 3}
-    lines = [json.dumps({"cell": asdict(base), **figures}), '{"cell": {"mod']  # the second was cut short
+    older = {name: value for name, value in asdict(base).items() if name != "skip"}  # a field that came later
+    lines = [json.dumps({"cell": older, **figures}), '{"cell": {"mod']  # the second was cut short
     (tmp_path / "cells.jsonl").write_text("\n".join(lines))
     ran = []
 

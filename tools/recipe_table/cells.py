@@ -67,6 +67,7 @@ class Cell:
         seq_len: tokens in one.
         window: tokens in an evaluation window.
         windows: evaluation windows at most; None for all of the text.
+        skip: globs of module paths that stay dense, with commas between them.
         varied: name and value of what is varied, or "".
         value: that value.
     """
@@ -80,6 +81,7 @@ class Cell:
     seq_len: int
     window: int
     windows: int | None
+    skip: str = ""
     varied: str = ""
     value: float | str | None = None
 
@@ -151,7 +153,7 @@ def recipe_of(cell: Cell) -> Recipe:
         changed["ria_power"] = cell.value
     elif cell.varied in RATES:
         changed["allocation"] = _learning(changed["allocation"], cell)
-    return Recipe(pattern, **changed)
+    return Recipe(pattern, skip=tuple(filter(None, cell.skip.split(","))), **changed)
 
 
 def _learning(learning: Learning, cell: Cell) -> Learning:

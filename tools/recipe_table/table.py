@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,11 @@ def read_cells(file: Path) -> list[dict[str, Any]]:
 
 def table(cells: Sequence[Cell], finished: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows in the order of the plan; those that are not finished are left out."""
-    by_cell = {json.dumps(done["cell"], sort_keys=True): done for done in finished}
+    by_cell = {Cell(**done["cell"]): done for done in finished}
     rows: list[dict[str, Any]] = []
     dense: float | None = None
     for cell in cells:
-        done = by_cell.get(json.dumps(asdict(cell), sort_keys=True))
+        done = by_cell.get(cell)
         if done is None:
             continue
         figures = {name: value for name, value in done.items() if name not in ("cell", "exact")}
