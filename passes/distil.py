@@ -46,7 +46,7 @@ def distil(
               \qquad \sum_t \lVert y_t^W - y_t \rVert_2^2 \Big/ \sum_t \lVert y_t \rVert_2^2
 
     Block by block a model is taught to repeat every hidden state; here only what it says counts, so an error that the
-    next blocks can make good costs nothing. A step takes one batch. AdamW as in ``tune``; the learning rate of a
+    next blocks can make good costs nothing. AdamW as in ``tune``; the learning rate of a
     weight is a fraction of its root mean square, since Adam moves every number by about the learning rate. One batch
     of eight is held out and decides which epoch's weights are kept, those from before included. Weights on a grid
     stay there: see `Trained`.
@@ -62,7 +62,7 @@ def distil(
         params: weights by key, pruned; ``keys`` are replaced, unless no epoch was better.
         keys: the weights to train.
         batches: the calibration batches.
-        settings: epochs and learning rate.
+        settings: epochs, learning rate and tokens of a step.
         output: what the model's first output is.
         quantised: the weights that are on a grid, by key; replaced where ``params`` are. Their linears run on
             activations rounded as the kernels round them.
@@ -82,25 +82,16 @@ def distil(
     done = checkpoint.load(name) if checkpoint else None
     if done is None:
         before = best = model.mean_loss(held_out, dense, params)
-        epoch = waited = step = 0
+        epoch = waited = 0
     else:
         tensors, notes = done
-        before, best, epoch, waited, step = (notes[n] for n in ("before", "best", "epoch", "waited", "step"))
+        before, best, epoch, waited = (notes[n] for n in ("before", "best", "epoch", "waited"))
         trained.restore(tensors, optimizer)
         params.update({key: tensors[f"params/{key}"] for key in trained.weights})
         if quantised is not None:
             quantised.update(to_grids(tensors, notes["grids"]))
     while epoch < settings.epochs and waited < PATIENCE:
-        for index in torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch)).tolist():
-            target = model.target(train[index], dense)
-            rows = model.run(train[index], trained.live(learn=True), learn=True)
-            torch.autograd.backward(model.errors(rows, target).sum() / (model.size(target) or 1.0))
-            factor = warm_up_and_cosine((step + 0.5) / (settings.epochs * len(train)))
-            for group in optimizer.param_groups:
-                group["lr"] = factor * group["peak"]
-            trained.step(optimizer)
-            step += 1
-            progress("distilling", step, settings.epochs * len(train))
+        _train(model, trained, optimizer, train, dense, settings, epoch, progress)
         epoch += 1
         waited += 1
         found = model.mean_loss(held_out, dense, trained.live(learn=False))
@@ -112,9 +103,36 @@ def distil(
         if checkpoint is not None:
             tensors, grids = from_grids({key: its for key, its in (quantised or {}).items() if key in trained.weights})
             kept = {f"params/{key}": params[key] for key in trained.weights}
-            notes = {"before": before, "best": best, "epoch": epoch, "waited": waited, "step": step, "grids": grids}
+            notes = {"before": before, "best": best, "epoch": epoch, "waited": waited, "grids": grids}
             checkpoint.save(name, {**trained.state(optimizer), **kept, **tensors}, notes)
     return DistilReport(before, best, epoch)
+
+
+def _train(
+    model: "_Model",
+    trained: Trained,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    dense: Mapping[str, Tensor],
+    settings: Distil,
+    epoch: int,
+    progress: Progress,
+) -> None:
+    """One epoch: every batch once, in random order; the loss of a step is that of all its tokens."""
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch)).tolist()
+    tokens, size, gathered = 0, 0.0, 0
+    for done, index in enumerate(order, 1):
+        target = model.target(batches[index], dense)
+        rows = model.run(batches[index], trained.live(learn=True), learn=True)
+        torch.autograd.backward(model.errors(rows, target).sum())
+        tokens, size, gathered = tokens + len(target), size + model.size(target), gathered + 1
+        if tokens >= settings.tokens_per_step or done == len(batches):
+            factor = warm_up_and_cosine((epoch + (done - gathered / 2) / len(batches)) / settings.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["peak"]
+            trained.step(optimizer, size=size or 1.0)
+            tokens, size, gathered = 0, 0.0, 0
+        progress("distilling", epoch * len(batches) + done, settings.epochs * len(batches))
 
 
 class _Model:

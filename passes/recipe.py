@@ -46,10 +46,12 @@ class Distil:
     Attributes:
         epochs: passes over the calibration batches at most.
         rate: peak learning rate, as a fraction of the root mean square of each weight's non-zeros.
+        tokens_per_step: batches are gathered until a step of the optimiser has seen so many tokens.
     """
 
     epochs: int = 3
     rate: float = 0.0015
+    tokens_per_step: int = 1024
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,17 @@ class Trained:
             }
         return {**self._params, **self.weights, **made}
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """One step of the optimiser that has ``weights`` and ``strengths``; zeros stay."""
+    def step(self, optimizer: torch.optim.Optimizer, *, size: float = 1.0) -> None:
+        """One step of the optimiser that has ``weights`` and ``strengths``; zeros stay.
+
+        The gradients there are, are those of the loss times ``size``.
+        """
         for key, weight in self.weights.items():
             if weight.grad is not None:
-                weight.grad.masked_fill_(~self.keep[key], 0.0)
+                weight.grad.masked_fill_(~self.keep[key], 0.0).div_(size)
+        for strength in self.strengths.values():
+            if strength.grad is not None:
+                strength.grad.div_(size)
         optimizer.step()
         optimizer.zero_grad()
         for strength in self.strengths.values():

@@ -17,7 +17,7 @@ from sparsify_export.passes.sparsify import sparsify
 from toys import export, stack, weights
 
 BALANCED = Recipe(NM(2, 4), update="admm-cg", mask_from="update")
-INT4, DISTIL = Storage("int4", 32), Distil(epochs=3, rate=0.01)
+INT4, DISTIL = Storage("int4", 32), Distil(epochs=3, rate=0.01, tokens_per_step=1)
 RECIPES = {
     "balanced": BALANCED,
     "tuned": replace(BALANCED, tune=Tune(epochs=1, tokens_per_step=40)),

@@ -51,9 +51,9 @@ class Toy:
                 wrong, size = wrong + float((got - want).square().sum()), size + float(want.square().sum())
         return wrong / size
 
-    def distil(self, batches, output="logits", *, epochs=3, rate=0.02, told=None):
+    def distil(self, batches, output="logits", *, epochs=3, rate=0.02, tokens=15, told=None):
         progress = (lambda *args: told.append(args)) if told is not None else (lambda *args: None)
-        settings = Distil(epochs, rate)
+        settings = Distil(epochs, rate, tokens)
         return distil(self.parts, self.dense, self.params, KEYS, batches, settings, output=output, progress=progress)
 
 
@@ -68,6 +68,18 @@ def test_the_loss_falls_and_is_the_formula(output):
     assert report.after < 0.8 * before
     assert report.epochs == 3
     assert told[-1] == ("distilling", 24, 24)
+
+
+@pytest.mark.parametrize("output", ["logits", "values"])
+def test_batches_of_a_step_count_as_one(output):
+    first, second, third = inputs(3)
+    both = Batch((torch.cat([first.inputs[0], second.inputs[0]]),), None)
+    small, large, apart = Toy(), Toy(), Toy()
+    gathered = small.distil([first, second, third], output, tokens=16)  # the last of three decides
+    whole = large.distil([both, third], output)
+    assert (gathered.before, gathered.epochs) == (whole.before, whole.epochs)
+    assert gathered.after == pytest.approx(whole.after, rel=1e-4)
+    assert apart.distil([first, second, third], output).after != pytest.approx(whole.after, rel=1e-4)
 
 
 def test_zeros_stay_and_nothing_else_changes():

@@ -88,7 +88,7 @@ def trained(pattern=TWO_OF_FOUR, **recipe):
     return done, list(dict.fromkeys(stage for stage in told if not stage.startswith("tuning")))
 
 
-DISTIL = Distil(epochs=2, rate=0.01)
+DISTIL = Distil(epochs=2, rate=0.01, tokens_per_step=1)
 
 
 @pytest.mark.parametrize("tune", [None, Tune(epochs=1, tokens_per_step=40)], ids=["", "tuned"])
