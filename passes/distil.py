@@ -17,7 +17,7 @@ from .fx.run import Rounding, Values, run_model, run_part, run_part_rounded, run
 from .quantise import STRENGTH_RATE, Gridded
 from .recipe import Distil, DistilReport, Progress
 from .trained import Trained
-from .tune import BETAS, PATIENCE, hold_out, warm_up_and_cosine
+from .tune import BETAS, hold_out, warm_up_and_cosine
 
 Output = Literal["logits", "values"]
 """What the model returns first: logits of the next token, or values such as hidden states."""
@@ -82,28 +82,27 @@ def distil(
     done = checkpoint.load(name) if checkpoint else None
     if done is None:
         before = best = model.mean_loss(held_out, dense, params)
-        epoch = waited = 0
+        epoch = 0
     else:
         tensors, notes = done
-        before, best, epoch, waited = (notes[n] for n in ("before", "best", "epoch", "waited"))
+        before, best, epoch = (notes[n] for n in ("before", "best", "epoch"))
         trained.restore(tensors, optimizer)
         params.update({key: tensors[f"params/{key}"] for key in trained.weights})
         if quantised is not None:
             quantised.update(to_grids(tensors, notes["grids"]))
-    while epoch < settings.epochs and waited < PATIENCE:
+    while epoch < settings.epochs:  # all of them: what a high learning rate has lost, its fall brings back
         _train(model, trained, optimizer, train, dense, settings, epoch, progress)
         epoch += 1
-        waited += 1
         found = model.mean_loss(held_out, dense, trained.live(learn=False))
         if not math.isfinite(found):
             raise InputError(f"the loss of distillation is {found} after epoch {epoch}; try a lower --distil-lr")
         if found < best:
-            best, waited = found, 0
+            best = found
             trained.store(params, quantised)
         if checkpoint is not None:
             tensors, grids = from_grids({key: its for key, its in (quantised or {}).items() if key in trained.weights})
             kept = {f"params/{key}": params[key] for key in trained.weights}
-            notes = {"before": before, "best": best, "epoch": epoch, "waited": waited, "grids": grids}
+            notes = {"before": before, "best": best, "epoch": epoch, "grids": grids}
             checkpoint.save(name, {**trained.state(optimizer), **kept, **tensors}, notes)
     return DistilReport(before, best, epoch)
 

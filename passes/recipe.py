@@ -44,7 +44,7 @@ class Distil:
     """How to train the surviving weights of all blocks together, after the last one is pruned.
 
     Attributes:
-        epochs: passes over the calibration batches at most.
+        epochs: passes over the calibration batches.
         rate: peak learning rate, as a fraction of the root mean square of each weight's non-zeros.
         tokens_per_step: batches are gathered until a step of the optimiser has seen so many tokens.
     """

@@ -137,8 +137,8 @@ def compile_command(
         tune_epochs: passes over the calibration windows at most, for each half.
         tune_lr: peak learning rate; a step moves a half's output by about this fraction of the error there is.
         distil: then train the surviving weights of all blocks together against the dense model's predictions, so many
-            passes over the calibration windows at most; 0 for not at all. It needs memory for the whole model. With
-            --quantise joint it is done twice: as floats, and then on the grid.
+            passes over the calibration windows; 0 for not at all. It needs memory for the whole model. With --quantise
+            joint it is done twice: as floats, and then on the grid.
         distil_lr: peak learning rate, as a fraction of the root mean square of each weight; default 0.0015.
         calibration: text file, JSONL with a text field, or self: text the model writes itself.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
