@@ -46,10 +46,9 @@ def distil(
               \qquad \sum_t \lVert y_t^W - y_t \rVert_2^2 \Big/ \sum_t \lVert y_t \rVert_2^2
 
     Block by block a model is taught to repeat every hidden state; here only what it says counts, so an error that the
-    next blocks can make good costs nothing. AdamW as in ``tune``; the learning rate of a
-    weight is a fraction of its root mean square, since Adam moves every number by about the learning rate. One batch
-    of eight is held out and decides which epoch's weights are kept, those from before included. Weights on a grid
-    stay there: see `Trained`.
+    next blocks can make good costs nothing. AdamW as in ``tune``; the learning rate of a weight is a fraction of its
+    root mean square, since Adam moves every number by about the learning rate. One batch of eight is held out and
+    decides which epoch's weights are kept, those from before included. Weights on a grid stay there: see `Trained`.
 
     Before:  W with zeros
     After:   W with the same zeros
