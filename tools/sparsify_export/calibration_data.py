@@ -18,7 +18,7 @@ from .passes.frontend.batches import (
 )
 from .passes.frontend.load import Pretrained
 from .passes.frontend.trace import Traced
-from .passes.recipe import Recipe, Tune
+from .passes.recipe import Recipe
 from .settings import Console, Settings
 from .stages import Stages
 
@@ -95,8 +95,9 @@ def batches_for(traced: Traced, pretrained: Pretrained, settings: Settings, wind
 def text_batches(traced: Traced, pretrained: Pretrained, recipe: Recipe, windows: Tensor) -> list[Batch]:
     """Calibration windows in batches of the size that the recipe learns from: a step takes a whole batch at least."""
     tokens = TOKENS_PER_BATCH
-    if recipe.tune is not None or recipe.distil is not None:
-        tokens = Tune.tokens_per_step if recipe.tune is None else recipe.tune.tokens_per_step
+    learns = [each.tokens_per_step for each in (recipe.tune, recipe.distil) if each is not None]
+    if learns:
+        tokens = min(learns)
     if recipe.allocation is not None:
         tokens = 1  # a window each
     return token_batches(traced, windows, names=pretrained.inputs, tokens_per_batch=tokens)
