@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .masks import count_keep_mask, keep_mask, nm_keep_mask, row_keep_mask
+from . import ranked
+from .masks import count_keep_mask, keep_mask, nm_keep_mask
 from .matmul import product
 from .patterns import NM, Group, Pattern, RowCounts
 
@@ -68,7 +69,7 @@ def admm(
 def _select(score: Tensor, target: Pattern | RowCounts, per: Group, *, part: float) -> Tensor:
     """The keep mask when ``part`` of the zeros of a pattern are there."""
     if isinstance(target, RowCounts):
-        return row_keep_mask(score, (target.pruned * part).long())
+        return ranked.keep_mask(ranked.ranks(score), (target.pruned * part).long())
     if part == 1:
         return keep_mask(score, target, per)
     if isinstance(target, NM):

@@ -90,34 +90,6 @@ def count_keep_mask(score: torch.Tensor, pruned: int, per: Group) -> torch.Tenso
     return keep.reshape(score.shape)
 
 
-def row_keep_mask(score: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
-    """Prune the ``pruned[i]`` lowest scores of row i.
-
-    Args:
-        score: ``[out_features, in_features]``, any float dtype; larger means keep. Compared in float32.
-        pruned: int64 ``[out_features]``, 0 to in_features.
-
-    Returns:
-        Bool ``[out_features, in_features]``. Of equal scores, those first in the row are kept.
-
-    Raises:
-        ValueError: the score holds NaN.
-    """
-    check_score(score)
-    rows = score.detach().float()
-    keep = torch.empty_like(rows, dtype=torch.bool)
-    parts = blocks(rows)
-    counts = torch.split(pruned[:, None], max(1, len(parts[0])))
-    for part, out, count in zip(parts, blocks(keep), counts, strict=True):
-        ordered = torch.from_numpy(np.sort(part.cpu().numpy(), axis=1)).to(part.device)
-        lowest = ordered.gather(1, (count - 1).clamp_min(0)).masked_fill(count == 0, -torch.inf)
-        above = part > lowest
-        tie = part == lowest
-        ties_to_keep = part.shape[1] - count - above.sum(dim=1, keepdim=True)
-        out.copy_(above | (tie & (tie.cumsum(dim=1) <= ties_to_keep)))
-    return keep
-
-
 def _prune_lowest(groups: torch.Tensor, keep: torch.Tensor, pruned: int) -> None:
     """Write into ``keep`` (``[G, L]``) False for the ``pruned`` lowest of each row of ``groups``, True elsewhere."""
     # Partitioning a copy needs that one copy; torch.kthvalue would need three.

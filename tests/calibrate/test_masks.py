@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sparsify_export.calibrate import masks, sums
-from sparsify_export.calibrate.masks import fraction_keep_mask, nm_keep_mask, retained, row_keep_mask
+from sparsify_export.calibrate.masks import fraction_keep_mask, nm_keep_mask, retained
 from sparsify_export.calibrate.patterns import NM
 
 
@@ -138,20 +138,3 @@ def test_refuses_sparsity_out_of_range(sparsity):
 def test_refuses_a_mask_of_another_shape():
     with pytest.raises(ValueError, match=r"keep wants the score's shape \(2, 4\), got \(4, 2\)"):
         retained(torch.rand(2, 4), torch.ones(4, 2, dtype=torch.bool))
-
-
-@given(st.integers(0, 6), st.integers(1, 6), st.integers(0, 3), st.integers(0, 2**32))
-def test_rows_with_counts_of_their_own_match_the_loop_even_with_ties(rows, columns, count, seed):
-    score = levels(rows, columns, count, seed)
-    pruned = torch.randint(0, columns + 1, (rows,), generator=torch.Generator().manual_seed(seed + 1))
-    for size in (masks.BLOCK, 7):
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sums, "BLOCK", size)
-            keep = row_keep_mask(score, pruned)
-        for row, mask, zeros in zip(score, keep, pruned.tolist(), strict=True):
-            assert torch.equal(mask[None], reference.fraction_keep_mask(row[None], zeros, "row"))
-
-
-def test_rows_with_counts_refuse_nan():
-    with pytest.raises(ValueError, match="score holds NaN"):
-        row_keep_mask(torch.tensor([[1.0, torch.nan]]), torch.tensor([1]))

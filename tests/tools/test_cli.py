@@ -197,6 +197,20 @@ def test_best_distils_says_so_and_a_flag_changes_how(folder, text, tmp_path, cap
     assert losses[0] != losses[1]
 
 
+def test_best_of_a_fraction_learns_rates_and_is_the_target_to_the_weight(folder, text, tmp_path):
+    out = tmp_path / "model.onnx"
+    given = [str(folder), "--sparsity", "0.5", "--effort", "best", "--calibration", str(text), *SHORT[:4]]
+    assert main([*given, "--quiet", "-o", str(out)]) == 0
+    report = json.loads((tmp_path / "model.onnx.report.json").read_text())
+    assert report["settings"]["allocation"]["per"] == "row"
+    assert (report["settings"]["score"], report["settings"]["mask_from"]) == ("wanda", "update")
+    assert len(report["distilled"]) == 1
+    pruned = [linear for block in report["blocks"] for linear in block["linears"] if linear["pattern"]]
+    sizes = [rows * columns for rows, columns in (linear["shape"] for linear in pruned)]
+    zeros = sum(size * linear["sparsity"] for size, linear in zip(sizes, pruned, strict=True))
+    assert zeros == pytest.approx(sum(sizes) // 2)
+
+
 def test_images_are_calibrated_from_npz_files(images, tmp_path, capsys):
     inputs = tmp_path / "inputs"
     inputs.mkdir()

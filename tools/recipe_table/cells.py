@@ -35,8 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda+besa-row+joint": BESA | {"quantise": "joint"},
 }
 """A method is what it changes of a ``Recipe``; a new one is a line here. ``--effort best`` is ``best`` for N:M and
-``best+besa-row`` for a fraction of zeros. ``quantise`` is the quantiser of patterns that want one; where it is not said it
-is that of the effort: rtn without an update, joint with fine-tuning, else sweep."""
+``best+besa-row`` for a fraction of zeros. ``quantise`` is the quantiser of patterns that want one; where it is not said
+it is that of the effort: rtn without an update, joint with fine-tuning, else sweep."""
 
 PATTERNS = ("2:4", "4:8", "0.5", "0.6", "0.7", "2:4+int4", "0.5+int4")
 STORAGES = {"": FP32, "int8": Storage("int8"), "int4": Storage("int4", 128)}
