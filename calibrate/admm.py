@@ -59,15 +59,22 @@ def admm(
     for step in range(iterations):
         raised = w + dual
         if not isinstance(target, Tensor) and step < gradual:
-            keep = _select(raised.abs(), target, per, part=1 - (1 - (step + 1) / gradual) ** 3)
+            keep = select(raised.abs(), target, per, part=1 - (1 - (step + 1) / gradual) ** 3)
         kept = torch.where(keep, raised, 0.0)
         dual = raised - kept
         w = product(pull + kept - dual, inverse)
     return torch.where(keep, w + dual, 0.0), keep
 
 
-def _select(score: Tensor, target: Pattern | RowCounts, per: Group, *, part: float) -> Tensor:
-    """The keep mask when ``part`` of the zeros of a pattern are there."""
+def select(score: Tensor, target: Pattern | RowCounts, per: Group, *, part: float = 1.0) -> Tensor:
+    """The keep mask of the best scores, with a part of the zeros of a pattern or all of them.
+
+    Args:
+        score: ``[R, C]``; larger means keep.
+        target: the pattern, or how many every row prunes.
+        per: the weights that compete under an unstructured pattern.
+        part: how much of the zeros, above 0 to 1; of N:M the best n of a group stay in any case.
+    """
     if isinstance(target, RowCounts):
         return ranked.keep_mask(ranked.ranks(score), (target.pruned * part).long())
     if part == 1:

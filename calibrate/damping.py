@@ -1,4 +1,4 @@
-"""Inverses of damped Hessians; the damping rises until the matrix is positive definite."""
+"""Inverses and spectra of damped Hessians; the damping rises until the matrix is positive definite."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +21,21 @@ class Inverse:
     """
 
     matrix: Tensor
+    damping: float
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A damped matrix as its eigenvalues and eigenvectors: ``vectors * values @ vectors.T``.
+
+    Attributes:
+        values: float32 ``[C]``, all positive, ascending.
+        vectors: float32 ``[C, C]``, one in a column.
+        damping: the damping that it took.
+    """
+
+    values: Tensor
+    vectors: Tensor
     damping: float
 
 
@@ -53,9 +68,46 @@ def damped_inverse(hessian: Tensor, damping: float, *, shift: float = 0.0) -> In
                 inverse = torch.cholesky_inverse(factor)
                 if bool(inverse.diagonal().isfinite().all()):
                     return Inverse(inverse, tried)
-        if 10 * tried > HIGHEST:
-            raise ValueError(f"the Hessian is not positive definite with any damping from {damping:g} to {tried:g}")
-        tried = max(10 * tried, 1e-4)
+        tried = _more(tried, first=damping)
+
+
+def damped_spectrum(hessian: Tensor, damping: float) -> Spectrum:
+    r"""Decompose a Hessian with a multiple of the identity added.
+
+    .. math:: H + \lambda \cdot \overline{\operatorname{diag} H} \, I = Q \Lambda Q^\top
+
+    If an eigenvalue is not positive, ``lambda`` goes up as in `damped_inverse`. In float64 on one thread, so that no
+    bit hangs on the number of threads.
+
+    Args:
+        hessian: ``[C, C]``, symmetric.
+        damping: ``lambda``, 0 or more.
+
+    Raises:
+        ValueError: not positive definite at a damping of 10, not finite, or ``damping`` is negative.
+    """
+    if not damping >= 0:
+        raise ValueError(f"damping wants 0 or more, got {damping}")
+    if not bool(hessian.isfinite().all()):
+        raise ValueError("the Hessian is not finite; look for infinities in the calibration activations")
+    mean = float(hessian.diagonal().double().cpu().mean())
+    with one_thread():
+        values, vectors = torch.linalg.eigh(hessian.double())
+    tried = damping
+    while not float(values[0]) + tried * mean > 0:
+        tried = _more(tried, first=damping)
+    return Spectrum((values + tried * mean).float(), vectors.float(), tried)
+
+
+def _more(tried: float, *, first: float) -> float:
+    """The next damping to try.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if 10 * tried > HIGHEST:
+        raise ValueError(f"the Hessian is not positive definite with any damping from {first:g} to {tried:g}")
+    return max(10 * tried, 1e-4)
 
 
 @contextmanager

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from .admm import admm
-from .damping import damped_inverse
+from .alps import alps
+from .damping import Spectrum, damped_inverse, damped_spectrum
 from .masked_cg import masked_cg
 from .matmul import product
 from .patterns import Group, Pattern, RowCounts
 from .sparsegpt import sweep
 from .sums import total
 
-Method: TypeAlias = Literal["sparsegpt", "admm", "cg", "admm-cg"]
+Method: TypeAlias = Literal["sparsegpt", "admm", "cg", "admm-cg", "alps"]
 
-DAMPING: Final[dict[Method, float]] = {"sparsegpt": 0.01, "admm": 0.1, "cg": 0.0, "admm-cg": 0.1}
+DAMPING: Final[dict[Method, float]] = {"sparsegpt": 0.01, "admm": 0.1, "cg": 0.0, "admm-cg": 0.1, "alps": 0.01}
 """As published; conjugate gradients stop early instead."""
 
 
@@ -28,9 +29,10 @@ class Inputs:
         method: the method that it was made for.
         scale: ``[C]``: root mean square of every feature, up to one factor; a dead feature has a tiny one.
         hessian: ``[C, C]`` float32, scaled to a diagonal of ones; zeros for dead features.
-        damped: the matrix that ADMM works on.
-        inverse: what SparseGPT or ADMM needs inverted; None for conjugate gradients alone.
+        damped: the matrix that ADMM and ALPS work on.
+        inverse: what SparseGPT or ADMM needs inverted; None for the others.
         raised: the damping that it took, where that is more than was asked for; else 0.
+        spectrum: of the damped matrix, for ALPS; None for the others.
     """
 
     method: Method
@@ -39,10 +41,11 @@ class Inputs:
     damped: Tensor
     inverse: Tensor | None
     raised: float = 0.0
+    spectrum: Spectrum | None = None
 
 
 def prepare(hessian: Tensor, method: Method, damping: float | None = None) -> Inputs:
-    """Invert what a method needs inverted.
+    """Invert or decompose what a method needs inverted or decomposed.
 
     Args:
         hessian: ``[C, C]`` float32, symmetric; see `hessian.Hessian`.
@@ -50,7 +53,7 @@ def prepare(hessian: Tensor, method: Method, damping: float | None = None) -> In
         damping: what is added to the diagonal, as a fraction of its mean; None for the method's own.
 
     Raises:
-        ValueError: see `damped_inverse`.
+        ValueError: see `damped_inverse` and `damped_spectrum`.
     """
     damping = DAMPING[method] if damping is None else damping
     dead = hessian.diagonal() == 0
@@ -63,6 +66,10 @@ def prepare(hessian: Tensor, method: Method, damping: float | None = None) -> In
     identity = torch.eye(len(scale))
     if method == "cg":
         return Inputs(method, scale, scaled, scaled + damping * identity, None)
+    if method == "alps":
+        spectrum = damped_spectrum(scaled + torch.diag(dead.float()), damping)
+        raised = spectrum.damping if spectrum.damping > damping else 0.0
+        return Inputs(method, scale, scaled, scaled + spectrum.damping * identity, None, raised, spectrum)
     found = damped_inverse(scaled, damping, shift=1.0)
     raised = found.damping if found.damping > damping else 0.0
     return Inputs(method, scale, scaled, scaled + found.damping * identity, found.matrix, raised)
@@ -92,12 +99,14 @@ def update(
         alive = inputs.hessian.diagonal() > 0  # algorithm 1 of the paper drops weights that nothing ever reaches
         return sweep(weight * alive, inputs.inverse, target)
     scaled = weight * inputs.scale
-    if inputs.inverse is None:
+    if inputs.spectrum is not None:
+        new, keep = alps(scaled, inputs.damped, inputs.spectrum, target, per=per)
+    elif inputs.inverse is None:
         assert isinstance(target, Tensor)
         new, keep = scaled, target
     else:
         new, keep = admm(scaled, inputs.damped, inputs.inverse.float(), target, per=per)
-    if inputs.method in ("cg", "admm-cg"):
+    if inputs.method != "admm":
         new = masked_cg(scaled, inputs.damped if inputs.method == "cg" else inputs.hessian, keep, new)
     return torch.where(keep, new / inputs.scale, 0.0), keep
 

@@ -12,7 +12,7 @@ from .dialect.storage import Storage
 from .given_masks import GivenMasks
 
 Score = Literal["ria", "wanda", "magnitude", "hessian"]
-Update = Literal["none", "sparsegpt", "admm", "cg", "admm-cg"]
+Update = Literal["none", "sparsegpt", "admm", "cg", "admm-cg", "alps"]
 MaskFrom = Literal["update", "score"]
 Quantiser = Literal["rtn", "sweep", "joint"]
 Hessians = Literal["inputs", "attended"]
@@ -84,7 +84,7 @@ class Recipe:
         update: how the surviving weights make up for those that are gone.
         mask_from: whether the update chooses the mask as it goes, or takes that of the score. Without an update,
             and with ``cg``, which wants a mask, it is ``score``. With an allocation ``update`` chooses what every row
-            loses, as much as was learned: for ``admm`` and ``admm-cg``, where no patterns are learned.
+            loses, as much as was learned: for ``admm``, ``admm-cg`` and ``alps``, where no patterns are learned.
         hessian: what updates and quantisers fit a linear to: the tokens that it reads, or, where attention averages
             its outputs over tokens, what attention makes of those (`fx.attended`).
         damping: added to the diagonal of the Hessian, as a fraction of its mean; None for the update's own.
@@ -179,7 +179,7 @@ class DistilReport:
     Attributes:
         before: loss on the held-out batches, before: nats a token, or squared error over the target's energy.
         after: the same with the weights that were kept.
-        epochs: passes over the batches until nothing more was gained.
+        epochs: passes over the batches.
     """
 
     before: float

@@ -137,7 +137,7 @@ def compile_family(
     if pattern is not None:
         cache = compiler.cache_pairs(traced, parts)
         if name in UPDATED:
-            recipe = {"update": "admm-cg", "mask_from": "update", **recipe}
+            recipe = {"update": "alps", "mask_from": "update", **recipe}
         output = compiler.output_of(traced)
         done = sparsify(parts, params, Recipe(pattern, **recipe), batches, output=output, cache=cache)
         compiler.store(traced, params)

@@ -234,6 +234,33 @@ def admm(weight: torch.Tensor, hessian: torch.Tensor, keeps: list[torch.Tensor])
     return (w + dual) * keeps[-1]
 
 
+def alps(
+    weight: torch.Tensor, hessian: torch.Tensor, nm: tuple[int, int], iterations: int
+) -> tuple[torch.Tensor, list[float]]:
+    """ALPS in unscaled form, group by group and row by row; and the penalty of every step that was taken."""
+    b = d = w0 = weight.double()
+    matrix, identity = hessian.double(), torch.eye(len(hessian), dtype=torch.float64)
+    v, penalty, penalties, supports = torch.zeros_like(w0), 0.1, [], []
+    for _ in range(iterations):
+        penalties.append(penalty)
+        b = torch.linalg.solve(matrix + penalty * identity, (w0 @ matrix - v + penalty * d).mT).mT
+        d = torch.zeros_like(b)
+        for row in range(len(b)):
+            wanted = b[row] + v[row] / penalty
+            for start in range(0, len(wanted), nm[1]):
+                for j in sorted(range(start, start + nm[1]), key=lambda j: -abs(wanted[j].item()))[: nm[0]]:
+                    d[row, j] = wanted[j]
+        v = v + penalty * (b - d)
+        supports.append({(i, j) for i, j in d.nonzero().tolist()})
+        if len(supports) % 3 == 0 and len(supports) > 3:
+            changed = len(supports[-1] - supports[-4])
+            if changed == 0:
+                break
+            share = changed / len(supports[-1])
+            penalty *= 1.3 if share > 0.1 else 1.2 if share > 0.005 else 1.1
+    return d, penalties
+
+
 def on_grid(value: float, scale: float, limit: int) -> float:
     """The nearest of ``-limit .. limit`` times ``scale``; ties to even."""
     if scale == 0:

@@ -124,7 +124,7 @@ def test_every_storage_is_verified_against_its_own_rounding(name, pattern, stora
     ("name", "pattern", "quantise", "recipe"),
     [
         ("llama", NM(2, 4), Quantise(Storage("int4", 32), "joint"), {"tune": Tune(epochs=2, tokens_per_step=40)}),
-        ("gpt2", NM(4, 8), Quantise(Storage("int4", 128)), {"update": "admm-cg", "mask_from": "update"}),
+        ("gpt2", NM(4, 8), Quantise(Storage("int4", 128)), {"update": "alps", "mask_from": "update"}),
         ("bert", Unstructured(0.5), Quantise(Storage("int8")), {}),
     ],
     ids=["llama", "gpt2", "bert"],

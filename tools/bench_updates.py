@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from sparsify_export.calibrate import scores
 from sparsify_export.calibrate.admm import ITERATIONS as ADMM
+from sparsify_export.calibrate.alps import ITERATIONS as ALPS
 from sparsify_export.calibrate.hessian import Hessian
 from sparsify_export.calibrate.masked_cg import ITERATIONS as CG
 from sparsify_export.calibrate.masks import keep_mask
@@ -44,6 +45,9 @@ FORMULAS: dict[str, tuple[str, Callable[[int, int, int], float], str, Callable[[
                   lambda r, c, t: 12 * r * c + 16 * c * c),
     "admm": (f"{ADMM + 1} 2 R C^2", lambda r, c, t: (ADMM + 1) * 2 * r * c * c, "24 R C + 4 C^2",
              lambda r, c, t: 24 * r * c + 4 * c * c),
+    "eigenvectors": ("9 C^3", lambda r, c, t: 9 * c**3, "32 C^2", lambda r, c, t: 32 * c * c),
+    "alps": (f"{2 * ALPS + CG + 2} 2 R C^2 at most", lambda r, c, t: (2 * ALPS + CG + 2) * 2 * r * c * c,
+             "24 R C + 4 C^2", lambda r, c, t: 24 * r * c + 4 * c * c),
     "cg": (f"{CG + 1} 2 R C^2", lambda r, c, t: (CG + 1) * 2 * r * c * c, "24 R C", lambda r, c, t: 24 * r * c),
 }  # fmt: skip
 """Operations and bytes of each step."""
@@ -129,7 +133,8 @@ def measure(rows: int, columns: int, tokens: int) -> list[Cost]:
     mask: list[Tensor] = []
     step("RIA and mask", lambda: mask.append(keep_mask(scores.ria(weight, norm, 0.5), PATTERN, "matrix")))
     step("inverse", lambda: prepare(matrix, "admm"))
-    methods: tuple[Method, ...] = ("sparsegpt", "admm", "cg")
+    step("eigenvectors", lambda: prepare(matrix, "alps"))
+    methods: tuple[Method, ...] = ("sparsegpt", "admm", "alps", "cg")
     for method in methods:
         inputs = prepare(matrix, method)
         target = mask[-1] if method == "cg" else PATTERN

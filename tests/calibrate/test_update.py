@@ -1,5 +1,8 @@
 """Weight updates: against slow references, by what they promise, and at the edges."""
 
+import itertools
+import math
+
 import hypothesis
 import pytest
 import reference
@@ -7,14 +10,15 @@ import torch
 from hypothesis import strategies as st
 from sparsify_export.calibrate import damping
 from sparsify_export.calibrate.admm import admm
-from sparsify_export.calibrate.damping import damped_inverse
+from sparsify_export.calibrate.alps import alps
+from sparsify_export.calibrate.damping import damped_inverse, damped_spectrum
 from sparsify_export.calibrate.masked_cg import masked_cg
 from sparsify_export.calibrate.masks import keep_mask, nm_keep_mask
 from sparsify_export.calibrate.patterns import NM, RowCounts, Unstructured, fits
 from sparsify_export.calibrate.sparsegpt import sweep
 from sparsify_export.calibrate.update import DAMPING, prepare, relative_error, update
 
-METHODS = ["sparsegpt", "admm", "cg", "admm-cg"]
+METHODS = ["sparsegpt", "admm", "cg", "admm-cg", "alps"]
 TARGETS = [NM(2, 4), NM(1, 4), NM(3, 8), Unstructured(0.5), Unstructured(0.7)]
 
 
@@ -106,7 +110,53 @@ def test_admm_chooses_what_rows_lose_whose_counts_are_given():
     assert (~keep).sum(dim=1).tolist() == (found == 0).sum(dim=1).tolist() == [0, 3, 5, 8]
 
 
-@pytest.mark.parametrize("method", ["admm", "admm-cg"])
+@pytest.mark.parametrize("iterations", [1, 3, 7, 10, 30])
+def test_alps_against_its_definition(iterations):
+    weight, hessian = layer(rows=16, columns=32, tokens=300)
+    scale = hessian.diagonal().sqrt()
+    weight, hessian = weight * scale, hessian / scale / scale[:, None]
+    found, keep = alps(weight, hessian, damped_spectrum(hessian, 0.0), NM(2, 4), iterations=iterations)
+    wanted, _ = reference.alps(weight, hessian, (2, 4), iterations)
+    assert torch.equal(keep, wanted != 0)
+    assert torch.equal(found != 0, keep)
+    close(found, wanted)
+
+
+def test_the_penalty_of_alps_grows_with_the_changes_of_the_mask_and_it_ends_when_there_are_none():
+    weight, hessian = layer(rows=16, columns=32, tokens=300)
+    scale = hessian.diagonal().sqrt()
+    weight, hessian = weight * scale, hessian / scale / scale[:, None]
+    spectrum = damped_spectrum(hessian, 0.0)
+    wanted, penalties = reference.alps(weight, hessian, (2, 4), 300)
+    assert penalties[:6] == [0.1] * 6  # two masks three steps apart are known after six
+    assert {round(b / a, 6) for a, b in itertools.pairwise(penalties)} == {1.0, 1.1, 1.2, 1.3}
+    assert len(penalties) < 300
+    found, keep = alps(weight, hessian, spectrum, NM(2, 4), iterations=300)
+    ended, _ = alps(weight, hessian, spectrum, NM(2, 4), iterations=len(penalties))
+    assert torch.equal(found, ended)
+    close(found, wanted)
+    given, same = alps(weight, hessian, spectrum, keep, iterations=300)
+    six, _ = alps(weight, hessian, spectrum, keep, iterations=6)
+    assert torch.equal(given, six)
+    assert torch.equal(same, keep)
+
+
+@pytest.mark.parametrize(
+    "target", [NM(2, 4), Unstructured(0.5), RowCounts(torch.arange(24) * 2)], ids=lambda target: type(target).__name__
+)
+def test_alps_beats_admm_where_inputs_are_correlated(target):
+    ratios = []
+    for seed in range(8):
+        weight, hessian = layer(rows=24, columns=64, tokens=500, seed=seed)
+        found = {method: update(weight, prepare(hessian, method), target, per="row")[0] for method in METHODS[-2:]}
+        before, after = (relative_error(w, weight, hessian) for w in found.values())
+        ratios.append(math.log(after / before))
+        if isinstance(target, RowCounts):
+            assert torch.equal((found["alps"] == 0).sum(dim=1), target.pruned)
+    assert sum(ratios) / len(ratios) < math.log(0.95)
+
+
+@pytest.mark.parametrize("method", ["admm", "admm-cg", "alps"])
 def test_a_mask_that_is_chosen_beats_one_that_is_given_with_the_same_counts(method):
     weight, hessian = layer(rows=8, columns=24, tokens=200)
     given = magnitude_mask(weight, Unstructured(0.5))
@@ -182,6 +232,26 @@ def test_damping_rises_until_the_matrix_is_positive_definite():
     assert prepare(hessian, "sparsegpt", 0.0).raised == found.damping
     assert prepare(hessian, "sparsegpt").raised == 0.0
     assert prepare(hessian, "admm", 0.0).raised == 0.0  # the identity is added in any case
+
+
+def test_a_spectrum_is_that_of_the_damped_matrix():
+    _, hessian = layer(columns=12)
+    found = damped_spectrum(hessian, 0.05)
+    damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(12)
+    torch.testing.assert_close(found.vectors * found.values @ found.vectors.mT, damped, rtol=1e-4, atol=1e-3)
+    assert found.damping == 0.05
+    singular = damped_spectrum(torch.full((8, 8), 3.0) - torch.diag(torch.full((8,), 1e-5)), 0.0)
+    assert singular.damping == 1e-4
+    assert float(singular.values[0]) > 0
+
+
+def test_a_matrix_without_a_spectrum_is_refused():
+    with pytest.raises(ValueError, match=r"not positive definite with any damping from 0\.01 to 10"):
+        damped_spectrum(torch.tensor([[1.0, 50.0], [50.0, 1.0]]), 0.01)
+    with pytest.raises(ValueError, match="damping wants 0 or more, got -1"):
+        damped_spectrum(torch.eye(2), -1.0)
+    with pytest.raises(ValueError, match="the Hessian is not finite; look for infinities"):
+        damped_spectrum(torch.tensor([[1.0, 0.5], [0.5, torch.inf]]), 0.01)
 
 
 def test_damping_that_cannot_help_is_refused():

@@ -16,7 +16,7 @@ from sparsify_export.passes.recipe import Distil, Quantise, Recipe, Tune
 from sparsify_export.passes.sparsify import sparsify
 from toys import export, stack, weights
 
-BALANCED = Recipe(NM(2, 4), update="admm-cg", mask_from="update")
+BALANCED = Recipe(NM(2, 4), update="alps", mask_from="update")
 INT4, DISTIL = Storage("int4", 32), Distil(epochs=3, rate=0.01, tokens_per_step=1)
 RECIPES = {
     "balanced": BALANCED,

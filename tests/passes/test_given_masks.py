@@ -66,7 +66,7 @@ def test_any_mask_is_taken_and_counted(write):
     assert reports[DOWN].reason == "masks.safetensors keeps all of it"
 
 
-@pytest.mark.parametrize("update", ["sparsegpt", "admm", "cg", "admm-cg"])
+@pytest.mark.parametrize("update", ["sparsegpt", "admm", "cg", "admm-cg", "alps"])
 def test_an_update_keeps_the_masks_and_lowers_the_error(write, update):
     keep = {UP: two_of_four(16, 8, 0), DOWN: two_of_four(8, 16, 1)}
     params, before, reports = pruned(write(dict(keep)), update=update)

@@ -31,7 +31,7 @@ def pruned(pattern=TWO_OF_FOUR, *, storage=None, method="sweep", **recipe):
     program = export(stack(**WIDE), torch.randn(3, 5, 48))
     params, gridded = weights(program), {}
     quantise = Quantise(storage, method) if storage else None
-    recipe = Recipe(pattern, quantise=quantise, **{"update": "admm-cg", "mask_from": "update", **recipe})
+    recipe = Recipe(pattern, quantise=quantise, **{"update": "alps", "mask_from": "update", **recipe})
     reports = prune(partition(program), params, recipe, inputs(), quantised=gridded)
     return params, {key: for_packing(its) for key, its in gridded.items()}, reports, program
 

@@ -31,7 +31,7 @@ def swept(skip=()):
     """A stack pruned as floats, and then quantised; returns the reports, and the weights before and after."""
     program = export(stack(width=48, hidden=96), torch.randn(3, 5, 48))
     parts, params, batches, grids = partition(program), weights(program), inputs(), {}
-    recipe = Recipe(TWO_OF_FOUR, skip=skip, permute="none", update="admm-cg", mask_from="update")
+    recipe = Recipe(TWO_OF_FOUR, skip=skip, permute="none", update="alps", mask_from="update")
     reports = prune(parts, params, recipe, batches)
     floats = dict(params)
     recipe = Recipe(TWO_OF_FOUR, skip=skip, quantise=Quantise(INT4, "joint"))
@@ -80,7 +80,7 @@ def trained(pattern=TWO_OF_FOUR, **recipe):
     done = sparsify(
         partition(program),
         weights(program),
-        Recipe(pattern, **{"update": "admm-cg", "mask_from": "update", **recipe}),
+        Recipe(pattern, **{"update": "alps", "mask_from": "update", **recipe}),
         inputs(),
         output="values",
         progress=lambda stage, *args: told.append(stage),

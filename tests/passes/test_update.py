@@ -12,7 +12,7 @@ from sparsify_export.passes.pipeline import prune
 from sparsify_export.passes.recipe import Recipe
 from toys import export, stack, weights
 
-METHODS = ["sparsegpt", "admm", "cg", "admm-cg"]
+METHODS = ["sparsegpt", "admm", "cg", "admm-cg", "alps"]
 TWO_OF_FOUR = NM(2, 4)
 UP, DOWN = "model.layers.0.up.weight", "model.layers.0.down.weight"
 
@@ -152,7 +152,7 @@ def test_the_number_of_threads_decides_nothing(method):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("method", ["admm", "admm-cg"])
+@pytest.mark.parametrize("method", ["admm", "admm-cg", "alps"])
 def test_admm_chooses_among_as_many_weights_of_a_row_as_were_learned(method):
     half, learning = Unstructured(0.5), Learning(step_size=0.5)
     given = {"pattern": half, "score": "wanda", "allocation": learning, "update": method}

@@ -18,9 +18,9 @@ def recipe(onnx=False, pattern=TWO_OF_FOUR, **flags):
 
 
 def test_balanced_is_the_default_and_fast_changes_no_weight():
-    assert recipe() == recipe(effort="balanced") == Recipe(TWO_OF_FOUR, update="admm-cg", mask_from="update")
+    assert recipe() == recipe(effort="balanced") == Recipe(TWO_OF_FOUR, update="alps", mask_from="update")
     assert recipe(effort="fast") == Recipe(TWO_OF_FOUR, update="none", mask_from="score")
-    assert recipe(pattern=Unstructured(0.5)).update == "admm-cg"
+    assert recipe(pattern=Unstructured(0.5)).update == "alps"
 
 
 def test_an_onnx_file_is_scored_and_masked():
@@ -110,8 +110,8 @@ def test_fast_with_an_update_is_that_update():
 
 
 def test_best_is_balanced_and_distillation():
-    assert recipe(effort="best") == Recipe(TWO_OF_FOUR, update="admm-cg", mask_from="update", distil=Distil())
-    learned = Recipe(HALF, score="wanda", allocation=Learning(), update="admm-cg", mask_from="update", distil=Distil())
+    assert recipe(effort="best") == Recipe(TWO_OF_FOUR, update="alps", mask_from="update", distil=Distil())
+    learned = Recipe(HALF, score="wanda", allocation=Learning(), update="alps", mask_from="update", distil=Distil())
     assert recipe(effort="best", pattern=HALF) == learned
     assert recipe(effort="best", pattern=HALF, allocate="none").allocation is None
     assert recipe(effort="best", pattern=HALF, score="ria", besa_epochs=2).allocation == Learning(epochs=2)
@@ -138,7 +138,7 @@ def test_what_distillation_refuses(flags, onnx, message):
 
 
 def test_any_effort_may_end_with_fine_tuning():
-    assert recipe(tune="halves") == Recipe(TWO_OF_FOUR, update="admm-cg", mask_from="update", tune=Tune())
+    assert recipe(tune="halves") == Recipe(TWO_OF_FOUR, update="alps", mask_from="update", tune=Tune())
     assert recipe(effort="fast", tune="block") == Recipe(TWO_OF_FOUR, tune=Tune("block"))
     assert recipe(tune="halves", tune_epochs=9, tune_lr=0.5).tune == Tune("halves", 9, 0.5)
 

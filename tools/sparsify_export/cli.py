@@ -57,7 +57,7 @@ def compile_command(
     permute: Literal["fold", "none"] | None = None,
     skip: tuple[str, ...] = (),
     mask: Path | None = None,
-    update: Literal["none", "sparsegpt", "admm", "cg", "admm-cg"] | None = None,
+    update: Literal["none", "sparsegpt", "admm", "cg", "admm-cg", "alps"] | None = None,
     mask_from: Literal["update", "score"] | None = None,
     hessian: Literal["inputs", "attended"] | None = None,
     damping: float | None = None,
@@ -116,9 +116,10 @@ def compile_command(
         mask: .safetensors file of keep masks (bool or uint8, [out_features, in_features], named by module path) to
             prune by instead of a score; with --nm they are checked, linears without one stay dense.
         update: how the surviving weights make up for those that are gone: not at all, SparseGPT's sweep, ADMM with
-            gradual zeros, conjugate gradients on the score's mask, or ADMM and then conjugate gradients.
+            gradual zeros, conjugate gradients on the score's mask, ADMM and then conjugate gradients, or ALPS, the
+            default of balanced and best: the same with a penalty that grows.
         mask_from: whether the update chooses the mask as it goes, its default, or keeps that of the score. Where
-            --allocate learned what each row loses, ADMM chooses which weights these are.
+            --allocate learned what each row loses, ADMM or ALPS chooses which weights these are.
         hessian: what updates and sweeps fit a linear to: the tokens it reads, or, the default, where attention averages
             its outputs over tokens, what attention makes of those.
         damping: added to the diagonal of the update's Hessian, as a fraction of its mean; default the method's own.

@@ -14,7 +14,7 @@ from .passes.recipe import Distil, Hessians, MaskFrom, Quantise, Quantiser, Reci
 
 Allocate = Literal["none", "besa-row", "besa-layer", "besa-nm"]
 Effort = Literal["fast", "balanced", "best"]
-BALANCED: Update = "admm-cg"
+BALANCED: Update = "alps"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
     quantise = _quantise(flags, onnx=onnx, learns=bool(tune or distil or allocation))
     if flags.hessian is not None and update == "none" and (quantise is None or quantise.method == "rtn"):
         raise InputError(f"--hessian {flags.hessian} has no effect without an update of the weights or a sweep")
-    choosing = ("sparsegpt", "admm", "admm-cg") if allocation is None else ("admm", "admm-cg")
+    choosing = ("admm", "admm-cg", "alps") + (("sparsegpt",) if allocation is None else ())
     chooses = update in choosing and flags.given is None and counts
     return Recipe(
         pattern=pattern,
