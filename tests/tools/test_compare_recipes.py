@@ -12,7 +12,7 @@ from sparsify_export.passes.dialect.storage import Storage
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.batches import read_windows
 from sparsify_export.passes.frontend.load import load
-from sparsify_export.passes.recipe import Recipe
+from sparsify_export.passes.recipe import LinearReport, Recipe
 from sparsify_export.runtime.evaluate import perplexity, torch_logits
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
@@ -20,6 +20,7 @@ sys.path.append(str(TOOLS))  # behind the installed package, as the tool does it
 
 import compare_recipes  # noqa: E402
 from recipe_table.cells import DENSE, METHODS, PATTERNS, Cell, plan, recipe_of  # noqa: E402
+from recipe_table.learned import learned  # noqa: E402
 from recipe_table.measure import measure  # noqa: E402
 
 
@@ -72,6 +73,26 @@ def test_a_cell_is_pruned_and_says_what_it_took(base, method, pattern, zeros, le
         plain = measure(replace(cell, pattern="0.75"))
         assert plain["error"] != found["error"]  # the blocks run with what is stored
         assert plain["perplexity"] != found["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "varied", "value", "wanted"),
+    [
+        ("ria", "2:4", "", None, 0),
+        ("cg+fold", "2:4", "", None, 400),
+        ("best", "2:4", "", None, 400),  # solved for and trained: once
+        ("wanda+besa-row", "0.5", "", None, 10 * 101),
+        ("wanda+besa-row", "0.5", "rate-step", 0.1, 10 * 11),
+        ("wanda+besa-row", "0.5", "granularity", "layer", 101),
+        ("wanda+besa-row+cg", "0.5", "", None, 400 + 10 * 101),
+        ("best", "2:4+int4g32", "", None, 400 + 10 * 3),  # 80 columns are three groups
+        ("best", "2:4+int8", "", None, 400 + 10),
+    ],
+)
+def test_what_is_learned_by_hand(base, method, pattern, varied, value, wanted):
+    recipe = recipe_of(replace(base, method=method, pattern=pattern, varied=varied, value=value))
+    linears = [LinearReport("a", (10, 80), "2:4", "", sparsity=0.5), LinearReport("b", (10, 80), None, "skipped")]
+    assert learned(recipe, linears) == wanted
 
 
 def test_a_plan_has_every_pattern_method_and_value(base):

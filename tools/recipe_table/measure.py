@@ -24,7 +24,8 @@ from sparsify_export.runtime.evaluate import Logits, perplexity
 from sparsify_export.runtime.exact import exact_answers
 from sparsify_export.stages import Stages
 
-from .cells import DENSE, METHODS, Cell, recipe_of, split_pattern
+from .cells import DENSE, Cell, recipe_of, split_pattern
+from .learned import learned
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -64,8 +65,6 @@ def measure(cell: Cell) -> dict[str, Any]:
     answers = exact_answers(logits, pretrained.tokenizer)
     linears = [linear for block in blocks for linear in block.linears]
     size = sum(math.prod(linear.shape) for linear in linears)
-    kept = sum(math.prod(x.shape) * (1 - x.sparsity) for x in linears if x.pattern)
-    updated = cell.method != DENSE and {"update", "tune", "distil"} & METHODS[cell.method].keys()
     last = stages.done[-1]
     return {
         "perplexity": found.perplexity,
@@ -74,7 +73,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         "exact": dict(answers.scores),
         "error": sum(block.error for block in blocks) / len(blocks) if blocks else 0.0,
         "zeros": sum(x.sparsity * math.prod(x.shape) for x in linears) / size if size else 0.0,
-        "learned": round(kept) if updated else 0,
+        "learned": learned(recipe_of(cell), linears) if blocks else 0,
         "seconds": last.seconds if blocks else 0.0,
         "peak_bytes": last.peak_bytes,
     }
