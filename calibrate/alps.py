@@ -37,8 +37,8 @@ def alps(
     it; a high one brings B and D together. So it begins at 0.1 and every third step grows by 1.3, 1.2 or 1.1, the more
     the mask still changes, until nothing changes any more.
 
-    Meng et al. 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
-    sections 3.1 and B. Left out: its second start with a lower penalty where the mask settles at once.
+    Meng et al. 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", the
+    penalty as in the published code. Left out: its second start with a lower one where the mask settles at once.
 
     Args:
         weight: W_0, ``[R, C]`` float32, scaled by the norms of its inputs.
