@@ -94,6 +94,9 @@ class Recipe:
         tune: how the surviving weights are fine-tuned after that, or None.
         distil: how they are trained once more when all blocks are pruned, or None.
         quantise: how they are quantised, or None for weights that are stored as floats or are rounded when packed.
+
+    Raises:
+        ValueError: the update would choose a mask that undoes the allocation.
     """
 
     pattern: Pattern
@@ -110,6 +113,13 @@ class Recipe:
     tune: Tune | None = None
     distil: Distil | None = None
     quantise: Quantise | None = None
+
+    def __post_init__(self) -> None:
+        if self.allocation is None or self.mask_from == "score" or self.update == "none":
+            return
+        if self.allocation.per == "pattern" or self.update == "sparsegpt":
+            undone = "patterns" if self.allocation.per == "pattern" else "rates"
+            raise ValueError(f"update {self.update} with mask_from update undoes the {undone} learned; want score")
 
 
 @dataclass(frozen=True)

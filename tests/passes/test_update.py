@@ -165,3 +165,13 @@ def test_admm_chooses_among_as_many_weights_of_a_row_as_were_learned(method):
     assert not torch.equal(chosen[first] == 0, fixed[first] == 0)
     zeros = sum(int((chosen[f"model.{path}.weight"] == 0).sum()) for path in linears)
     assert zeros == sum(chosen[f"model.{path}.weight"].numel() for path in linears) // 2
+
+
+@pytest.mark.parametrize(
+    ("per", "method", "undone"), [("pattern", "alps", "patterns"), ("row", "sparsegpt", "rates")], ids=str
+)
+def test_a_mask_that_would_undo_what_was_learned_is_refused(per, method, undone):
+    given = {"allocation": Learning(per=per), "update": method}
+    with pytest.raises(ValueError, match=f"update {method} with mask_from update undoes the {undone} learned"):
+        Recipe(Unstructured(0.5), mask_from="update", **given)
+    assert Recipe(Unstructured(0.5), **given).mask_from == "score"

@@ -12,6 +12,12 @@ from transformers import PreTrainedTokenizerFast
 WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    """What is measured of the machine is kept for all tests, and apart from the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A tiny Llama with a tokenizer of 96 words."""
