@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from .tune import BETAS, hold_out, warm_up_and_cosine
 
 Output = Literal["logits", "values"]
 """What the model returns first: logits of the next token, or values such as hidden states."""
+RATE_ON_GRID: Final = 0.5
+"""Learning rate of a weight on a grid, over that of a float: there it moves the model by whole steps or not at all."""
 
 
 def distil(
@@ -47,8 +49,9 @@ def distil(
 
     Block by block a model is taught to repeat every hidden state; here only what it says counts, so an error that the
     next blocks can make good costs nothing. AdamW as in ``tune``; the learning rate of a weight is a fraction of its
-    root mean square, since Adam moves every number by about the learning rate. One batch of eight is held out and
-    decides which epoch's weights are kept, those from before included. Weights on a grid stay there: see `Trained`.
+    root mean square, since Adam moves every number by about the learning rate, and on a grid half of that. One batch of
+    eight is held out and decides which epoch's weights are kept, those from before included. Weights on a grid stay
+    there: see `Trained`.
 
     Before:  W with zeros
     After:   W with the same zeros
@@ -75,7 +78,10 @@ def distil(
     trained = Trained(params, list(dict.fromkeys(keys)), quantised)
     train, held_out = hold_out(batches)
     model = _Model(partition, output, {key: its.storage.activations for key, its in (quantised or {}).items()})
-    groups = [{"params": [w], "peak": settings.rate * _size(w, trained.keep[k])} for k, w in trained.weights.items()]
+    groups = []
+    for key, weight in trained.weights.items():
+        rate = settings.rate * (RATE_ON_GRID if key in trained.strengths else 1)
+        groups.append({"params": [weight], "peak": rate * _size(weight, trained.keep[key])})
     groups += [{"params": [strength], "peak": STRENGTH_RATE} for strength in trained.strengths.values()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0)
     done = checkpoint.load(name) if checkpoint else None

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..calibrate import grid, quantise
 from ..calibrate.damping import damped_inverse
 from ..calibrate.patterns import find_pattern
+from ..calibrate.rescale import rescale
 from ..calibrate.update import DAMPING, relative_error
 from .block import Block, Observed, alike
 from .dialect.packed import OnGrid, packed_bytes
@@ -20,6 +21,8 @@ STRENGTH_RATE: Final = 0.002
 """Peak learning rate of clipping strengths under AdamW."""
 LEAST_STRENGTH: Final = 0.01
 """Clipping strengths that are learned stay at this or above."""
+TURNS: Final = 3
+"""How often, after a sweep, scales are fitted to the codes, and then codes to the scales."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class Gridded:
         except ValueError as error:
             raise InputError(f"{self.path}: {error}; store the weights as fp32 or bf16") from error
 
+    def rescaled(self, value: Tensor, hessian: Tensor) -> "Gridded":
+        """With the scales that suit the codes of ``value`` best: see `rescale`."""
+        scale = rescale(self.exact, hessian, value, self.scales(), self.storage.grid)
+        return replace(self, strengths=torch.where(self.top > 0, scale * self.storage.grid.limit / self.top, 1.0))
+
     def near(self, value: Tensor) -> Tensor:
         """The weight, moved as far as it must to be rounded to ``value``, which is on the grid."""
         room = 0.45 * grid.spread(self.scales(), value.shape[1], self.storage.grid)
@@ -80,7 +88,8 @@ def quantise_block(
         keep: their masks.
         observed: the Hessians of their inputs.
         learned: grids of the dense weights, by key, whose strengths were learned with the masks. Without an update such
-            weights are rounded to nearest, as they were while that was learned; with one the strengths are taken on.
+            weights are rounded to nearest, as they were while that was learned; with one these strengths are where the
+            sweep begins.
 
     Returns:
         What was quantised, by key: the weights as they were before, and their grids.
@@ -109,9 +118,7 @@ def quantise_block(
                 done[key] = _gridded(paths[key], wanted.storage, weight, importance, learned.get(key))
             new = done[key].value()
             if hessian is not None and inverse is not None:
-                scale, its = done[key].scales(), wanted.storage.grid
-                new = quantise.sweep(weight, inverse, keep[key], scale, its)
-                new = quantise.descend(weight, hessian, keep[key], scale, its, new)
+                done[key], new = _fit(done[key], hessian, inverse, keep[key])
             params[key] = new.to(params[key].dtype)
     return done
 
@@ -182,6 +189,21 @@ def _gridded(
     if importance is not None:
         return replace(made, strengths=grid.search_strengths(weight, importance, storage.grid))
     return made
+
+
+def _fit(start: Gridded, hessian: Tensor, inverse: Tensor, keep: Tensor) -> tuple[Gridded, Tensor]:
+    """The grid and the weight on it with which the layer's output changes least, as far as turns of both find them."""
+    found, its = start, start.storage.grid
+    value = quantise.sweep(found.exact, inverse, keep, found.scales(), its)
+    value = quantise.descend(found.exact, hessian, keep, found.scales(), its, value)
+    for _ in range(TURNS):
+        before, found = found.scales(), found.rescaled(value, hessian)
+        ratio = found.scales() / torch.where(before > 0, before, 1.0)
+        value = grid.quantise(
+            value * grid.spread(ratio, value.shape[1], its), grid.spread(found.scales(), value.shape[1], its), its
+        )
+        value = quantise.descend(found.exact, hessian, keep, found.scales(), its, value)
+    return found, value
 
 
 def _inverse(hessian: Tensor, path: str) -> Tensor:

@@ -45,7 +45,8 @@ class Distil:
 
     Attributes:
         epochs: passes over the calibration batches.
-        rate: peak learning rate, as a fraction of the root mean square of each weight's non-zeros.
+        rate: peak learning rate, as a fraction of the root mean square of each weight's non-zeros; on a grid
+            half of it.
         tokens_per_step: batches are gathered until a step of the optimiser has seen so many tokens.
     """
 

@@ -7,6 +7,7 @@ from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.calibrate.update import relative_error
 from sparsify_export.passes.dialect.packed import pack
 from sparsify_export.passes.dialect.storage import Storage
+from sparsify_export.passes.distil import distil
 from sparsify_export.passes.frontend.batches import Batch
 from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.pipeline import prune
@@ -14,6 +15,7 @@ from sparsify_export.passes.quantise import for_packing
 from sparsify_export.passes.quantise_trained import quantise_trained
 from sparsify_export.passes.recipe import Distil, Quantise, Recipe, Timings, Tune
 from sparsify_export.passes.sparsify import sparsify
+from sparsify_export.passes.tune import warm_up_and_cosine
 from toys import export, stack, weights
 
 TWO_OF_FOUR, INT4 = NM(2, 4), Storage("int4", 32)
@@ -72,6 +74,24 @@ def test_the_errors_reported_are_against_the_floats_on_what_quantised_blocks_han
     assert (left.quantiser, left.error_quantised, left.reason) == (None, None, "skipped by --skip")
     before = [linear.error_after for report in reports for linear in report.linears]
     assert [linear.error_after for report in after for linear in report.linears] == before
+
+
+def test_a_weight_on_a_grid_is_moved_half_as_far_as_a_float():
+    """AdamW's first step moves every weight by its learning rate, whatever the gradient is."""
+    _, _, _, params, grids, batches = swept(skip=("layers.1.down",))
+    dense = weights(export(stack(width=48, hidden=96), torch.randn(3, 5, 48)))
+    down = "model.layers.1.down.weight"  # a float, pruned by hand
+    params[down] = torch.where(torch.arange(96) % 4 < 2, dense[down], 0.0)
+    before = {key: grids[key].near(params[key]) if key in grids else params[key] for key in (*grids, down)}
+    parts = partition(export(stack(width=48, hidden=96), torch.randn(3, 5, 48)))
+    settings = Distil(epochs=1, rate=0.01, tokens_per_step=10**6)
+    report = distil(parts, dense, params, list(before), batches, settings, output="values", quantised=grids)
+    assert report.after < report.before
+    for key, weight in before.items():
+        after = grids[key].exact if key in grids else params[key]
+        size = float(weight[weight != 0].square().mean().sqrt())
+        moved = (after - weight)[weight != 0].abs() / (warm_up_and_cosine(0.5) * 0.01 * size)
+        assert float(moved.quantile(0.9)) == pytest.approx(0.5 if key in grids else 1.0, rel=1e-3)
 
 
 def trained(pattern=TWO_OF_FOUR, **recipe):

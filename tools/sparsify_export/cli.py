@@ -140,7 +140,8 @@ def compile_command(
         distil: then train the surviving weights of all blocks together against the dense model's predictions, so many
             passes over the calibration windows; 0 for not at all. It needs memory for the whole model. With --quantise
             joint it is done twice: as floats, and then on the grid.
-        distil_lr: peak learning rate, as a fraction of the root mean square of each weight; default 0.0015.
+        distil_lr: peak learning rate, as a fraction of the root mean square of each weight; default 0.0015. On a grid
+            half of it.
         calibration: text file, JSONL with a text field, or self: text the model writes itself.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
             is also verified and timed on them.
