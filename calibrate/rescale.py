@@ -61,5 +61,5 @@ def _rescale(weight: Tensor, hessian: Tensor, value: Tensor, scale: Tensor, grid
 
 def _by_group(products: Tensor, group: int) -> Tensor:
     """Sums of ``[R, C]`` over each group of columns, ``[R, G]``."""
-    rows, columns = products.shape
-    return torch.nn.functional.pad(products, (0, -columns % group)).reshape(rows, -1, group).sum(dim=-1)
+    padded = torch.nn.functional.pad(products, (0, -products.shape[1] % group))
+    return padded.unflatten(1, (padded.shape[1] // group, group)).sum(dim=-1)
