@@ -33,8 +33,8 @@ def rescale(weight: Tensor, hessian: Tensor, value: Tensor, scale: Tensor, grid:
         float32 ``[R, G]``, rounded as they are stored; those of before in rows that would not gain, and for groups that
         have no codes or would get a scale that is not positive.
     """
-    parts = zip(weight.split(ROWS), value.split(ROWS), scale.split(ROWS), strict=True)
-    return torch.cat([_rescale(w, hessian, v, s, grid) for w, v, s in parts])
+    pieces = zip(*(torch.split(x, ROWS) for x in (weight, value, scale)), strict=True)
+    return torch.cat([_rescale(w, hessian, v, s, grid) for w, v, s in pieces])
 
 
 def _rescale(weight: Tensor, hessian: Tensor, value: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -62,4 +62,4 @@ def _rescale(weight: Tensor, hessian: Tensor, value: Tensor, scale: Tensor, grid
 def _by_group(products: Tensor, group: int) -> Tensor:
     """Sums of ``[R, C]`` over each group of columns, ``[R, G]``."""
     padded = torch.nn.functional.pad(products, (0, -products.shape[1] % group))
-    return padded.unflatten(1, (padded.shape[1] // group, group)).sum(dim=-1)
+    return padded.reshape(len(padded), padded.shape[1] // group, group).sum(dim=-1)

@@ -21,7 +21,7 @@ from .tune import BETAS, hold_out, warm_up_and_cosine
 
 Output = Literal["logits", "values"]
 """What the model returns first: logits of the next token, or values such as hidden states."""
-RATE_ON_GRID: Final = 0.5
+ON_GRID_RATE: Final = 0.5
 """Learning rate of a weight on a grid, over that of a float: there it moves the model by whole steps or not at all."""
 
 
@@ -80,7 +80,7 @@ def distil(
     model = _Model(partition, output, {key: its.storage.activations for key, its in (quantised or {}).items()})
     groups = []
     for key, weight in trained.weights.items():
-        rate = settings.rate * (RATE_ON_GRID if key in trained.strengths else 1)
+        rate = settings.rate * (ON_GRID_RATE if key in trained.strengths else 1)
         groups.append({"params": [weight], "peak": rate * _size(weight, trained.keep[key])})
     groups += [{"params": [strength], "peak": STRENGTH_RATE} for strength in trained.strengths.values()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0)

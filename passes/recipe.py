@@ -61,10 +61,10 @@ class Quantise:
 
     Attributes:
         storage: int8 or int4.
-        method: every weight to the nearest; a ``sweep`` that hands errors on to other weights; or ``joint``, the
-            sweep, with clipping strengths learned together with BESA's rates, and trained together with the weights.
-            That is done block by block; but weights that are distilled are trained as floats first, and joint sweeps
-            them when that is done.
+        method: every weight to the nearest; a ``sweep`` that hands errors on to other weights and then fits scales and
+            codes to each other; or ``joint``, the sweep, with clipping strengths learned together with BESA's rates,
+            and trained together with the weights. That is done block by block; but weights that are distilled are
+            trained as floats first, and joint sweeps them when that is done.
     """
 
     storage: Storage

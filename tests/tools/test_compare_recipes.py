@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sparsify_export.passes.dialect.storage import Storage
@@ -165,7 +166,7 @@ def test_finished_cells_are_read_and_others_run(base, tmp_path, monkeypatch, cap
             return subprocess.CompletedProcess(line, 2, "", "the model is damaged\n")
         return subprocess.CompletedProcess(line, 0, json.dumps({"cell": cell, **figures, "mean_nll": 3.5}))
 
-    monkeypatch.setattr(compare_recipes.subprocess, "run", run)
+    monkeypatch.setattr(compare_recipes, "subprocess", SimpleNamespace(run=run))  # matplotlib has use for the real one
     settings = {"calibration": Path(base.calibration), "text": Path(base.text), "out": tmp_path, "patterns": "2:4"}
     settings |= {"samples": 2, "seq_len": 32, "window": 48, "windows": 3, "methods": "ria,wanda"}
     assert compare_recipes.main(base.model, **settings) == 1
