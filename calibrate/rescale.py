@@ -8,7 +8,7 @@ from .grid import Grid, spread
 from .matmul import product
 
 ROWS = 256  # rows whose matrices A are in memory together
-RIDGE = 1e-6
+RIDGE = 1e-6  # of the mean diagonal of A, which is singular where codes of two groups make the same
 
 
 def rescale(weight: Tensor, hessian: Tensor, value: Tensor, scale: Tensor, grid: Grid) -> Tensor:
