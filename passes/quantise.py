@@ -199,9 +199,7 @@ def _fit(start: Gridded, hessian: Tensor, inverse: Tensor, keep: Tensor) -> tupl
     for _ in range(TURNS):
         before, found = found.scales(), found.rescaled(value, hessian)
         ratio = found.scales() / torch.where(before > 0, before, 1.0)
-        value = grid.quantise(
-            value * grid.spread(ratio, value.shape[1], its), grid.spread(found.scales(), value.shape[1], its), its
-        )
+        value = replace(found, exact=value * grid.spread(ratio, value.shape[1], its)).value()  # the same codes
         value = quantise.descend(found.exact, hessian, keep, found.scales(), its, value)
     return found, value
 
