@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from ..errors import InputError
+from .kv_cache import cache_argument, empty_past
 from .load import Pretrained
-from .trace import Traced, empty_past
+from .trace import Traced
 
 CHECK_TOKENS = 64
 TOKENS_PER_BATCH = 4096
@@ -205,11 +207,15 @@ def written_by_itself(
 
 def _sample(model: Any, ids: Tensor, length: int, step: Callable[[int], None]) -> Tensor:
     """Sample ``[rows, length]`` tokens after ``ids``, with the model's own cache."""
-    past = None
+    name = cache_argument(model)
+    if name is None:
+        raise InputError(
+            "the model's forward takes no KV cache, so it cannot write calibration text; give --calibration FILE"
+        )
+    cache = DynamicCache(config=model.config)
     text = ids
     while text.shape[1] <= length:
-        output = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-        past = output.past_key_values
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
         probabilities = output.logits[:, -1].softmax(-1)
         if not bool(probabilities.isfinite().all()):
             raise InputError("the model's own logits hold NaN; its weights are damaged")

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ..errors import InputError
+from .kv_cache import cache_argument, cache_of, held_by
 from .load import Pretrained
 
 PREFIX = "model."  # the wrapper's only attribute; module paths are reported without it
@@ -38,21 +37,23 @@ class Traced:
 class _Causal(nn.Module):
     """A decoder with its KV cache as plain tensors."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, cache_name: str) -> None:
         super().__init__()
         self.model = model
+        self.cache_name = cache_name
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Any:
         # Explicit positions: without them the traced rotary tables have batch 1, and left padding is off by its length.
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        cache = cache_of(past)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=_cache_of(past),
             use_cache=True,
+            **{self.cache_name: cache},
         )
-        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return output.logits, held_by(cache)
 
 
 class _Encoder(nn.Module):
@@ -87,37 +88,18 @@ def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None) -
         raise InputError(f"{pretrained.source} cannot be traced: {first}") from error
 
 
-def empty_past(
-    cache: tuple[tuple[int, int, int], ...], batch: int, dtype: torch.dtype = torch.float32
-) -> list[tuple[Tensor, Tensor]]:
-    """A past of length 0 for every cache layer: ``[batch, kv_heads, 0, head_dim]``."""
-    return [(torch.zeros(batch, h, 0, k, dtype=dtype), torch.zeros(batch, h, 0, v, dtype=dtype)) for h, k, v in cache]
-
-
-def _cache_of(past: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    # Built without a config: with one, sliding-window layers drop entries and decoding goes wrong.
-    cache = DynamicCache()
-    for keys, values in past:
-        layer = DynamicLayer()
-        layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
-        layer.is_initialized = True
-        cache.layers.append(layer)
-    return cache
-
-
-def _cache_shapes(model: nn.Module) -> tuple[tuple[int, int, int], ...]:
+def _cache_shapes(model: nn.Module, cache_name: str) -> tuple[tuple[int, int, int], ...]:
     """Ask the model itself, by running one token, what its cache looks like."""
-    cache = DynamicCache()
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    layers = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values.layers
-    if not all(type(layer) is DynamicLayer for layer in layers):
-        kinds = sorted({type(layer).__name__ for layer in layers})
-        raise InputError(f"this model keeps a state that is not a KV cache ({', '.join(kinds)})")
-    return tuple((x.keys.shape[1], x.keys.shape[3], x.values.shape[3]) for x in layers)
+    cache = cache_of([])
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **{cache_name: cache})
+    return tuple((keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in held_by(cache))
 
 
 def _trace_causal(pretrained: Pretrained) -> Traced:
-    shapes = _cache_shapes(pretrained.model)
+    cache_name = cache_argument(pretrained.model)
+    if cache_name is None:
+        raise InputError(f"{pretrained.source} keeps a state that is not a KV cache: its forward takes no cache")
+    shapes = _cache_shapes(pretrained.model, cache_name)
     batch, sequence, past = 2, 3, 5  # any sizes above 1: 0 and 1 would be taken for constants
     dtype = pretrained.model.dtype
     example = (
@@ -130,7 +112,7 @@ def _trace_causal(pretrained: Pretrained) -> Traced:
     )
     b, s, p = Dim("batch", min=1), Dim("sequence", min=1), Dim("past", min=0)
     dynamic = ({0: b, 1: s}, {0: b, 1: Dim.DYNAMIC}, [({0: b, 2: p}, {0: b, 2: p}) for _ in shapes])
-    program = torch.export.export(_Causal(pretrained.model), example, dynamic_shapes=dynamic, strict=False)
+    program = torch.export.export(_Causal(pretrained.model, cache_name), example, dynamic_shapes=dynamic, strict=False)
     layers = [(f"{i}.key", f"{i}.value") for i in range(len(shapes))]
     return Traced(
         program=program,

@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 from sparsify_export.passes.equivalence import compare
+from sparsify_export.passes.frontend.kv_cache import cache_argument, cache_of
 from sparsify_export.passes.fx.channels import ChannelRange, ChannelSpace, find_channel_spaces
 from sparsify_export.passes.fx.fold import apply_fold
 from torch import nn
 from torch.export import Dim
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 HIDDEN, HEADS, KV, HEAD, INNER, VOCAB = 32, 4, 2, 8, 24, 40
 PLAIN = {"hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": HEADS, "vocab_size": VOCAB}
@@ -46,15 +46,11 @@ class Causal(nn.Module):
         self.model = model
 
     def forward(self, ids, mask, past):
-        cache = DynamicCache()
-        for keys, values in past:
-            layer = DynamicLayer()
-            layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
-            layer.is_initialized = True
-            cache.layers.append(layer)
+        cache = cache_of(past)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        cached = {cache_argument(self.model): cache}
+        output = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=True, **cached)
+        return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
 class Encoder(nn.Module):
@@ -223,7 +219,9 @@ def another_order(size, seed=0):
 
 
 def closeness(model, *pairs):
-    return compare(model.run(fold(model.params, *pairs)), model.baseline, model.exact)
+    return compare(
+        model.run(fold(model.params, *pairs)), model.baseline, model.exact, factor=4.0
+    )  # as passes/permute.py
 
 
 @pytest.mark.parametrize("family", EXPECTED)
