@@ -1,9 +1,16 @@
 // Picks the instruction set, once per process.
 //
-// SPARSIFY_ISA=avx512bf16|avx512vnni|avx512|avx2|portable overrides the choice. It exists for the tests, which run every
-// version that this machine can run; it is not a setting.
+// SPARSIFY_ISA=amx|avx512bf16|avx512vnni|avx512|avx2|portable limits the choice to one of those that this machine has,
+// and amx-model, which is never chosen by itself, runs the AMX kernels on a model of the tiles (tiles_model.h).
 #include <cstdlib>
 #include <cstring>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#ifdef SPARSIFY_X86
+#include <cpuid.h>
+#endif
 
 #include "kernels.h"
 
@@ -15,8 +22,28 @@ struct Choice {
   const char* error;
 };
 
+#ifdef SPARSIFY_X86
+// Linux gives a process the registers of the tiles only when asked, once, and may say no.
+bool tiles_permitted() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// CPUID leaf 7: AMX BF16, TILE and INT8 (compilers know the names only since GCC 11 and Clang 12).
+bool has_tiles() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kWanted = 1u << 22 | 1u << 24 | 1u << 25;
+  return (d & kWanted) == kWanted && tiles_permitted();
+}
+#endif
+
 Choice choose() {
-  const Kernels* candidates[5];  // fastest first
+  const Kernels* candidates[7];  // fastest first
   int count = 0;
 #ifdef SPARSIFY_X86
   __builtin_cpu_init();
@@ -25,7 +52,9 @@ Choice choose() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
                     __builtin_cpu_supports("avx512vnni");
-  if (vnni && __builtin_cpu_supports("avx512bf16")) candidates[count++] = &kAvx512Bf16;
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && has_tiles()) candidates[count++] = &kAmx;
+  if (bf16) candidates[count++] = &kAvx512Bf16;
   if (vnni) candidates[count++] = &kAvx512Vnni;
   if (avx512) candidates[count++] = &kAvx512;
   if (avx2) candidates[count++] = &kAvx2;
@@ -36,7 +65,12 @@ Choice choose() {
   if (!wanted || !*wanted) return {candidates[0], nullptr};
   for (int i = 0; i < count; ++i)
     if (std::strcmp(candidates[i]->isa, wanted) == 0) return {candidates[i], nullptr};
-  return {nullptr, "SPARSIFY_ISA must be avx512bf16, avx512vnni, avx512, avx2 or portable, and one that this machine has"};
+#ifdef SPARSIFY_X86
+  if (bf16 && std::strcmp(kAmxModel.isa, wanted) == 0) return {&kAmxModel, nullptr};
+#endif
+  return {nullptr,
+          "SPARSIFY_ISA must be amx, avx512bf16, avx512vnni, avx512, avx2, portable or amx-model, and one that this "
+          "machine has"};
 }
 
 }  // namespace

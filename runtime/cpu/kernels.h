@@ -106,6 +106,8 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;      // F, BW, DQ, VL
 extern const Kernels kAvx512Vnni;  // and VBMI, VBMI2, VNNI
 extern const Kernels kAvx512Bf16;  // and BF16
+extern const Kernels kAmx;         // and AMX TILE, BF16, INT8
+extern const Kernels kAmxModel;    // the same with tiles in plain C++: for tests
 #endif
 
 // The fastest version this machine runs, chosen once. Null, with a sentence in *error, if the environment
