@@ -15,7 +15,7 @@
 namespace sparsify { namespace {
 
 constexpr int64_t kMostTileTokens = 512;   // laid out and multiplied at a time: bounds the scratch memory
-constexpr int64_t kMostStripRows = 128;    // of one task: the laid out tokens are read from memory once a strip
+constexpr int64_t kMostStripRows = 256;    // of one task: the laid out tokens are read from memory once a strip
 
 // What is multiplied: products<c, a, b> of one step; kParts of a meet the same b.
 struct MultiplyBf16 {
@@ -29,17 +29,17 @@ struct MultiplyI8 {
 
 // c (+)= a b for `steps` steps and T tiles of tokens. Tiles 0 .. 3: sums; 4, 5: rows; 6, 7: tokens.
 template <class Multiply, int64_t kParts, int T>
-void multiply_block(const char* a, const char* b, int64_t steps, char* c, bool first) {
+void multiply_block(const char* a, const char* b, int64_t steps, char* c, bool first, FetchRows& ahead) {
   unrolled<2 * T>([&](auto i) SPARSIFY_INLINE {
     if (first) Tiles::zero<i>();
     else Tiles::load<i>(c + i * kTileBytes);
   });
-  for (int64_t s = 0; s < steps; ++s, b += T * kTileBytes) {
+  for (int64_t s = 0; s < steps; ++s, a += step_bytes(kParts), b += T * kTileBytes) {
+    ahead.some<4>();
     unrolled<T>([&](auto t) SPARSIFY_INLINE { Tiles::load<6 + t>(b + t * kTileBytes); });
-    unrolled<int(kParts)>([&](auto) SPARSIFY_INLINE {
-      Tiles::load<4>(a);
-      Tiles::load<5>(a + kTileBytes);
-      a += 2 * kTileBytes;
+    unrolled<int(kParts)>([&](auto part) SPARSIFY_INLINE {
+      Tiles::load<4>(a + part * 2 * kTileBytes);
+      Tiles::load<5>(a + (part * 2 + 1) * kTileBytes);
       unrolled<T>([&](auto t) SPARSIFY_INLINE {
         Multiply::template dp<2 * t, 4, 6 + t>();
         Multiply::template dp<2 * t + 1, 5, 6 + t>();
@@ -94,31 +94,32 @@ void multiply_strip(const Expand& expand, const Finish& finish, const Weight& w,
   const int64_t pairs = (row_last - row + kStripRows32 - 1) / kStripRows32, words = mask_words(w.cols) * kStripRows32;
   const int64_t sums_bytes = 2 * layout.tiles * kTileBytes;  // of 32 rows
   uint64_t* const masks = words_room.get(pairs * words);
-  char* const a = tiles_room.get(kBlockSteps * Expand::kParts * 2 * kTileBytes);
+  char* const a = tiles_room.get(layout.in_block(0) * step_bytes(Expand::kParts));
   char* const sums = sums_room.get(pairs * sums_bytes);
   ExpandRow rows[kMostStripRows];
   for (int64_t p = 0; p < pairs; ++p)
     begin_rows(w, row + p * kStripRows32, row_last, masks + p * words, rows + p * kStripRows32);
+
+  const int64_t block_bytes = layout.fetched_apart() ? mean_row_bytes(w) * layout.block / layout.steps : 0;
 
   const Tiles tiles;
   int64_t step = 0;
   do {  // at least once, so that there are sums when there are no columns
     const int64_t count = layout.in_block(step);
     for (int64_t p = 0; p < pairs; ++p) {
-      for (int64_t i = 0; i < kStripRows32; ++i)
-        for (int64_t s = 0; s < count; ++s)
-          expand(rows[p * kStripRows32 + i], step + s, a + s * Expand::kParts * 2 * kTileBytes + i * kTileRowBytes);
+      expand_rows(expand, rows + p * kStripRows32, step, count, a);
+      FetchRows ahead(rows + (p + 1 < pairs ? p + 1 : 0) * kStripRows32, Expand::kValueBits, block_bytes);
       for (int64_t t = 0; t < layout.tiles; t += 2) {
         char* const c = sums + p * sums_bytes + t * 2 * kTileBytes;
         const char* const b = packed + layout.offset(step, t);
-        if (layout.in_pair(t) == 2) multiply_block<Multiply, Expand::kParts, 2>(a, b, count, c, step == 0);
-        else multiply_block<Multiply, Expand::kParts, 1>(a, b, count, c, step == 0);
+        if (layout.in_pair(t) == 2) multiply_block<Multiply, Expand::kParts, 2>(a, b, count, c, step == 0, ahead);
+        else multiply_block<Multiply, Expand::kParts, 1>(a, b, count, c, step == 0, ahead);
       }
     }
     step += count;
   } while (step < layout.steps);
-  for (int64_t p = 0; p < pairs; ++p)
-    for (int64_t t = 0; t < layout.tiles; ++t)
+  for (int64_t t = 0; t < layout.tiles; ++t)  // neighbours in y one after another
+    for (int64_t p = 0; p < pairs; ++p)
       for (int64_t half = 0; half < 2; ++half)
         write_tile(finish, sums + p * sums_bytes + (2 * t + half) * kTileBytes, row + p * kStripRows32 + half * kTileRows,
                    w.rows, t * kTileTokens, tokens, bias, y);
@@ -127,9 +128,10 @@ void multiply_strip(const Expand& expand, const Finish& finish, const Weight& w,
 template <class Multiply, class Expand, class Finish, class Weight>
 void multiply_rows(const Expand& expand, const Finish& finish, const Weight& w, const char* packed, int64_t tokens,
                    const float* bias, float* y, const Parallel& parallel) {
-  const TokenLayout layout{(tokens + kTileTokens - 1) / kTileTokens, (w.cols + Expand::kColumns - 1) / Expand::kColumns};
-  int64_t strip = kMostStripRows;  // small layers get small strips so that every thread has work
-  while (strip > kStripRows32 && (w.rows + strip - 1) / strip < 16) strip /= 2;
+  const TokenLayout layout = token_layout(tokens, w.cols, Expand::kColumns);
+  // Small layers get small strips so that every thread has work; few tokens need not be read again for each.
+  int64_t strip = layout.fetched_apart() ? kMostStripRows : kStripRows32;
+  while (strip > kStripRows32 && (w.rows + strip - 1) / strip < 8) strip /= 2;
   auto task = [&](int64_t index) {
     const int64_t row = index * strip, row_last = row + strip < w.rows ? row + strip : w.rows;
     multiply_strip<Multiply>(expand, finish, w, layout, packed, row, row_last, tokens, bias, y);
@@ -139,8 +141,7 @@ void multiply_rows(const Expand& expand, const Finish& finish, const Weight& w, 
 
 template <class Pack>
 Scratch<char> laid_out(const Pack& pack, int64_t tokens, int64_t cols, const Parallel& parallel) {
-  const TokenLayout layout{(tokens + kTileTokens - 1) / kTileTokens, (cols + Pack::kColumns - 1) / Pack::kColumns};
-  Scratch<char> packed = scratch<char>(layout.bytes());
+  Scratch<char> packed = scratch<char>(token_layout(tokens, cols, Pack::kColumns).bytes());
   pack_tiles(pack, tokens, cols, packed.get(), parallel);
   return packed;
 }

@@ -13,12 +13,17 @@
 namespace sparsify { namespace {
 
 constexpr int64_t kTileTokens = 16;
-constexpr int64_t kBlockSteps = 16;  // a block of 32 rows of W is 32 KiB and stays in the level 1 cache
+constexpr int64_t kBlockSteps = 32;   // a block of 32 rows of W is 32 KiB and stays in the level 1 cache
+constexpr int64_t kStreamTokens = 64;  // up to here memory is the limit: longer pieces of a row make a better stream
+constexpr int64_t kStreamSteps = 128;  // and 256 KiB of W stay in the level 2 cache
 
 struct TokenLayout {
   int64_t tiles, steps;  // of 16 tokens, of 64 bytes of columns
+  int64_t block;         // of steps
 
-  int64_t in_block(int64_t step) const { return steps - step < kBlockSteps ? steps - step : kBlockSteps; }
+  // Whether rows are read in pieces so short that the hardware does not fetch ahead.
+  bool fetched_apart() const { return block == kBlockSteps && block < steps; }
+  int64_t in_block(int64_t step) const { return steps - step < block ? steps - step : block; }
   int64_t in_pair(int64_t tile) const { return tiles - tile < 2 ? tiles - tile : 2; }
   // Where the block of steps that begins with `step` begins for the pair that begins with `tile`.
   int64_t offset(int64_t step, int64_t tile) const { return (step * tiles + tile * in_block(step)) * kTileBytes; }
@@ -105,12 +110,18 @@ void pack_tile(const Pack& pack, const TokenLayout& layout, int64_t tokens, int6
   pack.finish(bad);
 }
 
+// `columns` to a step.
+[[maybe_unused]] TokenLayout token_layout(int64_t tokens, int64_t cols, int64_t columns) {
+  return {(tokens + kTileTokens - 1) / kTileTokens, (cols + columns - 1) / columns,
+          tokens <= kStreamTokens ? kStreamSteps : kBlockSteps};
+}
+
 template <class Pack>
 void pack_tiles(const Pack& pack, int64_t tokens, int64_t cols, char* packed, const Parallel& parallel) {
-  const TokenLayout layout{(tokens + kTileTokens - 1) / kTileTokens, (cols + Pack::kColumns - 1) / Pack::kColumns};
-  const int64_t blocks = (layout.steps + kBlockSteps - 1) / kBlockSteps;
+  const TokenLayout layout = token_layout(tokens, cols, Pack::kColumns);
+  const int64_t blocks = (layout.steps + layout.block - 1) / layout.block;
   auto task = [&](int64_t index) {
-    pack_tile(pack, layout, tokens, cols, index % blocks * kBlockSteps, index / blocks, packed);
+    pack_tile(pack, layout, tokens, cols, index % blocks * layout.block, index / blocks, packed);
   };
   parallel_for(parallel, layout.tiles * blocks, task);
 }
