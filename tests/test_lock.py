@@ -37,7 +37,9 @@ def test_every_dependency_is_locked_within_its_range_and_with_hashes(name):
     for requirement in wanted():
         found = [version for package, version in versions if package == canonicalize_name(requirement.name)]
         assert found, f"{name} lacks {requirement.name}: make update"
-        assert all(version in requirement.specifier for version in found), f"{requirement}, {name} has {found}: make update"
+        assert all(version in requirement.specifier for version in found), (
+            f"{requirement}, {name} has {found}: make update"
+        )
 
 
 def test_the_lock_of_the_oldest_holds_the_lower_bounds():

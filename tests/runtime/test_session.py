@@ -81,7 +81,8 @@ def test_refuses_what_is_not_there(tiny, tmp_path):
 def test_refuses_what_is_not_onnx(tmp_path, content):
     (tmp_path / "model.onnx").write_bytes(content)
     with pytest.raises(
-        InputError, match=r"^cannot open .*model\.onnx: (Protobuf parsing failed|No graph was found|.*ModelProto does not have a graph)[^\n]*$"
+        InputError,
+        match=r"^cannot open .*model\.onnx: (Protobuf parsing failed|No graph was found|.*ModelProto does not have a graph)[^\n]*$",
     ):
         open_session(tmp_path)
 
