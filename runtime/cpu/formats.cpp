@@ -36,12 +36,14 @@ std::string check_group(const NmWeight& w) {
   return "";
 }
 
-// Kernels keep column numbers in 32 bits.
-std::string check_cols(int64_t cols) {
-  if (cols < 0 || cols > INT32_MAX)
-    return "in_features must be between 0 and " + number(INT32_MAX) + ", got " + number(cols);
+// Kernels keep column numbers in 32 bits. Rows without columns take no bytes, so that no file's size bounds them.
+std::string check_size(const char* what, int64_t size) {
+  if (size < 0 || size > INT32_MAX)
+    return std::string(what) + " must be between 0 and " + number(INT32_MAX) + ", got " + number(size);
   return "";
 }
+
+bool aligned(const void* data, size_t to) { return reinterpret_cast<uintptr_t>(data) % to == 0; }
 
 std::string check_scales(DType type, int64_t group, const void* data, const Shape* shape, int64_t rows, int64_t cols) {
   if (type != DType::i4 && group != 0) return "group is for 4-bit values only, got " + number(group);
@@ -52,6 +54,8 @@ std::string check_scales(DType type, int64_t group, const void* data, const Shap
   if (!shape) return "quantised values need scales of shape " + show(wanted) + ", got none";
   if (*shape != wanted) return wanted_shape("scales", *shape, show(wanted));
   const int64_t count = type == DType::i8 ? rows : rows * wanted[1];
+  if (count > 0 && !aligned(data, type == DType::i8 ? 4 : 2))
+    return "scales must begin at a multiple of their element's size in memory";
   for (int64_t i = 0; i < count; ++i) {
     bool finite;
     if (type == DType::i8) {
@@ -91,6 +95,7 @@ constexpr Ascending24 kAscending24;
 std::string check_positions(const NmWeight& w) {
   const int bits = w.index_bits();
   const uint8_t* packed = w.indices;
+  if (w.kept_per_row() == 0) return "";
   for (int64_t row = 0; row < w.rows; ++row, packed += w.index_bytes_per_row()) {
     int64_t i = 0;
     if (w.n == 2 && w.m == 4) {
@@ -121,7 +126,8 @@ std::string show(const Shape& shape) {
 
 std::string check_nm_sizes(const NmWeight& w, const Shape* scales) {
   std::string why = check_group(w);
-  if (why.empty()) why = check_cols(w.cols);
+  if (why.empty()) why = check_size("in_features", w.cols);
+  if (why.empty()) why = check_size("out_features", w.rows);
   if (!why.empty()) return why;
   if (w.cols % w.m != 0)
     return "in_features must be a multiple of m = " + number(w.m) + ", got " + number(w.cols);
@@ -151,13 +157,14 @@ std::string check_nm(NmWeight& w, const Shape& values, const Shape& indices, con
 }
 
 std::string check_bitmask_sizes(const BitmaskWeight& w, const Shape* scales) {
-  const std::string why = check_cols(w.cols);
+  std::string why = check_size("in_features", w.cols);
+  if (why.empty()) why = check_size("out_features", w.rows);
   return why.empty() ? check_scales(w.type, w.group, w.scales, scales, w.rows, w.cols) : why;
 }
 
 std::string check_bitmask(BitmaskWeight& w, const Shape& values, const Shape& mask, const Shape& row_start,
                           const Shape* scales, const Shape* bias) {
-  std::string why = check_cols(w.cols);
+  std::string why = check_size("in_features", w.cols);
   if (!why.empty()) return why;
   if (mask.size() != 2) return wanted_shape("mask", mask, "[N, ceil(K / 8)]");
   const int64_t mask_bytes = w.mask_bytes_per_row();
@@ -170,6 +177,7 @@ std::string check_bitmask(BitmaskWeight& w, const Shape& values, const Shape& ma
     return wanted_shape("row_start", row_start, show({w.rows + 1})) + " (one more than the rows of mask)";
   if (!(why = check_bias(bias, w.rows)).empty()) return why;
   if (!(why = check_bitmask_sizes(w, scales)).empty()) return why;
+  if (!aligned(w.row_start, 8)) return "row_start must begin at a multiple of 8 bytes in memory";
   if (w.row_start[0] != 0) return "row_start must begin with 0, got " + number(w.row_start[0]);
   const uint8_t* mask_row = w.mask;
   for (int64_t row = 0; row < w.rows; ++row, mask_row += mask_bytes) {

@@ -1,5 +1,6 @@
 // Is this a well-formed sparse weight? Asked once, when a weight enters; the kernels then trust it.
-// Each check returns "" or a sentence with what was got and what was wanted. Nothing is read out of bounds.
+// Each check returns "" or a sentence with what was got and what was wanted. Nothing is read out of bounds, and the time
+// a check takes is bounded by the bytes that are there, whatever the shapes say.
 #pragma once
 #include <string>
 #include <vector>

@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 
@@ -79,16 +80,32 @@ const Kernels& kernels() {
   return *best;
 }
 
+// Arrays at odd addresses are legal in numpy and not in C++.
+template <class Array>
+void check_aligned(const Array& array, const char* name) {
+  const size_t size = size_t(array.dtype().bits) / 8;
+  if (array.size() && reinterpret_cast<uintptr_t>(array.data()) % size)
+    refuse_if(std::string(name) + " must begin at a multiple of " + std::to_string(size) + " bytes in memory");
+}
+
+size_t count_of(const Shape& shape) {
+  size_t count = 1;
+  for (const int64_t size : shape)
+    if (__builtin_mul_overflow(count, size_t(size), &count)) throw std::bad_alloc();
+  return count;
+}
+
 // The array to write: the caller's `out`, or a new one.
 template <class T, class Array>
 nb::object output(const std::optional<Array>& out, const Shape& shape, T** data) {
   if (out) {
     if (shape_of(*out) != shape) refuse_if("out must have shape " + show(shape) + ", got " + show(shape_of(*out)));
+    check_aligned(*out, "out");
     *data = out->data();
     return nb::cast(*out);
   }
   const size_t sizes[2] = {size_t(shape[0]), size_t(shape[1])};
-  auto owned = std::make_unique<T[]>(sizes[0] * sizes[1] + 1);
+  auto owned = std::make_unique<T[]>(count_of(shape) + 1);
   *data = owned.get();
   nb::capsule owner(owned.get(), [](void* p) noexcept { delete[] static_cast<T*>(p); });
   owned.release();
@@ -109,9 +126,15 @@ BitmaskWeight bitmask_weight(const Values& values, const Bytes& mask, const Int6
   return w;
 }
 
+void check_x_and_bias(const Floats& x, const std::optional<Floats>& bias) {
+  if (x.ndim() != 2) refuse_if("x must be 2-d [tokens, K], got " + show(shape_of(x)));
+  check_aligned(x, "x");
+  if (bias) check_aligned(*bias, "bias");
+}
+
 nb::object linear_nm(Floats x, Values values, Bytes indices, int n, int m, std::optional<Floats> bias,
                      std::optional<Values> scales, int64_t group, std::optional<Out> out) {
-  if (x.ndim() != 2) refuse_if("x must be 2-d [tokens, K], got " + show(shape_of(x)));
+  check_x_and_bias(x, bias);
   const Shape bias_shape = bias ? shape_of(*bias) : Shape{};
   const Scales given(type_of(values), scales);
   const NmWeight w =
@@ -128,7 +151,7 @@ nb::object linear_nm(Floats x, Values values, Bytes indices, int n, int m, std::
 
 nb::object linear_bitmask(Floats x, Values values, Bytes mask, Int64s row_start, std::optional<Floats> bias,
                           std::optional<Values> scales, int64_t group, std::optional<Out> out) {
-  if (x.ndim() != 2) refuse_if("x must be 2-d [tokens, K], got " + show(shape_of(x)));
+  check_x_and_bias(x, bias);
   const Shape bias_shape = bias ? shape_of(*bias) : Shape{};
   const Scales given(type_of(values), scales);
   const BitmaskWeight w =
@@ -152,9 +175,9 @@ auto released(Work&& work) {
 // A new numpy array that is not filled yet.
 template <class T>
 nb::object new_array(const Shape& shape, nb::dlpack::dtype dtype, T** data) {
-  size_t sizes[2] = {1, 1}, count = 1;
-  for (size_t i = 0; i < shape.size(); ++i) count *= sizes[i] = size_t(shape[i]);
-  std::unique_ptr<T[]> owned(new T[count + 1]);
+  size_t sizes[2] = {1, 1};
+  for (size_t i = 0; i < shape.size(); ++i) sizes[i] = size_t(shape[i]);
+  std::unique_ptr<T[]> owned(new T[count_of(shape) + 1]);
   *data = owned.get();
   nb::capsule owner(owned.get(), [](void* p) noexcept { delete[] static_cast<T*>(p); });
   owned.release();
@@ -200,6 +223,8 @@ struct NewScales {
 
 void check_weight(const Floats& weight) {
   if (weight.ndim() != 2) refuse_if("weight must be 2-d [N, K], got " + show(shape_of(weight)));
+  if (weight.shape(0) > INT32_MAX) refuse_if("weight is too large: " + show(shape_of(weight)));
+  check_aligned(weight, "weight");
 }
 
 nb::tuple packed_nm(Floats weight, int n, int m, const std::string& dtype, int64_t group,
@@ -260,6 +285,8 @@ nb::object pairwise_max_sum(Floats a, Floats b) {
   if (a.ndim() != 2 || b.ndim() != 2 || a.shape(0) != b.shape(0))
     refuse_if("a and b must be 2-d with the same number of rows, got " + show(shape_of(a)) + " and " +
               show(shape_of(b)));
+  check_aligned(a, "a");
+  check_aligned(b, "b");
   const int64_t r = int64_t(a.shape(0)), k1 = int64_t(a.shape(1)), k2 = int64_t(b.shape(1));
   double* sum;
   nb::object result = output<double>(std::optional<nb::ndarray<double, nb::c_contig>>{}, {k1, k2}, &sum);

@@ -4,6 +4,8 @@
 //   whose first dimension is out_features), name (of the node), w (a weight of kernels.h, checked by the constructor),
 //   compute(context, x, tokens, bias, y).
 #pragma once
+#include <cstdint>
+#include <cstring>
 #include <exception>
 #include <string>
 #include <vector>
@@ -89,12 +91,38 @@ inline Tensor constant(const OrtKernelInfo* info, size_t index, const char* name
   return tensor(value);
 }
 
-inline int attribute(const OrtKernelInfo* info, const char* name) {
+inline int64_t attribute(const OrtKernelInfo* info, const char* name) {
   int64_t value = 0;
   check(ort::KernelInfoGetAttribute_int64(api, info, name, &value));
-  constexpr int64_t kFar = 1000000000;  // fits an int, and what check_nm refuses stays refused
-  return int(value < -kFar ? -kFar : value > kFar ? kFar : value);
+  return value;
 }
+
+// For n and m. What does not fit an int is refused by check_nm, and so is its nearest int.
+inline int small_attribute(const OrtKernelInfo* info, const char* name) {
+  const int64_t value = attribute(info, name);
+  return int(value < INT32_MIN ? INT32_MIN : value > INT32_MAX ? INT32_MAX : value);
+}
+
+// The elements of a constant input. A file may place them at any offset and ONNX Runtime maps it as it is: what does not
+// lie at a multiple of its element's size is copied, once.
+template <class T>
+class Elements {
+ public:
+  Elements() = default;
+  explicit Elements(const Tensor& tensor) {
+    if (reinterpret_cast<uintptr_t>(tensor.data) % sizeof(T) == 0) return;
+    size_t count = 1;
+    for (const int64_t size : tensor.shape) count *= size_t(size);
+    copy_.resize(count);
+    std::memcpy(copy_.data(), tensor.data, count * sizeof(T));
+  }
+
+  // `now` is where ONNX Runtime has them in this call.
+  const T* read(const void* now) const { return copy_.empty() ? static_cast<const T*>(now) : copy_.data(); }
+
+ private:
+  std::vector<T> copy_;
+};
 
 inline const OrtValue* input(const OrtKernelContext* context, size_t index) {
   size_t count = 0;

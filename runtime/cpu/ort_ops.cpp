@@ -49,6 +49,8 @@ constexpr ort::ElementType value_type(DType type) {
 }
 
 constexpr ort::ElementType scale_type(DType type) { return type == DType::i4 ? ort::kFloat16 : ort::kFloat; }
+template <DType type>
+using Scale = std::conditional_t<type == DType::i4, uint16_t, float>;
 
 // linear_nm(x, values, indices, bias?)
 // linear_nm_int8(x, values, indices, scales, bias?), linear_nm_int4 likewise
@@ -64,12 +66,14 @@ struct NmKernel {
 
   std::string name;
   NmWeight w{};
+  Elements<Scale<type>> scale;
 
   explicit NmKernel(const OrtKernelInfo* info) : name(node_name(info)) {
     const Tensor values = constant(info, 1, "values"), indices = constant(info, 2, "indices");
     const Tensor scales = is_quantised(type) ? constant(info, 3, "scales") : Tensor{};
-    w = {0, 0, attribute(info, "n"), attribute(info, "m"), type, values.data,
-         static_cast<const uint8_t*>(indices.data), scales.data, 0};
+    if (is_quantised(type)) scale = Elements<Scale<type>>(scales);
+    w = {0, 0, small_attribute(info, "n"), small_attribute(info, "m"), type, values.data,
+         static_cast<const uint8_t*>(indices.data), is_quantised(type) ? scale.read(scales.data) : nullptr, 0};
     if (type == DType::i4) w.cols = attribute(info, "in_features"), w.group = attribute(info, "group");
     refuse(info, check_nm(w, values.shape, indices.shape, is_quantised(type) ? &scales.shape : nullptr, nullptr));
   }
@@ -78,7 +82,7 @@ struct NmKernel {
     NmWeight now = w;  // ask for the pointers again: they are only promised to last for one call
     now.values = bytes(context, 1);
     now.indices = bytes(context, 2);
-    if (is_quantised(type)) now.scales = bytes(context, 3);
+    if (is_quantised(type)) now.scales = scale.read(bytes(context, 3));
     OrtThreads threads{context};
     best_kernels(nullptr)->linear_nm(now, x, tokens, bias, y, Parallel{&threads, OrtThreads::run});
   }
@@ -99,13 +103,18 @@ struct BitmaskKernel {
 
   std::string name;
   BitmaskWeight w{};
+  Elements<int64_t> start;
+  Elements<Scale<type>> scale;
 
   explicit BitmaskKernel(const OrtKernelInfo* info) : name(node_name(info)) {
     const Tensor values = constant(info, 1, "values"), mask = constant(info, 2, "mask"),
                  row_start = constant(info, 3, "row_start");
     const Tensor scales = is_quantised(type) ? constant(info, 4, "scales") : Tensor{};
+    start = Elements<int64_t>(row_start);
+    if (is_quantised(type)) scale = Elements<Scale<type>>(scales);
     w = {0, attribute(info, "in_features"), type, values.data, static_cast<const uint8_t*>(mask.data),
-         static_cast<const int64_t*>(row_start.data), scales.data, type == DType::i4 ? attribute(info, "group") : 0};
+         start.read(row_start.data), is_quantised(type) ? scale.read(scales.data) : nullptr,
+         type == DType::i4 ? attribute(info, "group") : 0};
     refuse(info, check_bitmask(w, values.shape, mask.shape, row_start.shape,
                                is_quantised(type) ? &scales.shape : nullptr, nullptr));
   }
@@ -114,8 +123,8 @@ struct BitmaskKernel {
     BitmaskWeight now = w;
     now.values = bytes(context, 1);
     now.mask = bytes(context, 2);
-    now.row_start = static_cast<const int64_t*>(tensor(input(context, 3)).data);
-    if (is_quantised(type)) now.scales = bytes(context, 4);
+    now.row_start = start.read(bytes(context, 3));
+    if (is_quantised(type)) now.scales = scale.read(bytes(context, 4));
     OrtThreads threads{context};
     best_kernels(nullptr)->linear_bitmask(now, x, tokens, bias, y, Parallel{&threads, OrtThreads::run});
   }

@@ -186,6 +186,7 @@ std::string too_many(const float* dense, const NmWeight& w) {
 
 template <class Weight>
 void unpack(const Weight& w, float* dense, const Parallel& parallel) {
+  if (w.cols == 0) return;  // rows without bytes, as many as a shape may claim
   for_rows(w.rows, w.cols, parallel, [&](int64_t row) -> std::string {
     float* to = dense + row * w.cols;
     for (int64_t k = 0; k < w.cols; ++k) to[k] = 0.0f;
@@ -206,6 +207,7 @@ std::string find_scales(const float* dense, int64_t rows, int64_t cols, DType ty
                         const Parallel& parallel) {
   const int64_t width = type == DType::i8 ? cols : group;
   const int64_t groups = type == DType::i8 ? 1 : (cols + group - 1) / group;
+  if (groups == 0) return "";
   return for_rows(rows, cols, parallel, [&](int64_t row) -> std::string {
     for (int64_t i = 0; i < groups; ++i) {
       const float* first = dense + row * cols + i * width;
@@ -228,6 +230,7 @@ std::string find_scales(const float* dense, int64_t rows, int64_t cols, DType ty
 }
 
 std::string pack_nm(const float* dense, const NmWeight& w, void* values, uint8_t* indices, const Parallel& parallel) {
+  if (w.cols == 0) return "";
   return for_rows(w.rows, w.cols, parallel, [&](int64_t row) -> std::string {
     const float* from = dense + row * w.cols;
     std::vector<float> kept(static_cast<size_t>(w.kept_per_row()));

@@ -4,8 +4,12 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace sparsify {
@@ -15,11 +19,43 @@ using Task = void (*)(void*, size_t);
 
 class Pool {
  public:
+  // Throws std::runtime_error if the system refuses a thread. Fewer would do, but nobody would know why it is slow.
   explicit Pool(int threads) : threads_(threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    try {
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    } catch (const std::exception& error) {
+      const size_t started = workers_.size() + 1;
+      end();
+      throw std::runtime_error("the system gives " + std::to_string(started) + " of " + std::to_string(threads) +
+                               " threads: " + error.what());
+    }
   }
 
-  ~Pool() {
+  ~Pool() { end(); }
+
+  int threads() const { return threads_; }
+
+  // What the first task to fail throws, when all have ended: the others may still use `arg` until then.
+  void run(size_t count, Task task, void* arg) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      task_ = task;
+      arg_ = arg;
+      count_ = count;
+      next_.store(0, std::memory_order_relaxed);
+      failure_ = nullptr;
+      busy_ = int(workers_.size());
+      ++job_;
+    }
+    wake_.notify_all();
+    take_tasks();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+  }
+
+ private:
+  void end() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       stop_ = true;
@@ -28,27 +64,15 @@ class Pool {
     for (std::thread& worker : workers_) worker.join();
   }
 
-  int threads() const { return threads_; }
-
-  void run(size_t count, Task task, void* arg) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      task_ = task;
-      arg_ = arg;
-      count_ = count;
-      next_.store(0, std::memory_order_relaxed);
-      busy_ = int(workers_.size());
-      ++job_;
-    }
-    wake_.notify_all();
-    take_tasks();
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
-  }
-
- private:
+  // Never throws: of a worker that would end the process, and of the caller leave workers behind that still read `arg`.
   void take_tasks() {
-    for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) task_(arg_, i);
+    try {
+      for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) task_(arg_, i);
+    } catch (...) {
+      next_.store(count_, std::memory_order_relaxed);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!failure_) failure_ = std::current_exception();
+    }
   }
 
   void work() {
@@ -74,6 +98,7 @@ class Pool {
   size_t count_ = 0;
   std::atomic<size_t> next_{0};
   int busy_ = 0;
+  std::exception_ptr failure_;
   uint64_t job_ = 0;
   bool stop_ = false;
 };

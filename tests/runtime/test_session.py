@@ -80,9 +80,8 @@ def test_refuses_what_is_not_there(tiny, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x08\x0a"])
 def test_refuses_what_is_not_onnx(tmp_path, content):
     (tmp_path / "model.onnx").write_bytes(content)
-    with pytest.raises(
-        InputError, match=r"^cannot open .*model\.onnx: (Protobuf parsing failed|No graph was found)[^\n]*$"
-    ):
+    says = "Protobuf parsing failed|No graph was found|.*ModelProto does not have a graph"
+    with pytest.raises(InputError, match=rf"^cannot open .*model\.onnx: ({says})[^\n]*$"):
         open_session(tmp_path)
 
 
