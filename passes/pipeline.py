@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from ..calibrate import masks
-from ..calibrate.patterns import NM, find_pattern
+from ..calibrate.patterns import NM, Pattern, Unstructured, find_pattern, parse
 from .besa import Examples, learn_masks
 from .block import Block, mask, propagate, run_dense, score_linear
 from .checkpoint import Checkpoint, from_grids, to_grids, to_report
@@ -52,6 +52,7 @@ def prune(
     note: Note = lambda text: None,
     timings: Timings | None = None,
     quantised: MutableMapping[str, Gridded] | None = None,
+    patterns: MutableMapping[str, Pattern] | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> list[BlockReport]:
     """Prune every block of ``partition``, replacing the pruned weights in ``params``.
@@ -66,6 +67,7 @@ def prune(
         note: told what the user should know.
         timings: seconds per stage are added here.
         quantised: the weights that were quantised are added here with their grids, by key.
+        patterns: the pattern that each weight was given is added here, by key; it is stored by that.
         checkpoint: every block that is done is kept there; those that are there are only run.
 
     Raises:
@@ -101,19 +103,27 @@ def prune(
         )
         done = checkpoint.load(f"block-{len(reports)}") if checkpoint else None
         if done is not None:
-            report, on_grid = _restore_block(block, params, states, dense, check, *done)
+            report, on_grid, made = _restore_block(block, params, states, dense, check, *done)
         else:
             before = dict(params)
-            report, on_grid = _prune_block(block, params, states, dense, batches, check)
+            report, on_grid, made = _prune_block(block, params, states, dense, batches, check)
             if checkpoint is not None:
                 changed = {f"params/{key}": new for key, new in params.items() if new is not before[key]}
                 tensors, grids = from_grids(on_grid)
                 checkpoint.save(
-                    f"block-{len(reports)}", {**changed, **tensors}, {"report": asdict(report), "grids": grids}
+                    f"block-{len(reports)}",
+                    {**changed, **tensors},
+                    {
+                        "report": asdict(report),
+                        "grids": grids,
+                        "patterns": {key: str(its) for key, its in made.items()},
+                    },
                 )
         reports.append(report)
         if quantised is not None:
             quantised.update(on_grid)
+        if patterns is not None:
+            patterns.update(made)
         progress("pruning", len(reports), len(partition.blocks))
     return reports
 
@@ -126,13 +136,14 @@ def _restore_block(
     check: Values,
     tensors: Mapping[str, Tensor],
     notes: Mapping[str, Any],
-) -> tuple[BlockReport, dict[str, Gridded]]:
+) -> tuple[BlockReport, dict[str, Gridded], dict[str, Pattern]]:
     """What ``_prune_block`` did before: its weights, and what they make of the batches."""
     run_dense(block, params, dense)
     params.update({key.removeprefix("params/"): new for key, new in tensors.items() if key.startswith("params/")})
     for values in [*states, check]:
         values.update(run_part(block.part, values, params, block.names))
-    return to_report(notes["report"]), to_grids(tensors, notes["grids"])
+    made = {key: parse(text) for key, text in notes["patterns"].items()}
+    return to_report(notes["report"]), to_grids(tensors, notes["grids"]), made
 
 
 def _prune_block(
@@ -142,8 +153,8 @@ def _prune_block(
     dense: list[Values],
     batches: Sequence[Batch],
     check: Values,
-) -> tuple[BlockReport, dict[str, Gridded]]:
-    """Run all passes over one block; returns its report and its quantised weights.
+) -> tuple[BlockReport, dict[str, Gridded], dict[str, Pattern]]:
+    """Run all passes over one block; returns its report, its quantised weights and the patterns of all that it pruned.
 
     Args:
         block: the block.
@@ -161,11 +172,12 @@ def _prune_block(
         before = {key: masks.retained(s, mask(block, key, s)) for key, s in score.items()}
     folds = permute(block, params, score, observed, check)
     grids: dict[str, Gridded] = {}
+    picks: Mapping[str, NM | None] = {}
     if block.recipe.allocation is not None:
         with timings.stage("learn rates"):
             wanted = run_dense(block, params, dense) if dense else observed.outputs
             learned = learn_masks(block, params, score, Examples(states, wanted, [b.token_mask for b in batches]))
-            keep, grids = learned.keep, learned.grids
+            keep, grids, picks = learned.keep, learned.grids, learned.picks
     with timings.stage("mask"):
         if block.recipe.allocation is None:
             keep = {key: mask(block, key, s) for key, s in score.items()}
@@ -179,7 +191,8 @@ def _prune_block(
         tuned = tune(block, whole, params, states, observed.outputs, batches)
     with timings.stage("quantise"):
         own = {key: updated.keep for key, updated in done.items()}
-        quantised = quantise_block(block, params, own, observed, grids)
+        patterns = {key: its for key, mask in own.items() if (its := _pattern(block.recipe, mask, picks.get(key)))}
+        quantised = quantise_block(block, params, own, patterns, observed, grids)
     if block.recipe.quantise is not None and block.recipe.quantise.method == "joint":
         with timings.stage("tune on the grid"):
             tuned += tune(block, whole, params, states, observed.outputs, batches, quantised)
@@ -198,7 +211,7 @@ def _prune_block(
             LinearReport(
                 path=linear.path,
                 shape=shape,
-                pattern=_pattern(block.recipe, done[key].keep),
+                pattern=_told(block.recipe, patterns.get(key), own[key]),
                 reason="",
                 retained_before=before[key],
                 retained_after=after[key],
@@ -209,16 +222,33 @@ def _prune_block(
                 error_quantised=errors.get(key),
             )
         )
-    return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned), quantised
+    return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned), quantised, patterns
 
 
-def _pattern(recipe: Recipe, keep: Tensor) -> str:
-    """The pattern that a weight has, by name: what was asked for, or what was learned."""
-    if recipe.allocation is None and (recipe.given is None or isinstance(recipe.pattern, NM)):
+def _pattern(recipe: Recipe, keep: Tensor, pick: NM | None) -> Pattern | None:
+    """The pattern that a weight was given and is to be stored by; None where all of it was kept, or nothing.
+
+    Args:
+        recipe: what was asked for.
+        keep: the weight's mask.
+        pick: the pattern that was learned for it, if patterns were.
+    """
+    if isinstance(recipe.pattern, NM):
+        return recipe.pattern
+    if recipe.given is not None:  # nobody said whether these zeros come in groups
+        return find_pattern(keep, min_sparsity=0.0)
+    if recipe.allocation is not None and recipe.allocation.per == "pattern":
+        return pick
+    pruned = 1 - int(keep.sum()) / keep.numel()
+    return Unstructured(pruned) if 0 < pruned < 1 else None
+
+
+def _told(recipe: Recipe, pattern: Pattern | None, keep: Tensor) -> str:
+    """A pattern as the report names it: a fraction that was asked for as it was written, else that of the mask."""
+    if isinstance(pattern, NM):
+        return str(pattern)
+    if recipe.allocation is None and recipe.given is None:
         return str(recipe.pattern)
-    found = find_pattern(keep) if recipe.allocation and recipe.allocation.per == "pattern" else None
-    if isinstance(found, NM):
-        return str(found)
     pruned = 1 - int(keep.sum()) / keep.numel()
     return f"{pruned:.3f}" if recipe.allocation else f"{pruned:g}"
 

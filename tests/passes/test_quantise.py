@@ -29,11 +29,11 @@ def inputs(count=8, rows=8, tokens=20, width=48):
 
 def pruned(pattern=TWO_OF_FOUR, *, storage=None, method="sweep", **recipe):
     program = export(stack(**WIDE), torch.randn(3, 5, 48))
-    params, gridded = weights(program), {}
+    params, gridded, patterns = weights(program), {}, {}
     quantise = Quantise(storage, method) if storage else None
     recipe = Recipe(pattern, quantise=quantise, **{"update": "alps", "mask_from": "update", **recipe})
-    reports = prune(partition(program), params, recipe, inputs(), quantised=gridded)
-    return params, {key: for_packing(its) for key, its in gridded.items()}, reports, program
+    reports = prune(partition(program), params, recipe, inputs(), quantised=gridded, patterns=patterns)
+    return params, {key: for_packing(its, patterns[key]) for key, its in gridded.items()}, reports, program
 
 
 TUNE = Tune(epochs=6, tokens_per_step=160)
@@ -130,12 +130,14 @@ def test_what_stays_dense_or_is_not_asked_for_stays_as_it_is():
     assert pruned()[1] == {}
 
 
-def test_a_pattern_that_packing_would_not_keep_is_not_quantised():
-    """A fifth of zeros is too little for a packed form; the weight stays a float."""
-    params, on_grid, reports, _ = pruned(Unstructured(0.2), storage=INT4)
-    assert on_grid == {}
-    assert len(params[UP].unique()) > 1000
-    assert reports[0].linears[0].quantiser is None
+def test_what_packing_would_not_make_smaller_is_not_quantised():
+    """Rows of 4: codes, mask, scale and the row's place take more than 16 bytes. Rows of 8 gain."""
+    program = export(stack(width=4, hidden=8), torch.randn(3, 5, 4))
+    params, on_grid = weights(program), {}
+    recipe = Recipe(Unstructured(0.2), quantise=Quantise(INT8, "rtn"))
+    reports = prune(partition(program), params, recipe, inputs(width=4), quantised=on_grid)
+    assert {key.split(".")[-2] for key in on_grid} == {"down"}
+    assert [linear.quantiser for linear in reports[0].linears] == [None, "rtn"]
 
 
 def test_a_pattern_with_many_codes_of_0_is_still_the_pattern():
