@@ -63,16 +63,17 @@ def prepare(hessian: Tensor, method: Method, damping: float | None = None) -> In
     if method == "sparsegpt":
         found = damped_inverse(hessian + torch.diag(dead.float()), damping)
         return Inputs(method, scale, scaled, scaled, found.matrix, found.damping if found.damping > damping else 0.0)
-    identity = torch.eye(len(scale))
     if method == "cg":
-        return Inputs(method, scale, scaled, scaled + damping * identity, None)
+        return Inputs(method, scale, scaled, _damped(scaled, damping), None)
+    # Ones for dead features on both sides of what is solved, or their weights would shrink.
+    whole = scaled + torch.diag(dead.float())
     if method == "alps":
-        spectrum = damped_spectrum(scaled + torch.diag(dead.float()), damping)
+        spectrum = damped_spectrum(whole, damping)
         raised = spectrum.damping if spectrum.damping > damping else 0.0
-        return Inputs(method, scale, scaled, scaled + spectrum.damping * identity, None, raised, spectrum)
-    found = damped_inverse(scaled, damping, shift=1.0)
+        return Inputs(method, scale, scaled, _damped(whole, spectrum.damping), None, raised, spectrum)
+    found = damped_inverse(whole, damping, shift=1.0)
     raised = found.damping if found.damping > damping else 0.0
-    return Inputs(method, scale, scaled, scaled + found.damping * identity, found.matrix, raised)
+    return Inputs(method, scale, scaled, _damped(whole, found.damping), found.matrix, raised)
 
 
 def update(
@@ -88,16 +89,18 @@ def update(
         per: the weights that compete under an unstructured pattern.
 
     Returns:
-        The new weight, float32, +0.0 where pruned; and the keep mask.
+        The new weight, float32, +0.0 where pruned; and the keep mask. What is kept of a dead feature stays as it was:
+        nothing is known that it could be fitted to. (Algorithm 1 of SparseGPT drops such weights, kept or not.)
 
     Raises:
         ValueError: in_features is not a multiple of m.
     """
+    alive = inputs.hessian.diagonal() > 0
     if inputs.method == "sparsegpt":
         assert inputs.inverse is not None
         assert not isinstance(target, RowCounts)
-        alive = inputs.hessian.diagonal() > 0  # algorithm 1 of the paper drops weights that nothing ever reaches
-        return sweep(weight * alive, inputs.inverse, target)
+        new, keep = sweep(weight * alive, inputs.inverse, target)  # as zeros, dead features are pruned first
+        return torch.where(keep & ~alive, weight, new), keep
     scaled = weight * inputs.scale
     if inputs.spectrum is not None:
         new, keep = alps(scaled, inputs.damped, inputs.spectrum, target, per=per)
@@ -108,7 +111,12 @@ def update(
         new, keep = admm(scaled, inputs.damped, inputs.inverse.float(), target, per=per)
     if inputs.method != "admm":
         new = masked_cg(scaled, inputs.damped if inputs.method == "cg" else inputs.hessian, keep, new)
-    return torch.where(keep, new / inputs.scale, 0.0), keep
+    return torch.where(keep, torch.where(alive, new / inputs.scale, weight), 0.0), keep
+
+
+def _damped(matrix: Tensor, damping: float) -> Tensor:
+    """As `damped_inverse` and `damped_spectrum` damp it."""
+    return matrix + damping * float(matrix.diagonal().double().mean()) * torch.eye(len(matrix))
 
 
 def relative_error(weight: Tensor, original: Tensor, hessian: Tensor) -> float:

@@ -107,7 +107,8 @@ def quantise_block(
     nearest = wanted.method == "rtn" or as_learned
     done = {}
     for nodes, keys in alike(block, keep).items():
-        hessian = None if nearest else observed.hessian(nodes)
+        found = None if nearest else observed.hessian(nodes)
+        hessian = None if found is None else _with_dead(found)
         inverse = None if hessian is None else _inverse(hessian, paths[keys[0]])
         for key in keys:
             weight = params[key].float()
@@ -204,16 +205,24 @@ def _fit(start: Gridded, hessian: Tensor, inverse: Tensor, keep: Tensor) -> tupl
     return found, value
 
 
+def _with_dead(hessian: Tensor) -> Tensor:
+    """A Hessian in which features that calibration never saw count a little, so that their weights are not forgotten."""
+    diagonal = hessian.diagonal()
+    little = DAMPING["sparsegpt"] * float(diagonal.double().mean()) or 1.0
+    return hessian + torch.diag((diagonal == 0).float() * little)
+
+
 def _inverse(hessian: Tensor, path: str) -> Tensor:
-    dead = hessian.diagonal() == 0
     try:
-        return damped_inverse(hessian + torch.diag(dead.float()), DAMPING["sparsegpt"]).matrix
+        return damped_inverse(hessian, DAMPING["sparsegpt"]).matrix
     except ValueError as error:
         raise InputError(f"{path}: {error}; take --quantise rtn, or more calibration text") from error
 
 
 def _gains(weight: Tensor, pattern: Pattern, storage: Storage) -> bool:
-    """Whether the packed form is smaller than the dense one, which else is what the file will hold."""
+    """Whether the weight will be packed: it is not all zero, and the packed form is smaller than the dense one."""
+    if not bool(weight.any()):
+        return False
     rows, columns = weight.shape
     size = packed_bytes(rows, columns, int(weight.count_nonzero()), pattern, storage)
     return size < weight.numel() * weight.element_size()

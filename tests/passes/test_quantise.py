@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sparsify_export.calibrate.besa import Learning
+from sparsify_export.calibrate.grid import spread
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.passes.dialect.packed import pack
 from sparsify_export.passes.dialect.storage import Storage
@@ -154,3 +155,20 @@ def test_a_weight_too_large_for_int4_is_refused():
         InputError, match=r"layers\.0\.up: a scale of .* does not fit float16; store the weights as fp32"
     ):
         prune(partition(program), params, recipe, inputs())
+
+
+@pytest.mark.parametrize("storage", [INT4, INT8], ids=str)
+def test_what_calibration_never_saw_is_rounded_and_not_forgotten(storage):
+    """Columns of the first linear that reads zeros: each weight is the nearest on the grid that the row got."""
+    program = export(stack(**WIDE), torch.randn(3, 5, 48))
+    params, gridded, dead = weights(program), {}, slice(10, 20)
+    params["model.first.weight"] = params["model.first.weight"].clone()
+    params["model.first.weight"][dead], params["model.first.bias"] = 0.0, params["model.first.bias"].clone()
+    params["model.first.bias"][dead] = 0.0
+    recipe = Recipe(NM(2, 4), quantise=Quantise(storage, "sweep"), permute="none")
+    prune(partition(program), params, recipe, inputs(), quantised=gridded)
+    exact, scale = gridded[UP].exact[:, dead], spread(gridded[UP].scales(), 48, storage.grid)[:, dead]
+    nearest = (exact / scale).round().clamp(-storage.grid.limit, storage.grid.limit) * scale
+    assert int((exact != 0).sum()) > 0
+    torch.testing.assert_close(params[UP][:, dead], nearest)
+    assert (nearest - exact).norm() < 0.2 * exact.norm()

@@ -1,4 +1,4 @@
-"""A weight is stored by the pattern that it was pruned to, as small as the format says, and not by what it looks like."""
+"""A weight is stored by the pattern that it was pruned to, as small as the format says, whatever it looks like."""
 
 import math
 
@@ -21,10 +21,12 @@ BITS = {2: 1, 3: 2, 4: 2, 6: 4, 8: 4}
 """Of a position in a group: the table "The format" of the README."""
 
 
-def compiled(pattern, storage=FP32, **recipe):
+def compiled(pattern, storage=FP32, zero=None, **recipe):
     """The linears of the blocks as lowered, the packed weights and the pruned ones."""
     program = export(stack(width=WIDTH, hidden=HIDDEN), torch.randn(3, 5, WIDTH))
     params, x = weights(program), torch.randn(4, 2, 20, WIDTH, generator=torch.Generator().manual_seed(3))
+    if zero:
+        params[zero] = torch.zeros_like(params[zero])
     if storage.quantised:
         recipe["quantise"] = Quantise(storage, "rtn")
     batches = [Batch((batch,), None) for batch in x]
@@ -85,3 +87,13 @@ def test_groups_in_a_given_mask_are_found_and_few_zeros_in_it_are_enough(tmp_pat
     assert (inside["layers.0.up"].op, inside["layers.0.up"].pattern) == ("linear_nm", "2:4")
     assert inside["layers.0.down"].op == "linear_bitmask"
     assert inside["layers.1.up"].reason == "the weight is dense"
+
+
+@pytest.mark.parametrize("storage", [FP32, Storage("int8"), Storage("int4", 32)], ids=lambda storage: storage.kind)
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+def test_a_weight_of_zeros_only_stays_dense_and_says_why(storage, pattern):
+    inside, stored, _, done = compiled(pattern, storage, zero="model.layers.1.up.weight")
+    entry = inside["layers.1.up"]
+    assert (entry.op, entry.pattern, entry.reason) == ("MatMul", None, "the weight is zero everywhere")
+    assert len(stored) == 3
+    assert entry.linear.weight not in done.on_grid
