@@ -19,6 +19,10 @@ Method: TypeAlias = Literal["sparsegpt", "admm", "cg", "admm-cg", "alps"]
 
 DAMPING: Final[dict[Method, float]] = {"sparsegpt": 0.01, "admm": 0.1, "cg": 0.0, "admm-cg": 0.1, "alps": 0.01}
 """As published; conjugate gradients stop early instead."""
+SEEN: Final = 1e-6
+"""A direction was seen if its second moment is at least this fraction of the largest one: float32 rounds to less."""
+CAUTION: Final = 0.01
+"""What a weight that moves costs where calibration sees no effect of it; see `cost`."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Inputs:
         inverse: what SparseGPT or ADMM needs inverted; None for the others.
         raised: the damping that it took, where that is more than was asked for; else 0.
         spectrum: of the damped matrix, for ALPS; None for the others.
+        directions: how many directions the inputs have been seen in, where that is known, for ALPS; else None.
     """
 
     method: Method
@@ -42,6 +47,7 @@ class Inputs:
     inverse: Tensor | None
     raised: float = 0.0
     spectrum: Spectrum | None = None
+    directions: int | None = None
 
 
 def prepare(hessian: Tensor, method: Method, damping: float | None = None) -> Inputs:
@@ -70,14 +76,16 @@ def prepare(hessian: Tensor, method: Method, damping: float | None = None) -> In
     if method == "alps":
         spectrum = damped_spectrum(whole, damping)
         raised = spectrum.damping if spectrum.damping > damping else 0.0
-        return Inputs(method, scale, scaled, _damped(whole, spectrum.damping), None, raised, spectrum)
+        own = spectrum.values - spectrum.damping * float(whole.diagonal().double().mean())
+        directions = int((own > SEEN * float(own[-1])).sum()) - int(dead.sum())
+        return Inputs(method, scale, scaled, _damped(whole, spectrum.damping), None, raised, spectrum, directions)
     found = damped_inverse(whole, damping, shift=1.0)
     raised = found.damping if found.damping > damping else 0.0
     return Inputs(method, scale, scaled, _damped(whole, found.damping), found.matrix, raised)
 
 
 def update(
-    weight: Tensor, inputs: Inputs, target: Pattern | RowCounts | Tensor, *, per: Group
+    weight: Tensor, inputs: Inputs, target: Pattern | RowCounts | Tensor, *, per: Group, cautious: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Prune a weight and change what is left of it, so that the layer's output changes least.
 
@@ -87,6 +95,7 @@ def update(
         target: the pattern, or how many weights every row loses, and the method then chooses the mask; or a bool keep
             mask ``[R, C]``. Conjugate gradients want a mask, and SparseGPT takes no counts.
         per: the weights that compete under an unstructured pattern.
+        cautious: let conjugate gradients work on the damped Hessian too, where that is not their own way.
 
     Returns:
         The new weight, float32, +0.0 where pruned; and the keep mask. What is kept of a dead feature stays as it was:
@@ -110,7 +119,7 @@ def update(
     else:
         new, keep = admm(scaled, inputs.damped, inputs.inverse.float(), target, per=per)
     if inputs.method != "admm":
-        new = masked_cg(scaled, inputs.damped if inputs.method == "cg" else inputs.hessian, keep, new)
+        new = masked_cg(scaled, inputs.damped if cautious or inputs.method == "cg" else inputs.hessian, keep, new)
     return torch.where(keep, torch.where(alive, new / inputs.scale, weight), 0.0), keep
 
 
@@ -119,7 +128,24 @@ def _damped(matrix: Tensor, damping: float) -> Tensor:
     return matrix + damping * float(matrix.diagonal().double().mean()) * torch.eye(len(matrix))
 
 
-def relative_error(weight: Tensor, original: Tensor, hessian: Tensor) -> float:
+def cost(weight: Tensor, original: Tensor, hessian: Tensor) -> float:
+    r"""The relative error, and a little for every weight that moved: what decides whether an update is an improvement.
+
+    .. math:: \frac{\operatorname{tr}\,D \bigl(H + \gamma \operatorname{diag} H\bigr) D^\top}
+              {\operatorname{tr}\, W_0 H W_0^\top}, \quad D = W - W_0
+
+    Few or repetitive tokens leave directions in which weights can grow without any error on them; other text has those
+    directions. So the error alone would praise what ruins the model. See `CAUTION` for gamma.
+
+    Args:
+        weight: ``[R, C]`` float32.
+        original: W_0, of the same shape.
+        hessian: ``[C, C]`` float32.
+    """
+    return relative_error(weight, original, hessian, caution=CAUTION)
+
+
+def relative_error(weight: Tensor, original: Tensor, hessian: Tensor, *, caution: float = 0.0) -> float:
     r"""How far a linear's output moved, relative to its size.
 
     .. math:: \frac{\operatorname{tr}\,(W - W_0) H (W - W_0)^\top}{\operatorname{tr}\, W_0 H W_0^\top}
@@ -128,10 +154,16 @@ def relative_error(weight: Tensor, original: Tensor, hessian: Tensor) -> float:
         weight: ``[R, C]`` float32.
         original: W_0, of the same shape.
         hessian: ``[C, C]`` float32.
+        caution: by what fraction of itself the diagonal is raised for the error, not for the size.
 
     Returns:
         0.0 where the original output is zero throughout.
     """
     moved = weight - original
     size = total(product(original, hessian) * original)
-    return total(product(moved, hessian) * moved) / size if size > 0 else 0.0
+    if size <= 0:
+        return 0.0
+    wrong = total(product(moved, hessian) * moved)
+    if caution:
+        wrong += caution * total(moved.square() * hessian.diagonal())
+    return max(0.0, wrong / size)  # rounding may leave less than nothing

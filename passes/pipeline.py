@@ -19,6 +19,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..calibrate import masks
@@ -120,12 +121,39 @@ def prune(
                     },
                 )
         reports.append(report)
+        if len(reports) == 1 and (thin := _thin(report, batches)):
+            note(thin)
         if quantised is not None:
             quantised.update(on_grid)
         if patterns is not None:
             patterns.update(made)
         progress("pruning", len(reports), len(partition.blocks))
     return reports
+
+
+def _thin(report: BlockReport, batches: Sequence[Batch]) -> str:
+    """Say so where calibration shows too little of what linears read; "" where it is enough."""
+    known = [x for x in report.linears if x.directions is not None]
+    poor = [x for x in known if x.directions is not None and 2 * x.directions < x.shape[1]]
+    if not poor:
+        return ""
+    worst = min(poor, key=lambda x: (x.directions or 0) / x.shape[1])
+    return (
+        f"calibration shows {worst.directions} of the {worst.shape[1]} directions that the inputs of {worst.path} "
+        f"have, and less than half for {len(poor)} of {len(known)} linears of {report.path}{_told_tokens(batches)}: weights "
+        "are fitted to these alone; give more text, or text that repeats itself less"
+    )
+
+
+def _told_tokens(batches: Sequence[Batch]) -> str:
+    """How much text that is, where it is text."""
+    if any(batch.inputs[0].is_floating_point() for batch in batches):
+        return ""
+    seen = [
+        batch.inputs[0] if batch.token_mask is None else batch.inputs[0][batch.token_mask.bool()] for batch in batches
+    ]
+    tokens = torch.cat([x.reshape(-1) for x in seen])
+    return f" ({len(tokens)} tokens, {len(tokens.unique())} of them different)"
 
 
 def _restore_block(
@@ -218,6 +246,8 @@ def _prune_block(
                 sparsity=1 - int(done[key].weight.count_nonzero()) / done[key].weight.numel(),
                 error_before=done[key].error_before,
                 error_after=done[key].error_after,
+                refused=done[key].refused,
+                directions=done[key].directions,
                 quantiser=block.recipe.quantise.method if block.recipe.quantise and key in quantised else None,
                 error_quantised=errors.get(key),
             )

@@ -206,7 +206,7 @@ def _fit(start: Gridded, hessian: Tensor, inverse: Tensor, keep: Tensor) -> tupl
 
 
 def _with_dead(hessian: Tensor) -> Tensor:
-    """A Hessian in which features that calibration never saw count a little, so that their weights are not forgotten."""
+    """A Hessian in which features that calibration never saw count a little, so that no weight is forgotten."""
     diagonal = hessian.diagonal()
     little = DAMPING["sparsegpt"] * float(diagonal.double().mean()) or 1.0
     return hessian + torch.diag((diagonal == 0).float() * little)
