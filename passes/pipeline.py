@@ -140,8 +140,8 @@ def _thin(report: BlockReport, batches: Sequence[Batch]) -> str:
     worst = min(poor, key=lambda x: (x.directions or 0) / x.shape[1])
     return (
         f"calibration shows {worst.directions} of the {worst.shape[1]} directions that the inputs of {worst.path} "
-        f"have, and less than half for {len(poor)} of {len(known)} linears of {report.path}{_told_tokens(batches)}: weights "
-        "are fitted to these alone; give more text, or text that repeats itself less"
+        f"have, and less than half for {len(poor)} of {len(known)} linears of {report.path}{_told_tokens(batches)}: "
+        "weights are fitted to these alone; give more text, or text that repeats itself less"
     )
 
 
@@ -153,7 +153,7 @@ def _told_tokens(batches: Sequence[Batch]) -> str:
         batch.inputs[0] if batch.token_mask is None else batch.inputs[0][batch.token_mask.bool()] for batch in batches
     ]
     tokens = torch.cat([x.reshape(-1) for x in seen])
-    return f" ({len(tokens)} tokens, {len(tokens.unique())} of them different)"
+    return f" ({len(tokens)} tokens, {len(set(tokens.tolist()))} of them different)"
 
 
 def _restore_block(

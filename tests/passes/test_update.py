@@ -191,12 +191,12 @@ def test_little_text_does_not_ruin_what_it_does_not_show(method):
     other = torch.randn(1, 200, 64, generator=torch.Generator().manual_seed(6))
     program = export(stack(width=64, hidden=128), torch.randn(3, 5, 64))
     parts, dense, error = partition(program), weights(program), {}
-    for update in ("none", method):
+    for name in ("none", method):
         params = dict(dense)
-        chooses = "score" if update in ("none", "cg") else "update"
-        prune(parts, params, Recipe(TWO_OF_FOUR, update=update, mask_from=chooses), repetitive())
+        chooses = "score" if name in ("none", "cg") else "update"
+        prune(parts, params, Recipe(TWO_OF_FOUR, update=name, mask_from=chooses), repetitive())
         made, wanted = (run_model(parts, (other,), each, run_part) for each in (params, dense))
-        error[update] = float((made - wanted).norm() / wanted.norm())
+        error[name] = float((made - wanted).norm() / wanted.norm())
         largest = max(float(params[key].abs().max() / dense[key].abs().max()) for key in (UP, DOWN))
         assert largest < 20
     assert error[method] < 1.5 * error["none"]
