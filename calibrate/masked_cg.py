@@ -6,6 +6,7 @@ from torch import Tensor
 from .matmul import product
 
 ITERATIONS = 10
+EPSILON = torch.finfo(torch.float32).eps
 
 
 def masked_cg(weight: Tensor, hessian: Tensor, keep: Tensor, start: Tensor, *, iterations: int = ITERATIONS) -> Tensor:
@@ -16,7 +17,9 @@ def masked_cg(weight: Tensor, hessian: Tensor, keep: Tensor, start: Tensor, *, i
 
     Every row is a linear system of its own. All are solved together by conjugate gradients with the residual masked in
     every step: Meng et al. 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
-    Models", section 3.2. A step never raises a row's error; a row that is done stands still.
+    Models", section 3.2. A step never raises a row's error; a row that is done stands still. It is done when what is
+    left of its residual is no more than rounding, which may point where the Hessian is flat: following that would
+    make weights as large as one likes and gain nothing.
 
     Args:
         weight: ``[R, C]`` float32, W_0.
@@ -30,12 +33,15 @@ def masked_cg(weight: Tensor, hessian: Tensor, keep: Tensor, start: Tensor, *, i
     """
     w = torch.where(keep, start, 0.0)
     residual = product(weight - w, hessian).masked_fill_(~keep, 0.0)
+    rounding = EPSILON * product((weight - w).abs(), hessian.abs()).masked_fill_(~keep, 0.0)
+    least = rounding.square().sum(dim=1, keepdim=True)
     direction = residual
     size = residual.square().sum(dim=1, keepdim=True)
     for _ in range(iterations):
         moved = product(direction, hessian).masked_fill_(~keep, 0.0)
         curvature = (direction * moved).sum(dim=1, keepdim=True)
-        step = torch.where(curvature > 0, size / curvature, 0.0)
+        flat = curvature <= EPSILON * direction.square().sum(dim=1, keepdim=True)
+        step = torch.where(flat | (size <= least), 0.0, size / curvature)
         w = w + step * direction
         residual = residual - step * moved
         before, size = size, residual.square().sum(dim=1, keepdim=True)

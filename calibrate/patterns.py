@@ -70,6 +70,15 @@ class Unstructured:
 Pattern: TypeAlias = NM | Unstructured
 
 
+def parse(text: str) -> Pattern:
+    """Read what ``str`` makes of a pattern.
+
+    Raises:
+        ValueError: it is neither two numbers around a colon nor a fraction.
+    """
+    return NM.parse(text) if ":" in text else Unstructured(float(text))
+
+
 @dataclass(frozen=True, eq=False)
 class RowCounts:
     """Zeros anywhere in a row, and for every row how many.

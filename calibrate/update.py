@@ -19,6 +19,10 @@ Method: TypeAlias = Literal["sparsegpt", "admm", "cg", "admm-cg", "alps"]
 
 DAMPING: Final[dict[Method, float]] = {"sparsegpt": 0.01, "admm": 0.1, "cg": 0.0, "admm-cg": 0.1, "alps": 0.01}
 """As published; conjugate gradients stop early instead."""
+SEEN: Final = 1e-6
+"""A direction was seen if its second moment is at least this fraction of the largest one: float32 rounds to less."""
+CAUTION: Final = 0.01
+"""What a weight that moves costs where calibration sees no effect of it; see `cost`."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Inputs:
         inverse: what SparseGPT or ADMM needs inverted; None for the others.
         raised: the damping that it took, where that is more than was asked for; else 0.
         spectrum: of the damped matrix, for ALPS; None for the others.
+        directions: how many directions the inputs have been seen in, where that is known, for ALPS; else None.
     """
 
     method: Method
@@ -42,6 +47,7 @@ class Inputs:
     inverse: Tensor | None
     raised: float = 0.0
     spectrum: Spectrum | None = None
+    directions: int | None = None
 
 
 def prepare(hessian: Tensor, method: Method, damping: float | None = None) -> Inputs:
@@ -63,20 +69,23 @@ def prepare(hessian: Tensor, method: Method, damping: float | None = None) -> In
     if method == "sparsegpt":
         found = damped_inverse(hessian + torch.diag(dead.float()), damping)
         return Inputs(method, scale, scaled, scaled, found.matrix, found.damping if found.damping > damping else 0.0)
-    identity = torch.eye(len(scale))
     if method == "cg":
-        return Inputs(method, scale, scaled, scaled + damping * identity, None)
+        return Inputs(method, scale, scaled, _damped(scaled, damping), None)
+    # Ones for dead features on both sides of what is solved, or their weights would shrink.
+    whole = scaled + torch.diag(dead.float())
     if method == "alps":
-        spectrum = damped_spectrum(scaled + torch.diag(dead.float()), damping)
+        spectrum = damped_spectrum(whole, damping)
         raised = spectrum.damping if spectrum.damping > damping else 0.0
-        return Inputs(method, scale, scaled, scaled + spectrum.damping * identity, None, raised, spectrum)
-    found = damped_inverse(scaled, damping, shift=1.0)
+        own = spectrum.values - spectrum.damping * float(whole.diagonal().double().mean())
+        directions = int((own > SEEN * float(own[-1])).sum()) - int(dead.sum())
+        return Inputs(method, scale, scaled, _damped(whole, spectrum.damping), None, raised, spectrum, directions)
+    found = damped_inverse(whole, damping, shift=1.0)
     raised = found.damping if found.damping > damping else 0.0
-    return Inputs(method, scale, scaled, scaled + found.damping * identity, found.matrix, raised)
+    return Inputs(method, scale, scaled, _damped(whole, found.damping), found.matrix, raised)
 
 
 def update(
-    weight: Tensor, inputs: Inputs, target: Pattern | RowCounts | Tensor, *, per: Group
+    weight: Tensor, inputs: Inputs, target: Pattern | RowCounts | Tensor, *, per: Group, cautious: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Prune a weight and change what is left of it, so that the layer's output changes least.
 
@@ -86,18 +95,21 @@ def update(
         target: the pattern, or how many weights every row loses, and the method then chooses the mask; or a bool keep
             mask ``[R, C]``. Conjugate gradients want a mask, and SparseGPT takes no counts.
         per: the weights that compete under an unstructured pattern.
+        cautious: let conjugate gradients work on the damped Hessian too, where that is not their own way.
 
     Returns:
-        The new weight, float32, +0.0 where pruned; and the keep mask.
+        The new weight, float32, +0.0 where pruned; and the keep mask. What is kept of a dead feature stays as it was:
+        nothing is known that it could be fitted to. (Algorithm 1 of SparseGPT drops such weights, kept or not.)
 
     Raises:
         ValueError: in_features is not a multiple of m.
     """
+    alive = inputs.hessian.diagonal() > 0
     if inputs.method == "sparsegpt":
         assert inputs.inverse is not None
         assert not isinstance(target, RowCounts)
-        alive = inputs.hessian.diagonal() > 0  # algorithm 1 of the paper drops weights that nothing ever reaches
-        return sweep(weight * alive, inputs.inverse, target)
+        new, keep = sweep(weight * alive, inputs.inverse, target)  # as zeros, dead features are pruned first
+        return torch.where(keep & ~alive, weight, new), keep
     scaled = weight * inputs.scale
     if inputs.spectrum is not None:
         new, keep = alps(scaled, inputs.damped, inputs.spectrum, target, per=per)
@@ -107,11 +119,33 @@ def update(
     else:
         new, keep = admm(scaled, inputs.damped, inputs.inverse.float(), target, per=per)
     if inputs.method != "admm":
-        new = masked_cg(scaled, inputs.damped if inputs.method == "cg" else inputs.hessian, keep, new)
-    return torch.where(keep, new / inputs.scale, 0.0), keep
+        new = masked_cg(scaled, inputs.damped if cautious or inputs.method == "cg" else inputs.hessian, keep, new)
+    return torch.where(keep, torch.where(alive, new / inputs.scale, weight), 0.0), keep
 
 
-def relative_error(weight: Tensor, original: Tensor, hessian: Tensor) -> float:
+def _damped(matrix: Tensor, damping: float) -> Tensor:
+    """As `damped_inverse` and `damped_spectrum` damp it."""
+    return matrix + damping * float(matrix.diagonal().double().mean()) * torch.eye(len(matrix))
+
+
+def cost(weight: Tensor, original: Tensor, hessian: Tensor) -> float:
+    r"""The relative error, and a little for every weight that moved: what decides whether an update is an improvement.
+
+    .. math:: \frac{\operatorname{tr}\,D \bigl(H + \gamma \operatorname{diag} H\bigr) D^\top}
+              {\operatorname{tr}\, W_0 H W_0^\top}, \quad D = W - W_0
+
+    Few or repetitive tokens leave directions in which weights can grow without any error on them; other text has those
+    directions. So the error alone would praise what ruins the model. See `CAUTION` for gamma.
+
+    Args:
+        weight: ``[R, C]`` float32.
+        original: W_0, of the same shape.
+        hessian: ``[C, C]`` float32.
+    """
+    return relative_error(weight, original, hessian, caution=CAUTION)
+
+
+def relative_error(weight: Tensor, original: Tensor, hessian: Tensor, *, caution: float = 0.0) -> float:
     r"""How far a linear's output moved, relative to its size.
 
     .. math:: \frac{\operatorname{tr}\,(W - W_0) H (W - W_0)^\top}{\operatorname{tr}\, W_0 H W_0^\top}
@@ -120,10 +154,16 @@ def relative_error(weight: Tensor, original: Tensor, hessian: Tensor) -> float:
         weight: ``[R, C]`` float32.
         original: W_0, of the same shape.
         hessian: ``[C, C]`` float32.
+        caution: by what fraction of itself the diagonal is raised for the error, not for the size.
 
     Returns:
         0.0 where the original output is zero throughout.
     """
     moved = weight - original
     size = total(product(original, hessian) * original)
-    return total(product(moved, hessian) * moved) / size if size > 0 else 0.0
+    if size <= 0:
+        return 0.0
+    wrong = total(product(moved, hessian) * moved)
+    if caution:
+        wrong += caution * total(moved.square() * hessian.diagonal())
+    return max(0.0, wrong / size)  # rounding may leave less than nothing

@@ -7,7 +7,7 @@ block's output and then repaired, so that the block prunes its share of the targ
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,10 +35,12 @@ class Learned:
     Attributes:
         keep: bool masks.
         grids: of the dense weights, where their strengths were learned together with the rates; else empty.
+        picks: the pattern of each weight, where patterns were learned, None for dense; else empty.
     """
 
     keep: dict[str, Tensor]
     grids: dict[str, Gridded]
+    picks: dict[str, NM | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def _learn_patterns(
     except ValueError as error:
         raise InputError(f"{block.part.path}: {error}") from error
     keep = {key: choice.kept(codes[key], pick) for key, pick in zip(linears, picks, strict=True)}
-    return Learned(keep, grids)
+    return Learned(keep, grids, {key: candidates[key][pick] for key, pick in zip(linears, picks, strict=True)})
 
 
 def _learn(

@@ -19,10 +19,11 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..calibrate import masks
-from ..calibrate.patterns import NM, find_pattern
+from ..calibrate.patterns import NM, Pattern, Unstructured, find_pattern, parse
 from .besa import Examples, learn_masks
 from .block import Block, mask, propagate, run_dense, score_linear
 from .checkpoint import Checkpoint, from_grids, to_grids, to_report
@@ -52,6 +53,7 @@ def prune(
     note: Note = lambda text: None,
     timings: Timings | None = None,
     quantised: MutableMapping[str, Gridded] | None = None,
+    patterns: MutableMapping[str, Pattern] | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> list[BlockReport]:
     """Prune every block of ``partition``, replacing the pruned weights in ``params``.
@@ -66,6 +68,7 @@ def prune(
         note: told what the user should know.
         timings: seconds per stage are added here.
         quantised: the weights that were quantised are added here with their grids, by key.
+        patterns: the pattern that each weight was given is added here, by key; it is stored by that.
         checkpoint: every block that is done is kept there; those that are there are only run.
 
     Raises:
@@ -101,21 +104,56 @@ def prune(
         )
         done = checkpoint.load(f"block-{len(reports)}") if checkpoint else None
         if done is not None:
-            report, on_grid = _restore_block(block, params, states, dense, check, *done)
+            report, on_grid, made = _restore_block(block, params, states, dense, check, *done)
         else:
             before = dict(params)
-            report, on_grid = _prune_block(block, params, states, dense, batches, check)
+            report, on_grid, made = _prune_block(block, params, states, dense, batches, check)
             if checkpoint is not None:
                 changed = {f"params/{key}": new for key, new in params.items() if new is not before[key]}
                 tensors, grids = from_grids(on_grid)
                 checkpoint.save(
-                    f"block-{len(reports)}", {**changed, **tensors}, {"report": asdict(report), "grids": grids}
+                    f"block-{len(reports)}",
+                    {**changed, **tensors},
+                    {
+                        "report": asdict(report),
+                        "grids": grids,
+                        "patterns": {key: str(its) for key, its in made.items()},
+                    },
                 )
         reports.append(report)
+        if len(reports) == 1 and (thin := _thin(report, batches)):
+            note(thin)
         if quantised is not None:
             quantised.update(on_grid)
+        if patterns is not None:
+            patterns.update(made)
         progress("pruning", len(reports), len(partition.blocks))
     return reports
+
+
+def _thin(report: BlockReport, batches: Sequence[Batch]) -> str:
+    """Say so where calibration shows too little of what linears read; "" where it is enough."""
+    known = [x for x in report.linears if x.directions is not None]
+    poor = [x for x in known if x.directions is not None and 2 * x.directions < x.shape[1]]
+    if not poor:
+        return ""
+    worst = min(poor, key=lambda x: (x.directions or 0) / x.shape[1])
+    return (
+        f"calibration shows {worst.directions} of the {worst.shape[1]} directions that the inputs of {worst.path} "
+        f"have, and less than half for {len(poor)} of {len(known)} linears of {report.path}{_told_tokens(batches)}: "
+        "weights are fitted to these alone; give more text, or text that repeats itself less"
+    )
+
+
+def _told_tokens(batches: Sequence[Batch]) -> str:
+    """How much text that is, where it is text."""
+    if any(batch.inputs[0].is_floating_point() for batch in batches):
+        return ""
+    seen = [
+        batch.inputs[0] if batch.token_mask is None else batch.inputs[0][batch.token_mask.bool()] for batch in batches
+    ]
+    tokens = torch.cat([x.reshape(-1) for x in seen])
+    return f" ({len(tokens)} tokens, {len(set(tokens.tolist()))} of them different)"
 
 
 def _restore_block(
@@ -126,13 +164,14 @@ def _restore_block(
     check: Values,
     tensors: Mapping[str, Tensor],
     notes: Mapping[str, Any],
-) -> tuple[BlockReport, dict[str, Gridded]]:
+) -> tuple[BlockReport, dict[str, Gridded], dict[str, Pattern]]:
     """What ``_prune_block`` did before: its weights, and what they make of the batches."""
     run_dense(block, params, dense)
     params.update({key.removeprefix("params/"): new for key, new in tensors.items() if key.startswith("params/")})
     for values in [*states, check]:
         values.update(run_part(block.part, values, params, block.names))
-    return to_report(notes["report"]), to_grids(tensors, notes["grids"])
+    made = {key: parse(text) for key, text in notes["patterns"].items()}
+    return to_report(notes["report"]), to_grids(tensors, notes["grids"]), made
 
 
 def _prune_block(
@@ -142,8 +181,8 @@ def _prune_block(
     dense: list[Values],
     batches: Sequence[Batch],
     check: Values,
-) -> tuple[BlockReport, dict[str, Gridded]]:
-    """Run all passes over one block; returns its report and its quantised weights.
+) -> tuple[BlockReport, dict[str, Gridded], dict[str, Pattern]]:
+    """Run all passes over one block; returns its report, its quantised weights and the patterns of all that it pruned.
 
     Args:
         block: the block.
@@ -161,11 +200,12 @@ def _prune_block(
         before = {key: masks.retained(s, mask(block, key, s)) for key, s in score.items()}
     folds = permute(block, params, score, observed, check)
     grids: dict[str, Gridded] = {}
+    picks: Mapping[str, NM | None] = {}
     if block.recipe.allocation is not None:
         with timings.stage("learn rates"):
             wanted = run_dense(block, params, dense) if dense else observed.outputs
             learned = learn_masks(block, params, score, Examples(states, wanted, [b.token_mask for b in batches]))
-            keep, grids = learned.keep, learned.grids
+            keep, grids, picks = learned.keep, learned.grids, learned.picks
     with timings.stage("mask"):
         if block.recipe.allocation is None:
             keep = {key: mask(block, key, s) for key, s in score.items()}
@@ -179,7 +219,8 @@ def _prune_block(
         tuned = tune(block, whole, params, states, observed.outputs, batches)
     with timings.stage("quantise"):
         own = {key: updated.keep for key, updated in done.items()}
-        quantised = quantise_block(block, params, own, observed, grids)
+        patterns = {key: its for key, mask in own.items() if (its := _pattern(block.recipe, mask, picks.get(key)))}
+        quantised = quantise_block(block, params, own, patterns, observed, grids)
     if block.recipe.quantise is not None and block.recipe.quantise.method == "joint":
         with timings.stage("tune on the grid"):
             tuned += tune(block, whole, params, states, observed.outputs, batches, quantised)
@@ -198,27 +239,46 @@ def _prune_block(
             LinearReport(
                 path=linear.path,
                 shape=shape,
-                pattern=_pattern(block.recipe, done[key].keep),
+                pattern=_told(block.recipe, patterns.get(key), own[key]),
                 reason="",
                 retained_before=before[key],
                 retained_after=after[key],
                 sparsity=1 - int(done[key].weight.count_nonzero()) / done[key].weight.numel(),
                 error_before=done[key].error_before,
                 error_after=done[key].error_after,
+                refused=done[key].refused,
+                directions=done[key].directions,
                 quantiser=block.recipe.quantise.method if block.recipe.quantise and key in quantised else None,
                 error_quantised=errors.get(key),
             )
         )
-    return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned), quantised
+    return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned), quantised, patterns
 
 
-def _pattern(recipe: Recipe, keep: Tensor) -> str:
-    """The pattern that a weight has, by name: what was asked for, or what was learned."""
-    if recipe.allocation is None and (recipe.given is None or isinstance(recipe.pattern, NM)):
+def _pattern(recipe: Recipe, keep: Tensor, pick: NM | None) -> Pattern | None:
+    """The pattern that a weight was given and is to be stored by; None where all of it was kept, or nothing.
+
+    Args:
+        recipe: what was asked for.
+        keep: the weight's mask.
+        pick: the pattern that was learned for it, if patterns were.
+    """
+    if isinstance(recipe.pattern, NM):
+        return recipe.pattern
+    if recipe.given is not None:  # nobody said whether these zeros come in groups
+        return find_pattern(keep, min_sparsity=0.0)
+    if recipe.allocation is not None and recipe.allocation.per == "pattern":
+        return pick
+    pruned = 1 - int(keep.sum()) / keep.numel()
+    return Unstructured(pruned) if 0 < pruned < 1 else None
+
+
+def _told(recipe: Recipe, pattern: Pattern | None, keep: Tensor) -> str:
+    """A pattern as the report names it: a fraction that was asked for as it was written, else that of the mask."""
+    if isinstance(pattern, NM):
+        return str(pattern)
+    if recipe.allocation is None and recipe.given is None:
         return str(recipe.pattern)
-    found = find_pattern(keep) if recipe.allocation and recipe.allocation.per == "pattern" else None
-    if isinstance(found, NM):
-        return str(found)
     pruned = 1 - int(keep.sum()) / keep.numel()
     return f"{pruned:.3f}" if recipe.allocation else f"{pruned:g}"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..calibrate import grid, quantise
 from ..calibrate.damping import damped_inverse
-from ..calibrate.patterns import find_pattern
+from ..calibrate.patterns import Pattern
 from ..calibrate.rescale import rescale
 from ..calibrate.update import DAMPING, relative_error
 from .block import Block, Observed, alike
@@ -74,6 +74,7 @@ def quantise_block(
     block: Block,
     params: MutableMapping[str, Tensor],
     keep: Mapping[str, Tensor],
+    patterns: Mapping[str, Pattern],
     observed: Observed,
     learned: Mapping[str, Gridded],
 ) -> dict[str, Gridded]:
@@ -86,6 +87,7 @@ def quantise_block(
         block: the block.
         params: weights by key, pruned; replaced by weights on the grid.
         keep: their masks.
+        patterns: what they are stored by; weights without one stay floats.
         observed: the Hessians of their inputs.
         learned: grids of the dense weights, by key, whose strengths were learned with the masks. Without an update such
             weights are rounded to nearest, as they were while that was learned; with one these strengths are where the
@@ -105,11 +107,12 @@ def quantise_block(
     nearest = wanted.method == "rtn" or as_learned
     done = {}
     for nodes, keys in alike(block, keep).items():
-        hessian = None if nearest else observed.hessian(nodes)
+        found = None if nearest else observed.hessian(nodes)
+        hessian = None if found is None else _with_dead(found)
         inverse = None if hessian is None else _inverse(hessian, paths[keys[0]])
         for key in keys:
             weight = params[key].float()
-            if not _gains(weight, keep[key], wanted.storage):
+            if key not in patterns or not _gains(weight, patterns[key], wanted.storage):
                 continue
             if as_learned:
                 done[key] = replace(learned[key], exact=weight)
@@ -142,10 +145,8 @@ def first_grids(block: Block, keys: Iterable[str], params: Mapping[str, Tensor])
     return found
 
 
-def for_packing(gridded: Gridded) -> OnGrid:
-    """What packing has to know of a weight that is on its grid."""
-    pattern = find_pattern(gridded.exact != 0)
-    assert pattern is not None  # or it would not have been quantised
+def for_packing(gridded: Gridded, pattern: Pattern) -> OnGrid:
+    """What packing has to know of a weight that is on its grid and was pruned to ``pattern``."""
     scales = gridded.scales().to(gridded.storage.grid.dtype)
     return OnGrid(pattern, scales if gridded.storage.group else scales[:, 0].contiguous())
 
@@ -204,18 +205,23 @@ def _fit(start: Gridded, hessian: Tensor, inverse: Tensor, keep: Tensor) -> tupl
     return found, value
 
 
+def _with_dead(hessian: Tensor) -> Tensor:
+    """A Hessian in which features that calibration never saw count a little, so that no weight is forgotten."""
+    diagonal = hessian.diagonal()
+    little = DAMPING["sparsegpt"] * float(diagonal.double().mean()) or 1.0
+    return hessian + torch.diag((diagonal == 0).float() * little)
+
+
 def _inverse(hessian: Tensor, path: str) -> Tensor:
-    dead = hessian.diagonal() == 0
     try:
-        return damped_inverse(hessian + torch.diag(dead.float()), DAMPING["sparsegpt"]).matrix
+        return damped_inverse(hessian, DAMPING["sparsegpt"]).matrix
     except ValueError as error:
         raise InputError(f"{path}: {error}; take --quantise rtn, or more calibration text") from error
 
 
-def _gains(weight: Tensor, keep: Tensor, storage: Storage) -> bool:
-    """Whether the packed form is smaller than the dense one, which else is what the file will hold."""
-    pattern = find_pattern(keep)
-    if pattern is None:
+def _gains(weight: Tensor, pattern: Pattern, storage: Storage) -> bool:
+    """Whether the weight will be packed: it is not all zero, and the packed form is smaller than the dense one."""
+    if not bool(weight.any()):
         return False
     rows, columns = weight.shape
     size = packed_bytes(rows, columns, int(weight.count_nonzero()), pattern, storage)

@@ -1,10 +1,11 @@
 """Put the weights of a whole model on their grids once they are trained."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
+from ..calibrate.patterns import Pattern
 from .block import Block, propagate
 from .frontend.batches import Batch
 from .fx.attended import find_attended
@@ -26,6 +27,7 @@ def quantise_trained(
     note: Note,
     timings: Timings,
     quantised: MutableMapping[str, Gridded],
+    patterns: Mapping[str, Pattern],
 ) -> list[BlockReport]:
     """Quantise the pruned weights block by block, each on what the blocks before it, quantised, hand on.
 
@@ -46,6 +48,7 @@ def quantise_trained(
         note: told what the user should know.
         timings: seconds per stage are added here.
         quantised: the weights that were quantised are added here with their grids, by key.
+        patterns: what the weights were pruned to, by key.
 
     Returns:
         The reports with how each linear was quantised, and its error against the weights before.
@@ -79,7 +82,7 @@ def quantise_trained(
         with timings.stage("quantise"):
             before = {linear.weight: params[linear.weight] for linear in block.pruned}
             keep = {key: weight != 0 for key, weight in before.items()}
-            done = quantise_block(block, params, keep, observed, {})
+            done = quantise_block(block, params, keep, patterns, observed, {})
             errors = quantised_errors(block, params, before, done, observed)
         quantised.update(done)
         with timings.stage("propagate"):

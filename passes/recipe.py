@@ -148,6 +148,9 @@ class LinearReport:
         error_before: ``tr((W - W0) H (W - W0)^T) / tr(W0 H W0^T)`` with the original weights under the score's mask;
             None without an update.
         error_after: the same with the weights as pruned.
+        refused: why its update was not taken, so that it has the original weights under the score's mask, or was taken
+            with more damping only; "" where all is well.
+        directions: how many directions its inputs have been seen in, of in_features; None where that is not known.
         quantiser: how it was quantised; None where it was not.
         error_quantised: the same error with the weights as quantised; None where the Hessian is not known. Where they
             were distilled before, W0 is what that left.
@@ -162,6 +165,8 @@ class LinearReport:
     sparsity: float = 0.0
     error_before: float | None = None
     error_after: float | None = None
+    refused: str = ""
+    directions: int | None = None
     quantiser: Quantiser | None = None
     error_quantised: float | None = None
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..calibrate.patterns import Pattern
 from .checkpoint import Checkpoint, fingerprint
 from .dialect.packed import OnGrid
 from .distil import Output, distil
@@ -26,11 +27,13 @@ class Sparsified:
         distilled: what training all blocks together made of the model: nothing where the recipe does not ask for it,
             and with joint quantisation first that of the floats, then that on the grid.
         on_grid: what packing has to know of the weights that were quantised, by key.
+        patterns: the pattern that each pruned weight was given, by key.
     """
 
     blocks: tuple[BlockReport, ...]
     distilled: tuple[DistilReport, ...]
     on_grid: dict[str, OnGrid]
+    patterns: dict[str, Pattern]
 
 
 def sparsify(
@@ -57,6 +60,7 @@ def sparsify(
     """
     timings = timings or Timings()
     quantised: dict[str, Gridded] = {}
+    patterns: dict[str, Pattern] = {}
     dense = dict(params) if recipe.distil else {}
     kept = Checkpoint.open(checkpoint, fingerprint(recipe, params, batches)) if checkpoint else None
     late = _trains_before_the_grid(recipe)
@@ -70,6 +74,7 @@ def sparsify(
         note=note,
         timings=timings,
         quantised=quantised,
+        patterns=patterns,
         checkpoint=kept,
     )
     done = {linear.path for block in blocks for linear in block.linears if linear.pattern is not None}
@@ -103,10 +108,11 @@ def sparsify(
             note=note,
             timings=timings,
             quantised=quantised,
+            patterns=patterns,
         )
         distilled.append(train(recipe.distil, "distil-on-grid"))
-    on_grid = {key: for_packing(its) for key, its in quantised.items()}
-    return Sparsified(tuple(blocks), tuple(distilled), on_grid)
+    on_grid = {key: for_packing(its, patterns[key]) for key, its in quantised.items()}
+    return Sparsified(tuple(blocks), tuple(distilled), on_grid, patterns)
 
 
 def _trains_before_the_grid(recipe: Recipe) -> bool:

@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from ..calibrate.patterns import Pattern, RowCounts
-from ..calibrate.update import prepare, relative_error, update
+from ..calibrate.update import DAMPING, Inputs, cost, prepare, relative_error, update
 from .block import GROUPS, Block, Observed, alike
 from .errors import InputError
 from .recipe import Recipe
+
+MORE: Final = (0.01, 0.1, 1.0)
+"""Damping that is tried where an update makes a layer worse."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,16 @@ class Updated:
         error_before: relative error of the linear's output with the original weights under the mask given; None
             without an update.
         error_after: the same as pruned.
+        refused: why the update was not taken, or with more damping only; "" where it was taken as it is.
+        directions: how many directions the inputs were seen in; None where that is not known.
     """
 
     weight: Tensor
     keep: Tensor
     error_before: float | None = None
     error_after: float | None = None
+    refused: str = ""
+    directions: int | None = None
 
 
 def update_block(
@@ -72,22 +80,47 @@ def _update_alike(
     targets: Mapping[str, Pattern | RowCounts | Tensor],
     hessian: Tensor,
 ) -> dict[str, Updated]:
-    """Update the weights of linears that read the same input."""
+    """Update the weights of linears that read the same input.
+
+    An update that makes a layer worse (`calibrate.update.cost`) is tried again with more damping; where none helps, the
+    original weights stay, under the score's mask.
+    """
     recipe = block.recipe
     assert recipe.update != "none"
-    path = next(linear.path for linear in block.pruned if linear.weight in weights)
+    first = DAMPING[recipe.update] if recipe.damping is None else recipe.damping
+    paths = {linear.weight: linear.path for linear in reversed(block.pruned)}
+    masked = {key: torch.where(keep[key], weight.float(), 0.0) for key, weight in weights.items()}
+    before = {key: relative_error(masked[key], weight.float(), hessian) for key, weight in weights.items()}
+    done: dict[str, Updated] = {}
+    directions = None
+    for damping in (first, *(more for more in MORE if more > first)):
+        inputs = _prepare(block, paths[next(iter(weights))], hessian, damping)
+        directions = inputs.directions if directions is None else directions
+        for key in [key for key in weights if key not in done]:
+            weight = weights[key].float()
+            new, own = update(weight, inputs, targets[key], per=GROUPS[recipe.score], cautious=damping != first)
+            if not bool(new.isfinite().all()) or cost(new, weight, hessian) > cost(masked[key], weight, hessian):
+                continue
+            why = "" if damping == first else f"made its layer worse below a damping of {damping:g}"
+            after = relative_error(new, weight, hessian)
+            done[key] = Updated(new.to(weights[key].dtype), own, before[key], after, why, directions)
+        if len(done) == len(weights):
+            break
+    for key in [key for key in weights if key not in done]:
+        why = "would make its layer worse with any damping, so the weights that its mask keeps stay as they were"
+        done[key] = Updated(masked[key].to(weights[key].dtype), keep[key], before[key], before[key], why, directions)
+    for key, its in done.items():
+        if its.refused:
+            block.note(f"{paths[key]}: its update {its.refused}")
+    return {key: done[key] for key in weights}
+
+
+def _prepare(block: Block, path: str, hessian: Tensor, damping: float) -> Inputs:
+    assert block.recipe.update != "none"
     try:
-        inputs = prepare(hessian, recipe.update, recipe.damping)
+        inputs = prepare(hessian, block.recipe.update, damping)
     except ValueError as error:
         raise InputError(f"{path}: {error}; give a larger --damping, or more calibration text") from error
     if inputs.raised:
         block.note(f"{path}: its Hessian is not positive definite as it is; --damping raised to {inputs.raised:g}")
-    done = {}
-    for key, weight in weights.items():
-        weight = weight.float()
-        new, own = update(weight, inputs, targets[key], per=GROUPS[recipe.score])
-        if not bool(new.isfinite().all()):
-            raise InputError(f"{path}: the update has no finite solution; give a larger --damping")
-        before = relative_error(torch.where(keep[key], weight, 0.0), weight, hessian)
-        done[key] = Updated(new.to(weights[key].dtype), own, before, relative_error(new, weight, hessian))
-    return done
+    return inputs

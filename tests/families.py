@@ -133,7 +133,7 @@ def compile_family(
     # Copies: the model gets the pruned weights further down, and shares its own with the program.
     source = {**traced.program.constants, **{k: v.detach().clone() for k, v in traced.program.state_dict.items()}}
     params = dict(source)
-    done = Sparsified((), None, {})
+    done = Sparsified((), (), {}, {})
     if pattern is not None:
         cache = compiler.cache_pairs(traced, parts)
         if name in UPDATED:
@@ -142,7 +142,7 @@ def compile_family(
         done = sparsify(parts, params, Recipe(pattern, **recipe), batches, output=output, cache=cache)
         compiler.store(traced, params)
     load_into(pretrained.model, params)
-    lowered = lower_linears(traced.program, storage=storage, on_grid=done.on_grid)
+    lowered = lower_linears(traced.program, storage=storage, on_grid=done.on_grid, patterns=done.patterns)
     packed = stored_weights(traced.program, lowered)
     path = folder / f"{name}.onnx"
     to_onnx(traced, path, metadata={"source": name})

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
-from ...calibrate.patterns import Pattern, find_pattern
+from ...calibrate.patterns import Pattern, Unstructured, find_pattern
 from ..cost import Worth
 from ..dialect import packed
 from ..dialect.packed import OnGrid, Packed
@@ -51,6 +51,7 @@ def lower_linears(
     sparse: bool = True,
     worth: Worth | None = None,
     on_grid: Mapping[str, OnGrid] = MappingProxyType({}),
+    patterns: Mapping[str, Pattern] = MappingProxyType({}),
 ) -> list[Lowered]:
     """Rewrite every linear whose weight is sparse to a sparse op, in place.
 
@@ -70,6 +71,7 @@ def lower_linears(
         sparse: False only reports.
         worth: asked for every weight that could be lowered; None lowers all of them.
         on_grid: the weights, by key, that were quantised before; all others are rounded to nearest here.
+        patterns: what weights were pruned to, by key; the pattern of all others is found from their zeros.
 
     Raises:
         InputError: a weight does not fit the storage.
@@ -85,7 +87,7 @@ def lower_linears(
             results.append(Lowered(linear, None, "MatMul", "the weight is a constant, not a parameter", dense, dense))
             continue
         known = on_grid.get(linear.weight)
-        pattern = known.pattern if known else find_pattern(weight.detach())
+        pattern = _pattern(weight.detach(), known.pattern if known else patterns.get(linear.weight))
         reason = _why_dense(node, weight, pattern, storage, sparse, worth)
         if reason or pattern is None:
             found = None if pattern is None else str(pattern)
@@ -116,12 +118,21 @@ def stored_weights(program: ExportedProgram, lowered: Sequence[Lowered]) -> dict
     }
 
 
+def _pattern(weight: Tensor, given: Pattern | None) -> Pattern | None:
+    """The pattern that a weight was given; without one that of its zeros. None for a weight of zeros only."""
+    if given is None or not bool(weight.any()):
+        return find_pattern(weight)
+    if isinstance(given, Unstructured):  # training may have made more zeros
+        return Unstructured(1 - int(weight.count_nonzero()) / weight.numel())
+    return given
+
+
 def _why_dense(
     node: Node, weight: Tensor, pattern: Pattern | None, storage: Storage, sparse: bool, worth: Worth | None
 ) -> str:
     """The reason why a linear must stay a MatMul, "" if it need not."""
     if pattern is None:
-        return "the weight is dense"
+        return "the weight is dense" if bool(weight.any()) else "the weight is zero everywhere"
     if not sparse:
         return "--ops standard"
     holder = node.args[1]

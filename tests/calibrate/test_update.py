@@ -219,6 +219,21 @@ def test_dead_features_and_dead_rows_stay_finite(method):
         assert bool(found.isfinite().all())
         assert fits(keep, NM(2, 4))
         assert not bool(found[2].any())
+        kept = torch.where(keep, weight, 0.0)
+        assert torch.equal(found[:, dead], kept[:, dead])  # neither shrunk nor moved
+
+
+@pytest.mark.parametrize("method", ["admm", "admm-cg", "alps"])
+def test_dead_features_change_nothing_for_the_others(method):
+    """As many again that are never seen: under a mask, the seen half is fitted as it is alone."""
+    weight, hessian = layer(rows=8, columns=16)
+    wider = torch.zeros(32, 32)
+    wider[:16, :16] = hessian
+    keep = magnitude_mask(weight, NM(2, 4))
+    alone, _ = update(weight, prepare(hessian, method), keep, per="matrix")
+    both = torch.cat([weight, weight], dim=1)
+    found, _ = update(both, prepare(wider, method), torch.cat([keep, keep], dim=1), per="matrix")
+    torch.testing.assert_close(found[:, :16], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_damping_rises_until_the_matrix_is_positive_definite():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sparsify_export.calibrate.besa import Learning
+from sparsify_export.calibrate.grid import spread
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.passes.dialect.packed import pack
 from sparsify_export.passes.dialect.storage import Storage
@@ -29,11 +30,11 @@ def inputs(count=8, rows=8, tokens=20, width=48):
 
 def pruned(pattern=TWO_OF_FOUR, *, storage=None, method="sweep", **recipe):
     program = export(stack(**WIDE), torch.randn(3, 5, 48))
-    params, gridded = weights(program), {}
+    params, gridded, patterns = weights(program), {}, {}
     quantise = Quantise(storage, method) if storage else None
     recipe = Recipe(pattern, quantise=quantise, **{"update": "alps", "mask_from": "update", **recipe})
-    reports = prune(partition(program), params, recipe, inputs(), quantised=gridded)
-    return params, {key: for_packing(its) for key, its in gridded.items()}, reports, program
+    reports = prune(partition(program), params, recipe, inputs(), quantised=gridded, patterns=patterns)
+    return params, {key: for_packing(its, patterns[key]) for key, its in gridded.items()}, reports, program
 
 
 TUNE = Tune(epochs=6, tokens_per_step=160)
@@ -130,12 +131,14 @@ def test_what_stays_dense_or_is_not_asked_for_stays_as_it_is():
     assert pruned()[1] == {}
 
 
-def test_a_pattern_that_packing_would_not_keep_is_not_quantised():
-    """A fifth of zeros is too little for a packed form; the weight stays a float."""
-    params, on_grid, reports, _ = pruned(Unstructured(0.2), storage=INT4)
-    assert on_grid == {}
-    assert len(params[UP].unique()) > 1000
-    assert reports[0].linears[0].quantiser is None
+def test_what_packing_would_not_make_smaller_is_not_quantised():
+    """Rows of 4: codes, mask, scale and the row's place take more than 16 bytes. Rows of 8 gain."""
+    program = export(stack(width=4, hidden=8), torch.randn(3, 5, 4))
+    params, on_grid = weights(program), {}
+    recipe = Recipe(Unstructured(0.2), quantise=Quantise(INT8, "rtn"))
+    reports = prune(partition(program), params, recipe, inputs(width=4), quantised=on_grid)
+    assert {key.split(".")[-2] for key in on_grid} == {"down"}
+    assert [linear.quantiser for linear in reports[0].linears] == [None, "rtn"]
 
 
 def test_a_pattern_with_many_codes_of_0_is_still_the_pattern():
@@ -152,3 +155,20 @@ def test_a_weight_too_large_for_int4_is_refused():
         InputError, match=r"layers\.0\.up: a scale of .* does not fit float16; store the weights as fp32"
     ):
         prune(partition(program), params, recipe, inputs())
+
+
+@pytest.mark.parametrize("storage", [INT4, INT8], ids=str)
+def test_what_calibration_never_saw_is_rounded_and_not_forgotten(storage):
+    """Columns of the first linear that reads zeros: each weight is the nearest on the grid that the row got."""
+    program = export(stack(**WIDE), torch.randn(3, 5, 48))
+    params, gridded, dead = weights(program), {}, slice(10, 20)
+    params["model.first.weight"] = params["model.first.weight"].clone()
+    params["model.first.weight"][dead], params["model.first.bias"] = 0.0, params["model.first.bias"].clone()
+    params["model.first.bias"][dead] = 0.0
+    recipe = Recipe(NM(2, 4), quantise=Quantise(storage, "sweep"), permute="none")
+    prune(partition(program), params, recipe, inputs(), quantised=gridded)
+    exact, scale = gridded[UP].exact[:, dead], spread(gridded[UP].scales(), 48, storage.grid)[:, dead]
+    nearest = (exact / scale).round().clamp(-storage.grid.limit, storage.grid.limit) * scale
+    assert int((exact != 0).sum()) > 0
+    torch.testing.assert_close(params[UP][:, dead], nearest)
+    assert (nearest - exact).norm() < 0.2 * exact.norm()

@@ -34,11 +34,12 @@ def swept(skip=()):
     program = export(stack(width=48, hidden=96), torch.randn(3, 5, 48))
     parts, params, batches, grids = partition(program), weights(program), inputs(), {}
     recipe = Recipe(TWO_OF_FOUR, skip=skip, permute="none", update="alps", mask_from="update")
-    reports = prune(parts, params, recipe, batches)
+    patterns = {}
+    reports = prune(parts, params, recipe, batches, patterns=patterns)
     floats = dict(params)
     recipe = Recipe(TWO_OF_FOUR, skip=skip, quantise=Quantise(INT4, "joint"))
     told = {"progress": lambda *args: None, "note": lambda text: None, "timings": Timings()}
-    after = quantise_trained(parts, params, reports, recipe, batches, quantised=grids, **told)
+    after = quantise_trained(parts, params, reports, recipe, batches, quantised=grids, patterns=patterns, **told)
     return reports, after, floats, params, grids, batches
 
 
@@ -47,7 +48,7 @@ def test_weights_are_on_their_grids_with_the_same_zeros_and_nothing_else_changes
     assert len(grids) == 3
     for key, weight in params.items():
         if key in grids:
-            its = for_packing(grids[key])
+            its = for_packing(grids[key], TWO_OF_FOUR)
             assert torch.equal(pack(weight, its.pattern, INT4, its.scales).unpack(), weight)
             assert torch.equal(grids[key].exact, floats[key])
             assert (weight[floats[key] == 0] == 0).all()

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from sparsify_export.calibrate.besa import Learning
+from sparsify_export.calibrate.masks import keep_mask
 from sparsify_export.calibrate.patterns import NM, Unstructured
-from sparsify_export.calibrate.update import relative_error
+from sparsify_export.calibrate.update import relative_error, update
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.batches import Batch
 from sparsify_export.passes.fx.partition import partition
+from sparsify_export.passes.fx.run import run_model, run_part
 from sparsify_export.passes.pipeline import prune
 from sparsify_export.passes.recipe import Recipe
 from toys import export, stack, weights
@@ -175,3 +177,71 @@ def test_a_mask_that_would_undo_what_was_learned_is_refused(per, method, undone)
     with pytest.raises(ValueError, match=f"update {method} with mask_from update undoes the {undone} learned"):
         Recipe(Unstructured(0.5), mask_from="update", **given)
     assert Recipe(Unstructured(0.5), **given).mask_from == "score"
+
+
+def repetitive(width=64, different=3):
+    """A few tokens, again and again."""
+    tokens = torch.randn(different, width, generator=torch.Generator().manual_seed(5))
+    return [Batch((tokens.repeat(1, 100, 1),), None) for _ in range(2)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_little_text_does_not_ruin_what_it_does_not_show(method):
+    """On tokens that calibration never saw, the model is not much worse than by the mask alone."""
+    other = torch.randn(1, 200, 64, generator=torch.Generator().manual_seed(6))
+    program = export(stack(width=64, hidden=128), torch.randn(3, 5, 64))
+    parts, dense, error = partition(program), weights(program), {}
+    for name in ("none", method):
+        params = dict(dense)
+        chooses = "score" if name in ("none", "cg") else "update"
+        prune(parts, params, Recipe(TWO_OF_FOUR, update=name, mask_from=chooses), repetitive())
+        made, wanted = (run_model(parts, (other,), each, run_part) for each in (params, dense))
+        error[name] = float((made - wanted).norm() / wanted.norm())
+        largest = max(float(params[key].abs().max() / dense[key].abs().max()) for key in (UP, DOWN))
+        assert largest < 20
+    assert error[method] < 1.5 * error["none"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_update_that_makes_a_layer_worse_at_any_damping_is_refused_and_said(monkeypatch, method):
+    def worse(weight, inputs, target, **options):
+        keep = target if isinstance(target, torch.Tensor) else keep_mask(weight.abs(), target, "row")
+        return torch.where(keep, 3 * weight, 0.0), keep
+
+    monkeypatch.setattr("sparsify_export.passes.update.update", worse)
+    notes, masks = [], "score" if method == "cg" else "update"
+    params, _, linears, _ = pruned(update=method, mask_from=masks, notes=notes, permute="none")
+    alone, *_ = pruned(permute="none")
+    for path, linear in linears.items():
+        assert torch.equal(params[f"model.{path}.weight"], alone[f"model.{path}.weight"])
+        assert linear.error_after == linear.error_before > 0
+        assert linear.refused.startswith("would make its layer worse with any damping")
+        assert sum(note.startswith(f"{path}: its update would make its layer worse") for note in notes) == 1
+
+
+def test_more_damping_comes_before_refusal(monkeypatch):
+    def better_when_damped(weight, inputs, target, **options):
+        new, keep = update(weight, inputs, target, **options)
+        return (new if options["cautious"] else 3 * new), keep
+
+    monkeypatch.setattr("sparsify_export.passes.update.update", better_when_damped)
+    notes = []
+    linears = pruned(update="alps", mask_from="update", notes=notes)[2]
+    for path, linear in linears.items():
+        assert linear.error_after < linear.error_before
+        assert linear.refused == "made its layer worse below a damping of 0.1"
+        assert f"{path}: its update made its layer worse below a damping of 0.1" in notes
+
+
+def test_text_that_shows_too_little_is_told_once():
+    notes = []
+    program = export(stack(width=64, hidden=128), torch.randn(3, 5, 64))
+    recipe = Recipe(TWO_OF_FOUR, update="alps", mask_from="update")
+    reports = prune(partition(program), weights(program), recipe, repetitive(), note=notes.append)
+    assert reports[0].linears[0].directions == 3
+    (told,) = [note for note in notes if note.startswith("calibration shows")]
+    assert told.startswith("calibration shows 3 of the 128 directions that the inputs of layers.0.down have")
+    notes.clear()
+    enough = prune(partition(program), weights(program), recipe, inputs(width=64, tokens=100), note=notes.append)
+    assert enough[0].linears[0].directions == 64
+    assert not notes

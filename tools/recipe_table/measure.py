@@ -57,7 +57,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         blocks = done.blocks
         if storage != FP32:
             store(traced, params)
-            lowered = lower_linears(traced.program, storage=storage, on_grid=done.on_grid)
+            lowered = lower_linears(traced.program, storage=storage, on_grid=done.on_grid, patterns=done.patterns)
             packed = stored_weights(traced.program, lowered)
             params, rounded = as_stored(params, packed), dict.fromkeys(packed, storage.activations)
     logits = graph_logits(pretrained, traced, parts, params, rounded)

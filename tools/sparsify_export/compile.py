@@ -84,7 +84,7 @@ def compile_model(
         parts = partition(traced.program)
     batches = batches_for(traced, pretrained, settings, windows)
     params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
-    done = Sparsified((), (), {})
+    done = Sparsified((), (), {}, {})
     if settings.recipe is not None:
         with stages.run("prune"):
             done = sparsify(
@@ -110,7 +110,12 @@ def compile_model(
         worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
         sparse = settings.ops == "sparse"
         lowered = lower_linears(
-            traced.program, storage=settings.storage, sparse=sparse, worth=worth, on_grid=done.on_grid
+            traced.program,
+            storage=settings.storage,
+            sparse=sparse,
+            worth=worth,
+            on_grid=done.on_grid,
+            patterns=done.patterns,
         )
         packed = stored_weights(traced.program, lowered)
         rounded = dict.fromkeys(packed, settings.storage.activations)

@@ -96,7 +96,9 @@ def finish_engine(
         rounded = {key: codes.activations for key, codes in quantised.items()}
         expected = expect(partition(traced.program), params, _in_dtype(pruned.probe, dtype), rounded)
         del params
-        entries = lower_linears(traced.program, storage=settings.storage, worth=_plain_product)
+        entries = lower_linears(
+            traced.program, storage=settings.storage, worth=_plain_product, patterns=pruned.done.patterns
+        )
         lowered = [_entry(entry, dtype, quantised.get(entry.linear.weight)) for entry in entries]
         target.open()
         with target.guarded():

@@ -139,7 +139,8 @@ def test_a_tied_weight_stays_dense_and_says_why():
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "wanted"), [(0.0, "the weight is dense"), (0.2, "the weight is dense"), (1.0, "the weight is dense")]
+    ("sparsity", "wanted"),
+    [(0.0, "the weight is dense"), (0.2, "the weight is dense"), (1.0, "the weight is zero everywhere")],
 )
 def test_too_few_zeros_and_nothing_but_zeros_are_left_dense(sparsity, wanted):
     weight = torch.randn(32, 40, generator=torch.Generator().manual_seed(3))
