@@ -5,6 +5,7 @@ expression's own error is measured against float64, so no tolerance is ever gues
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,51 @@ def compare_model(got: torch.Tensor, baseline: torch.Tensor, exact: torch.Tensor
     if not math.isfinite(close.budget):
         return close
     return Closeness(close.error, min(max(close.budget, floor), CEILING * scale))
+
+
+def compare_outputs(
+    got: Sequence[Sequence[torch.Tensor]],
+    baseline: Sequence[Sequence[torch.Tensor]],
+    exact: Sequence[Sequence[torch.Tensor]],
+    *,
+    rounded: bool = False,
+) -> Closeness:
+    """Compare what a model returns for several batches, every output divided by its largest number in all of them.
+
+    Everything is judged together by ``compare_model``: the largest error of one small output is a matter of luck on
+    both sides, the largest of many is not.
+
+    Args:
+        got: for every batch, the float outputs.
+        baseline: the same in got's dtype.
+        exact: the same in float64.
+        rounded: whether activations are rounded on purpose, to 16 bits or less. Where they are not, an error above
+            half of the digits (the root of the rounding step) is never within a budget.
+
+    Returns:
+        The closeness, relative to the largest numbers; never ok where no number is compared.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    sides: tuple[list[torch.Tensor], ...] = ([], [], [])
+    for outputs in zip(*(zip(*side, strict=True) for side in (got, baseline, exact)), strict=True):
+        if any(len({batch.shape for batch in batches}) != 1 for batches in zip(*outputs, strict=True)):
+            raise ValueError(f"shapes differ: {[[tuple(batch.shape) for batch in side] for side in outputs]}")
+        flat = [torch.cat([batch.flatten() for batch in side]) for side in outputs]
+        scale = flat[2].abs().max().item() if flat[2].numel() else 0.0
+        for side, values in zip(sides, flat, strict=True):
+            side.append(values / (scale or 1.0))
+    if not sides[0] or not sum(x.numel() for x in sides[0]):
+        return Closeness(math.inf, 0.0)
+    close = compare_model(*(torch.cat(side) for side in sides))
+    exact_enough = rounded or not math.isfinite(close.budget)
+    return close if exact_enough else Closeness(close.error, min(close.budget, _half(sides[0][0].dtype)))
+
+
+def _half(dtype: torch.dtype) -> float:
+    """Half of the digits of a dtype, as a share of the result: what is less right than that says nothing."""
+    return math.sqrt(torch.finfo(dtype).eps)
 
 
 def compare_unproven(got: torch.Tensor, other: torch.Tensor) -> Closeness:

@@ -27,7 +27,7 @@ class Published:
     Attributes:
         batch: of a decoder, with the tokens that the model wrote at the end of each text.
         outputs: its float tensors in the order of the graph's outputs, of a decoder the logits; see `counted`.
-        decoded: of a decoder, the logits of the last tokens as the generation loop made them, ``[batch, 8, vocabulary]``.
+        decoded: of a decoder, ``[batch, 8, vocabulary]``: the logits that the generation loop chose the last tokens by.
     """
 
     batch: Batch
@@ -61,7 +61,9 @@ def ask(model: Any, traced: Traced, batch: Batch) -> Published:
             outputs = encoded(model, given).values()
             return Published(batch, tuple(x for x in outputs if x.is_floating_point()), None)
         ids, mask, decoded = _generate(model, traced, *batch.inputs[:2])
-        rows = [model(input_ids=ids[row : row + 1, mask[row] == 1], use_cache=False).logits[0] for row in range(len(ids))]
+        rows = [
+            model(input_ids=ids[row : row + 1, mask[row] == 1], use_cache=False).logits[0] for row in range(len(ids))
+        ]
         past = [x for pair in empty_past(traced.cache, len(ids), model.dtype) for x in pair]
         longer = replace(batch, inputs=(ids, mask, *past), token_mask=mask.bool())
         return Published(longer, (torch.cat(rows),), decoded)

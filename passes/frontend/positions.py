@@ -43,6 +43,13 @@ def first_position(model: Any) -> int | None:
     return min(told, key=lambda start: float((told[start] - own).abs().max()))
 
 
+def windows_of(model: Any) -> list[int]:
+    """The sliding windows of a model's attention, shortest first, as its configuration says."""
+    config = model.config.get_text_config()
+    found = {getattr(config, name, None) for name in ("sliding_window", "window_size")}
+    return sorted(size for size in found if isinstance(size, int) and size > 1)
+
+
 def steady_until(model: Any) -> int | None:
     """Tokens up to which rotary tables do not depend on the length of the text; None where they never do."""
     return min((until for *_, until in _changing(model)), default=None)
