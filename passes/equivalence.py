@@ -26,7 +26,7 @@ CEILING = 0.25
 """No error above this share of the largest output is ever within a budget, however wrong the baseline is."""
 
 UNPROVEN = 1024.0
-"""Rounding steps of float32 (in 16 bits: 32 of its own) that are allowed where there is no float64 truth, and float32 stands in for it: 1.2e-4 in float32.
+"""Rounding steps of float32 (in 16 bits: 32 of its own) that are allowed where float32 stands in for the truth: 1.2e-4.
 
 Two float32 runs that sum in different orders are each as far from the truth as the baseline; how far that is cannot be
 measured without it. After L layers it is about sqrt(L) times that of one (FLOOR): L = 1000.
