@@ -5,9 +5,32 @@ expression's own error is measured against float64, so no tolerance is ever gues
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+FACTOR = 4.0
+"""How many times as wrong as float32 a whole model may be: ONNX Runtime sums in blocks of its own."""
+
+FLOOR = 32.0
+"""Rounding steps of float32 at the size of a model's output that are always allowed; in 16 bits, two of its own.
+
+The error of a baseline is a sample: where a model returns few numbers it may be zero by luck, and a multiple of it then
+asks for a miracle. One dot product of K terms that end at the size of the result has an error of about sqrt(K) / 2
+steps in any order (Higham, Accuracy and Stability, 2.8: random signs), which is 32 at K = 4096; a wrong weight or a
+wrong wire moves an output by 1e-3 of its size and more, 260 times as much.
+"""
+
+CEILING = 0.25
+"""No error above this share of the largest output is ever within a budget, however wrong the baseline is."""
+
+UNPROVEN = 1024.0
+"""Rounding steps of float32 (in 16 bits: 32 of its own) that are allowed where float32 stands in for the truth: 1.2e-4.
+
+Two float32 runs that sum in different orders are each as far from the truth as the baseline; how far that is cannot be
+measured without it. After L layers it is about sqrt(L) times that of one (FLOOR): L = 1000.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,3 +84,86 @@ def compare(got: torch.Tensor, baseline: torch.Tensor, exact: torch.Tensor, *, f
     budget = factor * (baseline.double() - exact).abs().max().item() + eps * exact.abs().max().item()
     error = (got.double() - exact).abs().max().item() if bool(got.isfinite().all()) else float("inf")
     return Closeness(error=error, budget=budget)
+
+
+def compare_model(got: torch.Tensor, baseline: torch.Tensor, exact: torch.Tensor) -> Closeness:
+    r"""As ``compare``, for what a whole model or a layer returns: with a floor and a ceiling.
+
+    .. math:: \max|got - exact| \le
+        \min(\max(4 \max|baseline - exact| + \epsilon s, 32 \epsilon s), s / 4), \quad s = \max|exact|
+
+    Where the budget is cut by the ceiling, ``baseline`` itself may be outside: then nothing can be said about ``got``
+    by these numbers, and it is not ok.
+
+    Raises:
+        ValueError: the three shapes differ.
+    """
+    close = compare(got, baseline, exact, factor=FACTOR)
+    scale = exact.double().abs().max().item() if exact.numel() else 0.0
+    floor = _steps(FLOOR, 2.0, got.dtype) * scale
+    if not math.isfinite(close.budget):
+        return close
+    return Closeness(close.error, min(max(close.budget, floor), CEILING * scale))
+
+
+def compare_outputs(
+    got: Sequence[Sequence[torch.Tensor]],
+    baseline: Sequence[Sequence[torch.Tensor]],
+    exact: Sequence[Sequence[torch.Tensor]],
+    *,
+    rounded: bool = False,
+) -> Closeness:
+    """Compare what a model returns for several batches, every output divided by its largest number in all of them.
+
+    Everything is judged together by ``compare_model``: the largest error of one small output is a matter of luck on
+    both sides, the largest of many is not.
+
+    Args:
+        got: for every batch, the float outputs.
+        baseline: the same in got's dtype.
+        exact: the same in float64.
+        rounded: whether activations are rounded on purpose, to 16 bits or less. Where they are not, an error above
+            half of the digits (the root of the rounding step) is never within a budget.
+
+    Returns:
+        The closeness, relative to the largest numbers; never ok where no number is compared.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    sides: tuple[list[torch.Tensor], ...] = ([], [], [])
+    for outputs in zip(*(zip(*side, strict=True) for side in (got, baseline, exact)), strict=True):
+        if any(len({batch.shape for batch in batches}) != 1 for batches in zip(*outputs, strict=True)):
+            raise ValueError(f"shapes differ: {[[tuple(batch.shape) for batch in side] for side in outputs]}")
+        flat = [torch.cat([batch.flatten() for batch in side]) for side in outputs]
+        scale = flat[2].abs().max().item() if flat[2].numel() else 0.0
+        for side, values in zip(sides, flat, strict=True):
+            side.append(values / (scale or 1.0))
+    if not sides[0] or not sum(x.numel() for x in sides[0]):
+        return Closeness(math.inf, 0.0)
+    close = compare_model(*(torch.cat(side) for side in sides))
+    exact_enough = rounded or not math.isfinite(close.budget)
+    return close if exact_enough else Closeness(close.error, min(close.budget, _half(sides[0][0].dtype)))
+
+
+def _half(dtype: torch.dtype) -> float:
+    """Half of the digits of a dtype, as a share of the result: what is less right than that says nothing."""
+    return math.sqrt(torch.finfo(dtype).eps)
+
+
+def compare_unproven(got: torch.Tensor, other: torch.Tensor) -> Closeness:
+    """Compare two results of which neither is the truth, both rounded in the same places; see ``UNPROVEN``.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    close = compare(got, other, other)
+    scale = other.double().abs().max().item() if other.numel() else 0.0
+    if not math.isfinite(close.budget):
+        return close
+    return Closeness(close.error, min(_steps(UNPROVEN, 32.0, got.dtype), CEILING) * scale)
+
+
+def _steps(single: float, short: float, dtype: torch.dtype) -> float:
+    """So many rounding steps of float32, or of a shorter type where that is more."""
+    return max(single * torch.finfo(torch.float32).eps, short * torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0)

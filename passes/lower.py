@@ -1,6 +1,7 @@
 """Lower a traced model to ONNX, opset 23, for ONNX Runtime or for TensorRT."""
 
 import ast
+import itertools
 import json
 import logging
 import warnings
@@ -26,6 +27,7 @@ from .onnx.attention_heads import SplitHeadsInAttention
 from .onnx.grouped_attention import ShareAttentionHeads
 from .onnx.plugin import SuitPlugin
 from .onnx.qdq import Codes, QuantiseLinears, joined
+from .onnx.rotary_batch import SpreadRotaryTables
 from .onnx.tensorrt import SuitTensorRT, check_tensorrt
 from .onnx.write import write_model
 
@@ -65,10 +67,10 @@ def to_onnx(
     plain_linears(traced.program)
     model = _export(traced.program)
     _name(model, traced)
-    for node in model.graph:
-        node.name = _module(node) or node.name
+    _name_nodes(model)
     for pass_ in (
         common.ClearMetadataAndDocStringPass(),
+        SpreadRotaryTables(),
         ShareAttentionHeads(),
         common.RemoveUnusedNodesPass(),  # or the repetition would still read the keys
         *((SuitTensorRT(),) if tensorrt else (JoinCacheInAttention(), SplitHeadsInAttention())),
@@ -111,6 +113,21 @@ def _export(program: ExportedProgram) -> ir.Model:
     fold_constants_ir(model)
     onnx_fusions.fuse(model)
     return model
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name products after their modules; where several have the same one, all but the first are numbered.
+
+    ONNX Runtime refuses a file in which two nodes share a name, and a module may run more than once (ALBERT's layers)
+    or hold several products.
+    """
+    taken = {node.name for node in model.graph if not _module(node)}
+    for node in model.graph:
+        path = _module(node)
+        if path:
+            numbered = (f"{path}#{i}" for i in itertools.count(2))
+            node.name = path if path not in taken else next(name for name in numbered if name not in taken)
+            taken.add(node.name)
 
 
 def _module(node: ir.Node) -> str:

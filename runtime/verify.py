@@ -1,7 +1,12 @@
-"""Prove that an exported file computes what the model computes: with our kernels, without them, and while decoding."""
+"""Prove that an exported file computes what the model computes: with our kernels, without them, and while decoding.
 
-from collections.abc import Callable, Mapping
+Two steps, each of which can fail: the graph that everything was made from must compute what the published model does
+(published.py), and the file must compute what the graph does in float64.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,22 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..passes.equivalence import Closeness, compare
+from ..passes.equivalence import Closeness, compare_outputs
 from ..passes.errors import VerificationError
 from ..passes.frontend.batches import Batch
 from ..passes.frontend.trace import Traced
 from ..passes.fx.partition import Partition
-from ..passes.fx.run import run_part_float64, run_part_rounded, start
+from ..passes.fx.run import Values, run_part_float64, run_part_rounded, start
 from .feeds import NUMPY
+from .published import DECODED, Published, counted
 from .session import CausalSession, open_session
-
-DECODED = 8
-"""How many of the tokens are fed one by one, through the cache."""
 
 WAYS = MappingProxyType({"kernels": True, "functions": False})
 
-FACTOR = 4.0
-"""How many times as wrong as float32 torch the file may be: ONNX Runtime sums in blocks of its own."""
+Outputs = tuple[Tensor, ...]
+Rounded = Mapping[str, Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,20 @@ class Expected:
 
     Attributes:
         batch: the inputs.
-        baseline: first output in float32, as torch computes it on rounded activations.
+        baseline: float outputs in float32, as torch computes them on rounded activations; a decoder's logits alone.
         exact: the same in float64, activations not rounded.
+        rounded: whether activations are rounded.
     """
 
     batch: Batch
-    baseline: Tensor
-    exact: Tensor
+    baseline: Outputs
+    exact: Outputs
+    rounded: bool
 
 
 @dataclass(frozen=True)
 class Verified:
-    """One way of running the file, and how close it came."""
+    """One way of running the file, and how close it came, relative to the largest number of each output."""
 
     how: str
     closeness: Closeness
@@ -54,10 +59,10 @@ class Verified:
 def expect(
     partition: Partition,
     params: Mapping[str, Tensor],
-    batch: Batch,
-    rounded: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
-) -> Expected:
-    """Run the partitioned graph in float32 and in float64.
+    published: Sequence[Published],
+    rounded: Rounded = MappingProxyType({}),
+) -> list[Expected]:
+    """Run the partitioned graph in float32 and in float64, and compare it with the published model.
 
     Where ops round their activations (int8 and int4 weights: to 8 bits a token; bfloat16: to bfloat16), the float32 run
     does so too and thereby sets the budget, and the float64 run does not. Rounding in both would compare noise: an
@@ -66,62 +71,122 @@ def expect(
     Args:
         partition: the model.
         params: weights as the file will hold them: pruned, folded and rounded to their storage dtype.
-        batch: held-out inputs.
+        published: held-out inputs, and what the published model returns for them with the same weights.
         rounded: by the key of a weight, what its linear does to its activations first.
+
+    Raises:
+        VerificationError: the graph is not the model.
     """
-    baseline, exact = start(partition, batch.inputs), start(partition, batch.inputs)
-    for part in partition.parts:
-        baseline.update(run_part_rounded(part, baseline, params, partition.params, rounded, fast=False))
-        exact.update(run_part_float64(part, exact, params, partition.params))
-    return Expected(batch, baseline[partition.outputs[0]], exact[partition.outputs[0]])
+    expected, plain = [], []
+    for told in published:
+        count = len(told.outputs)
+        exact = _run(partition, params, told.batch, count, run_part_float64)
+        plain.append(_run(partition, params, told.batch, count, partial(run_part_rounded, rounded={}, fast=False)))
+        by_ops = partial(run_part_rounded, rounded=rounded, fast=False)
+        baseline = _run(partition, params, told.batch, count, by_ops) if rounded else plain[-1]
+        expected.append(Expected(told.batch, baseline, exact, bool(rounded)))
+    _check_graph(published, plain, [each.exact for each in expected])
+    return expected
 
 
-def verify(path: Path, traced: Traced, expected: Expected, ways: Mapping[str, bool] = WAYS) -> list[Verified]:
+def verify(path: Path, traced: Traced, expected: Sequence[Expected], ways: Mapping[str, bool] = WAYS) -> list[Verified]:
     """Run the file with the kernels and with its own functions, whole and (causal models) token by token.
 
     Args:
         path: the file.
         traced: the model.
-        expected: what it returns.
+        expected: what it returns for some batches.
         ways: what each way of running the file is called, and whether it is with our kernels.
 
     Raises:
-        VerificationError: one of them is further from the truth than ``FACTOR`` times float32 torch, or is not finite.
+        VerificationError: the file does not run, or is further from the truth than its budget, see ``compare_outputs``.
     """
     results = []
     for how, kernels in ways.items():
         session = open_session(path, kernels=kernels)
-        feed = _feed(session, traced, expected.batch)
-        got = torch.from_numpy(session.run([traced.outputs[0]], feed)[0])
-        results.append(Verified(how, compare(got, expected.baseline, expected.exact, factor=FACTOR)))
+        whole = [_tried(path, how, partial(_whole, session, traced), each.batch) for each in expected]
+        results.append(Verified(how, _closeness(whole, expected)))
         if traced.kind == "causal":
-            decoded = _decode(CausalSession(session), expected.batch)
-            results.append(Verified(f"{how}, decoding", _tail(decoded, expected)))
+            steps = CausalSession(session)
+            decoded = [_tried(path, how, partial(_decode, steps), each.batch) for each in expected]
+            results.append(Verified(f"{how}, decoding", _closeness(decoded, expected, last=DECODED)))
     for result in results:
         if not result.closeness.ok:
             raise VerificationError(f"{path.name} differs from the model ({result.how}): {result.closeness}")
     return results
 
 
-def _feed(session: Any, traced: Traced, batch: Batch) -> dict[str, Any]:
-    """The inputs in the types that the file wants; those of bfloat16 models are float32 there."""
+def _run(
+    partition: Partition, params: Mapping[str, Tensor], batch: Batch, count: int, run: Callable[..., Values]
+) -> Outputs:
+    """The first ``count`` float outputs."""
+    values = start(partition, batch.inputs)
+    for part in partition.parts:
+        values.update(run(part, values, params, partition.params))
+    floats = [values[name] for name in partition.outputs if values[name].is_floating_point()]
+    return tuple(floats[:count])
+
+
+def _check_graph(published: Sequence[Published], plain: Sequence[Outputs], exact: Sequence[Outputs]) -> None:
+    """Compare the traced graph with the published forward, and with the generation loop."""
+    batches = [told.batch for told in published]
+    sides = [[tuple(counted(x, b) for x in xs) for xs, b in zip(side, batches, strict=True)] for side in (plain, exact)]
+    # A decoder's forward was asked for each text alone, so there is no padding left to leave out.
+    own = [
+        told.outputs if told.decoded is not None else tuple(counted(x, told.batch) for x in told.outputs)
+        for told in published
+    ]
+    found = {"forward": compare_outputs(own, *sides)}
+    loop = [(told.decoded,) for told in published if told.decoded is not None]
+    if loop:
+        tails = [[tuple(x[:, -DECODED - 1 : -1] for x in xs) for xs in side] for side in (plain, exact)]
+        found["generation loop"] = compare_outputs(loop, *tails)
+    for what, closeness in found.items():
+        if not closeness.ok:
+            raise VerificationError(f"the traced graph differs from the model's own {what}: {closeness}")
+
+
+def _tried(path: Path, how: str, run: Callable[[Batch], Outputs], batch: Batch) -> Outputs:
+    try:
+        return run(batch)
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class of their own
+        shape = list(batch.inputs[0].shape)
+        said = " ".join(str(error).split())
+        raise VerificationError(f"{path.name} does not run ({how}) on inputs of shape {shape}: {said}") from error
+
+
+def _whole(session: Any, traced: Traced, batch: Batch) -> Outputs:
+    """The float outputs of one run, of a decoder the logits; inputs of bfloat16 models are float32 in the file."""
     wide = [x.float() if x.dtype == torch.bfloat16 else x for x in batch.inputs]
     types = {value.name: NUMPY[value.type] for value in session.get_inputs()}
-    return {name: x.numpy().astype(types[name]) for name, x in zip(traced.inputs, wide, strict=True)}
+    feed: dict[str, Any] = {name: x.numpy().astype(types[name]) for name, x in zip(traced.inputs, wide, strict=True)}
+    names = traced.outputs[:1] if traced.kind == "causal" else traced.outputs
+    outputs = [torch.from_numpy(x) for x in session.run(list(names), feed)]
+    return tuple(x for x in outputs if x.is_floating_point())
 
 
-def _decode(session: CausalSession, batch: Batch) -> Tensor:
+def _decode(session: CausalSession, batch: Batch) -> Outputs:
     """Logits of the last tokens, each computed from the cache of those before it."""
     ids, mask = (x.numpy() for x in batch.inputs[:2])
-    first = max(1, ids.shape[1] - DECODED)
+    first = ids.shape[1] - DECODED
     logits, past = session.step(ids[:, :first], mask[:, :first], session.empty_past(len(ids)))
-    steps = [logits[:, -1:]]
+    steps = []
     for end in range(first + 1, ids.shape[1] + 1):
         logits, past = session.step(ids[:, end - 1 : end], mask[:, :end], past)
         steps.append(logits)
-    return torch.from_numpy(np.concatenate(steps, axis=1))
+    return (torch.from_numpy(np.concatenate(steps, axis=1)),)
 
 
-def _tail(decoded: Tensor, expected: Expected) -> Closeness:
-    count = decoded.shape[1]
-    return compare(decoded, expected.baseline[:, -count:], expected.exact[:, -count:], factor=FACTOR)
+def _closeness(got: Sequence[Outputs], expected: Sequence[Expected], *, last: int | None = None) -> Closeness:
+    """All batches together; of every text the last tokens only, where ``last`` says how many."""
+
+    def part(outputs: Outputs, batch: Batch) -> Outputs:
+        if last is not None:
+            return tuple(x[:, -last:] for x in outputs)
+        return tuple(counted(x, batch) for x in outputs)
+
+    batches = [each.batch for each in expected]
+    sides = ([each.baseline for each in expected], [each.exact for each in expected])
+    own = [part(xs, b) for xs, b in zip(got, batches, strict=True)]
+    baseline, exact = ([part(xs, b) for xs, b in zip(side, batches, strict=True)] for side in sides)
+    return compare_outputs(own, baseline, exact, rounded=expected[0].rounded)

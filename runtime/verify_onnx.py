@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from ..passes.equivalence import Closeness, compare
+from ..passes.equivalence import FACTOR, Closeness, compare
 from ..passes.errors import VerificationError
 from .feeds import Feed
 from .session import open_session
-from .verify import FACTOR, Verified
+from .verify import Verified
 
 Outputs: TypeAlias = dict[str, Any]
 WRONG = Closeness(float("inf"), 0.0)

@@ -21,7 +21,7 @@ from sparsify_export.passes.lower import to_onnx
 from sparsify_export.passes.recipe import Recipe
 from sparsify_export.passes.sparsify import Sparsified, sparsify
 from sparsify_export.runtime.inspection import sparse_weights
-from transformers.pytorch_utils import Conv1D
+from sparsify_export.runtime.published import Published, ask, put_weights
 
 VOCABULARY = 96
 TWO_OF_FOUR = NM(2, 4)
@@ -99,6 +99,12 @@ class Compiled:
     packed: dict[str, Packed]
     path: Path
     probe: Batch = field(repr=False)
+    transposed: frozenset[str]
+
+    def published(self, params: dict[str, torch.Tensor]) -> list[Published]:
+        """What the model itself returns for the probe, with these weights."""
+        put_weights(self.model, params, self.transposed)
+        return [ask(self.model, self.traced, self.probe)]
 
 
 def random_model(name: str) -> Any:
@@ -122,7 +128,7 @@ def compile_family(
     """Run every stage on a tiny model; the same calls as ``compile_model`` makes."""
     pretrained = describe(random_model(name))
     traced = trace(pretrained)
-    canonicalise(traced.program)
+    transposed = canonicalise(traced.program)
     parts = partition(traced.program)
     generator = torch.Generator().manual_seed(1)
     if pretrained.inputs[0] == "input_ids":
@@ -141,22 +147,12 @@ def compile_family(
         output = compiler.output_of(traced)
         done = sparsify(parts, params, Recipe(pattern, **recipe), batches, output=output, cache=cache)
         compiler.store(traced, params)
-    load_into(pretrained.model, params)
+    put_weights(pretrained.model, params, transposed)
     lowered = lower_linears(traced.program, storage=storage, on_grid=done.on_grid, patterns=done.patterns)
     packed = stored_weights(traced.program, lowered)
     path = folder / f"{name}.onnx"
     to_onnx(traced, path, metadata={"source": name})
-    return Compiled(pretrained.model, traced, parts, params, source, done, lowered, packed, path, probe)
-
-
-def load_into(model: Any, params: dict[str, torch.Tensor]) -> None:
-    """Give the torch model the pruned and folded weights, so that it can be asked directly."""
-    transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
-    state = model.state_dict()
-    for key, value in params.items():
-        name = key.removeprefix("model.")
-        if name in state:
-            state[name].copy_(value.t() if name in transposed else value)
+    return Compiled(pretrained.model, traced, parts, params, source, done, lowered, packed, path, probe, transposed)
 
 
 def stored_linears(path: Path, rows: Callable[[str], int]) -> dict[str, torch.Tensor]:

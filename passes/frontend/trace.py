@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram
 from ..errors import InputError
 from .kv_cache import cache_argument, cache_of, held_by
 from .load import Pretrained
+from .positions import first_position, steady, steady_until
 
 PREFIX = "model."  # the wrapper's only attribute; module paths are reported without it
 
@@ -25,6 +26,8 @@ class Traced:
         outputs: names of the outputs in order, cache included.
         cache: ``(kv_heads, head_dim of keys, head_dim of values)`` of each cache layer; empty for encoders.
         kind: as in ``Pretrained``.
+        first: the number of a text's first position; None where the model is told none.
+        limit: tokens of a text at most, cache included, after which a run fails; None where nothing forbids more.
     """
 
     program: ExportedProgram
@@ -32,27 +35,29 @@ class Traced:
     outputs: tuple[str, ...]
     cache: tuple[tuple[int, int, int], ...]
     kind: str
+    first: int | None = None
+    limit: int | None = None
 
 
 class _Causal(nn.Module):
     """A decoder with its KV cache as plain tensors."""
 
-    def __init__(self, model: nn.Module, cache_name: str) -> None:
+    def __init__(self, model: nn.Module, cache_name: str, first: int | None, limit: int | None) -> None:
         super().__init__()
         self.model = model
         self.cache_name = cache_name
+        self.first = first
+        self.allowed = None if limit is None or first is None else nn.Buffer(torch.arange(first, first + limit))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Any:
-        # Explicit positions: without them the traced rotary tables have batch 1, and left padding is off by its length.
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         cache = cache_of(past)
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=True,
-            **{self.cache_name: cache},
-        )
+        named: dict[str, Any] = {self.cache_name: cache}
+        if self.first is not None:
+            # Explicit positions: without them left padding is off by its length.
+            places = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+            # A place that is not in the table ends the run, where the model would be another one from there on.
+            named["position_ids"] = places + self.first if self.allowed is None else self.allowed[places]
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **named)
         return output.logits, held_by(cache)
 
 
@@ -65,8 +70,14 @@ class _Encoder(nn.Module):
         self.names = names
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        output = self.model(**dict(zip(self.names, inputs, strict=True)))
-        return tuple(value for value in output.values() if isinstance(value, Tensor))
+        return tuple(encoded(self.model, dict(zip(self.names, inputs, strict=True))).values())
+
+
+def encoded(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor that an encoder returns, by name; a decoder that is used as one keeps no cache."""
+    uses = {"use_cache": False} if cache_argument(model) is not None else {}
+    output = model(**inputs, **uses)
+    return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 
 def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None) -> Traced:
@@ -99,6 +110,7 @@ def _trace_causal(pretrained: Pretrained) -> Traced:
     cache_name = cache_argument(pretrained.model)
     if cache_name is None:
         raise InputError(f"{pretrained.source} keeps a state that is not a KV cache: its forward takes no cache")
+    first, limit = first_position(pretrained.model), steady_until(pretrained.model)
     shapes = _cache_shapes(pretrained.model, cache_name)
     batch, sequence, past = 2, 3, 5  # any sizes above 1: 0 and 1 would be taken for constants
     dtype = pretrained.model.dtype
@@ -112,7 +124,9 @@ def _trace_causal(pretrained: Pretrained) -> Traced:
     )
     b, s, p = Dim("batch", min=1), Dim("sequence", min=1), Dim("past", min=0)
     dynamic = ({0: b, 1: s}, {0: b, 1: Dim.DYNAMIC}, [({0: b, 2: p}, {0: b, 2: p}) for _ in shapes])
-    program = torch.export.export(_Causal(pretrained.model, cache_name), example, dynamic_shapes=dynamic, strict=False)
+    module = _Causal(pretrained.model, cache_name, first, limit)
+    with steady(pretrained.model):
+        program = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
     layers = [(f"{i}.key", f"{i}.value") for i in range(len(shapes))]
     return Traced(
         program=program,
@@ -120,6 +134,8 @@ def _trace_causal(pretrained: Pretrained) -> Traced:
         outputs=("logits", *(f"present.{name}" for pair in layers for name in pair)),
         cache=shapes,
         kind="causal",
+        first=first,
+        limit=limit,
     )
 
 
@@ -128,14 +144,13 @@ def _trace_encoder(pretrained: Pretrained, example: Mapping[str, Tensor] | None)
     if pretrained.inputs[0] == "input_ids":
         # A text is as long as the position table allows; DYNAMIC lets the graph state that bound.
         axes[1] = Dim.DYNAMIC
-        inputs = [torch.ones(2, 3, dtype=torch.long) for _ in pretrained.inputs]
+        inputs = [torch.full((2, 3), 0 if name == "token_type_ids" else 1) for name in pretrained.inputs]
     else:
         inputs = [_two_of(pretrained, name, example) for name in pretrained.inputs]
     module = _Encoder(pretrained.model, pretrained.inputs)
     dynamic = (tuple(axes for _ in inputs),)
     program = torch.export.export(module, tuple(inputs), dynamic_shapes=dynamic, strict=False)
-    fields = pretrained.model(**dict(zip(pretrained.inputs, inputs, strict=True)))
-    names = tuple(name for name, value in fields.items() if isinstance(value, Tensor))
+    names = tuple(encoded(pretrained.model, dict(zip(pretrained.inputs, inputs, strict=True))))
     return Traced(program=program, inputs=pretrained.inputs, outputs=names, cache=(), kind="encoder")
 
 

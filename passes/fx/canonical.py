@@ -12,7 +12,7 @@ from .replace import replace_node
 aten = torch.ops.aten
 
 
-def canonicalise(program: ExportedProgram) -> None:
+def canonicalise(program: ExportedProgram) -> frozenset[str]:
     """Drop what does nothing and write every ``addmm`` with a parameter as a ``linear``.
 
     Before:  y = addmm(b, x, W)                 W [in, out]   (GPT-2's Conv1D)
@@ -23,7 +23,11 @@ def canonicalise(program: ExportedProgram) -> None:
              x
     Left alone: an ``addmm`` whose weight is not a parameter or is read by anything else.
     Numerics: the same products; the sum may run in another order.
+
+    Returns:
+        The keys of the parameters that are now transposed.
     """
+    transposed = set()
     graph = program.graph_module.graph
     names = parameter_names(program)
     for node in list(graph.nodes):
@@ -38,12 +42,14 @@ def canonicalise(program: ExportedProgram) -> None:
             assert isinstance(weight, torch.fx.Node)
             if names.get(weight.name) in program.state_dict and len(weight.users) == 1:
                 _transpose_parameter(program, weight, names[weight.name])
+                transposed.add(names[weight.name])
                 with graph.inserting_before(node):
                     linear = graph.call_function(aten.linear.default, (x, weight, bias))
                 linear.meta = dict(node.meta)
                 replace_node(program, node, linear)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
+    return frozenset(transposed)
 
 
 def parameter_names(program: ExportedProgram) -> dict[str, str]:

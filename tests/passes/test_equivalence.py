@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparsify_export.passes.equivalence import compare
+from sparsify_export.passes.equivalence import CEILING, FLOOR, compare, compare_model, compare_unproven
 
 
 def product(seed: int = 0, rows: int = 16, dtype: torch.dtype = torch.float32):
@@ -91,3 +91,45 @@ def test_refuses_shapes_that_broadcast():
 
 def test_nothing_equals_nothing():
     assert compare(torch.ones(0, 4), torch.ones(0, 4), torch.ones(0, 4).double()).ok
+
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def test_a_model_has_a_floor_where_its_baseline_is_right_by_luck():
+    exact = torch.tensor([0.05], dtype=torch.float64)
+    lucky = exact.float()
+    assert not compare(exact.float() + 4e-8, lucky, exact, factor=4).ok
+    close = compare_model(exact.float() + 4e-8, lucky, exact)
+    assert close.ok
+    assert close.budget == pytest.approx(FLOOR * EPS * 0.05)
+    assert not compare_model(exact.float() * 1.001, lucky, exact).ok
+
+
+def test_a_model_has_a_ceiling_where_its_baseline_is_wrong():
+    exact = torch.tensor([4.0, -8.0], dtype=torch.float64)
+    wrong = torch.tensor([40.0, 8.0])
+    assert compare(torch.zeros(2), wrong, exact).ok  # any multiple of a wrong baseline is too much
+    assert compare_model(torch.zeros(2), wrong, exact) == compare_model(torch.zeros(2), -wrong, exact)
+    assert compare_model(torch.zeros(2), wrong, exact).budget == CEILING * 8
+    assert not compare_model(torch.zeros(2), wrong, exact).ok
+
+
+@pytest.mark.parametrize(("terms", "seed"), [(k, s) for k in (64, 1024, 4096) for s in range(4)])
+def test_one_number_from_many_terms_is_within_the_floor_in_any_order(terms, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, w = torch.randn(2, 64, terms, generator=generator)
+    exact = (x.double() * w.double()).sum(1)
+    one_by_one = torch.zeros(64)
+    for k in range(terms):
+        one_by_one += x[:, k] * w[:, k]
+    assert compare_model(one_by_one, exact.float(), exact).ok
+    assert not compare_model(exact.float() + 1e-3 * exact.abs().max().float(), exact.float(), exact).ok
+
+
+def test_without_a_truth_more_is_allowed_but_no_wrong_result():
+    other = torch.tensor([4.0, -8.0])
+    assert compare_unproven(other * (1 + 1e-4), other).ok
+    assert not compare_unproven(other * 1.001, other).ok
+    assert not compare_unproven(other.bfloat16() * 2, other.bfloat16()).ok
+    assert not compare_unproven(other * torch.inf, other).ok

@@ -16,14 +16,23 @@ from .passes.frontend.batches import (
     token_batches,
     written_by_itself,
 )
+from .passes.frontend.kv_cache import empty_past
 from .passes.frontend.load import Pretrained
+from .passes.frontend.positions import longest, windows_of
 from .passes.frontend.trace import Traced
 from .passes.recipe import Recipe
+from .runtime.published import DECODED
 from .settings import Console, Settings
 from .stages import Stages
 
 HELD_OUT = 48
 """Tokens of the text that the finished file is verified on."""
+
+PADDED = ((17, 10), (23, 14, 5))
+"""And of two and of three texts at once."""
+
+CROSSED = 640
+"""Tokens of a text at most that is made to cross a sliding window; the report names those that are longer."""
 
 
 def calibration_text(
@@ -39,7 +48,7 @@ def calibration_text(
         return None, None
     if pretrained.inputs[0] != "input_ids":
         raise InputError(f"{pretrained.source} does not take text; give --calibration-inputs FOLDER")
-    limit = longest(pretrained)
+    limit = longest(pretrained.model)
     with stages.run("calibration text"):
         if wanted.text == "self":
             samples, length = wanted.samples or 32, wanted.length or 512
@@ -59,11 +68,6 @@ def calibration_text(
     if len(windows) > samples:
         return windows[:samples], windows[samples:]
     return windows, None
-
-
-def longest(pretrained: Pretrained) -> int | None:
-    """Tokens of a text at most, as the configuration says; None where it says nothing."""
-    return getattr(pretrained.model.config, "max_position_embeddings", None)
 
 
 def _shortened(length: int, limit: int | None, why: str, console: Console) -> int:
@@ -103,20 +107,61 @@ def text_batches(traced: Traced, pretrained: Pretrained, recipe: Recipe, windows
     return token_batches(traced, windows, names=pretrained.inputs, tokens_per_batch=tokens)
 
 
-def probe_of(
+def probes_of(
     traced: Traced, pretrained: Pretrained, batches: list[Batch], held_out: Tensor | None, settings: Settings
-) -> Batch:
-    """The inputs that the finished file is verified on: held-out text, else the last batch, else random tokens."""
-    if held_out is None and batches and traced.inputs[0] != "input_ids":
-        return batches[-1].head()
+) -> list[Batch]:
+    """The inputs that the finished file is verified on: one, two and three samples, texts padded.
+
+    They come from the held-out text, else from the last batch, else they are random. A decoder's texts are shorter by
+    what it writes itself, and there is one more of them for each of its windows that is worth crossing.
+    """
     generator = torch.Generator().manual_seed(settings.calibration.seed)
     if traced.inputs[0] != "input_ids":
-        shape = next(n.meta["val"].shape for n in traced.program.graph.nodes if n.name == _user_inputs(traced)[0])
-        return Batch((torch.randn(1, *[int(s) for s in shape[1:]], generator=generator),), None)
+        return _other_probes(traced, batches, generator)
+    longer = min(longest(pretrained.model) or CROSSED, CROSSED)
     if held_out is None:
         vocabulary = pretrained.model.config.get_text_config().vocab_size
-        held_out = torch.randint(0, vocabulary, (1, HELD_OUT), generator=generator)
-    return token_batches(traced, held_out[:1, :HELD_OUT], names=pretrained.inputs)[0]
+        held_out = torch.randint(0, vocabulary, (1, longer), generator=generator)
+    written = DECODED if traced.kind == "causal" else 0
+    crossed = [(window - written // 2,) for window in windows_of(pretrained.model) if window <= CROSSED - written]
+    lengths = [(HELD_OUT - written,), *PADDED, *(crossed if written else ())]
+    return [_padded(traced, pretrained, held_out[0], texts, longer - written) for texts in lengths]
+
+
+def _padded(traced: Traced, pretrained: Pretrained, tokens: Tensor, lengths: tuple[int, ...], limit: int) -> Batch:
+    """Texts of some lengths, each from another place; padding in front of a decoder's texts, behind an encoder's."""
+    padding = pretrained.model.config.get_text_config().pad_token_id or 0
+    lengths = tuple(max(1, min(length, limit)) for length in lengths)
+    ids = torch.full((len(lengths), max(lengths)), padding)
+    mask = torch.zeros_like(ids)
+    tokens = tokens.repeat(-(-ids.shape[1] // len(tokens)) + 1)
+    for row, length in enumerate(lengths):
+        own = slice(-length, None) if traced.kind == "causal" else slice(length)
+        # A padding token inside a text would be padding to models that find it by its number.
+        ids[row, own] = _without(tokens.roll(-5 * row)[:length], padding)
+        mask[row, own] = 1
+    known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    past = [x for pair in empty_past(traced.cache, len(ids), pretrained.model.dtype) for x in pair]
+    own_inputs = [known[name] for name in pretrained.inputs]
+    return Batch((*own_inputs, *past), mask.bool() if "attention_mask" in pretrained.inputs else None, len(past))
+
+
+def _without(tokens: Tensor, padding: int) -> Tensor:
+    return torch.where(tokens == padding, (padding + 1) if padding == 0 else (padding - 1), tokens)
+
+
+def _other_probes(traced: Traced, batches: list[Batch], generator: torch.Generator) -> list[Batch]:
+    """One, two and three samples of images or of whatever the model takes."""
+    if batches:
+        given = batches[-1]
+    else:
+        holders = {n.name: n.meta["val"] for n in traced.program.graph.nodes if n.op == "placeholder"}
+        shapes = [holders[name].shape[1:] for name in _user_inputs(traced)]
+        given = Batch(tuple(torch.randn(3, *map(int, shape), generator=generator) for shape in shapes), None)
+    size = len(given.inputs[0])
+    chosen = [torch.arange(count) % size for count in (1, 2, 3)]
+    masks = [None if given.token_mask is None else given.token_mask[rows] for rows in chosen]
+    return [Batch(tuple(x[r] for x in given.inputs), m, given.cached) for r, m in zip(chosen, masks, strict=True)]
 
 
 def _user_inputs(traced: Traced) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .calibration_data import batches_for, calibration_text, example_for, probe_of
+from .calibration_data import batches_for, calibration_text, example_for, probes_of
 from .engine import Pruned, finish_engine
 from .evaluation import evaluate_onnx, evaluate_torch
 from .onnx_in import compile_onnx
@@ -25,6 +25,7 @@ from .plan import engine_sizes
 from .report import Evaluation, Report, build_report
 from .runtime.benchmark import compare_kernels
 from .runtime.machine import this_machine
+from .runtime.published import ask, put_weights
 from .runtime.verify import expect, verify
 from .settings import SILENT, Console, Settings, plain
 from .stages import Stages
@@ -80,7 +81,7 @@ def compile_model(
         console.progress("tracing", 0, 0)
         example = example_for(settings)
         traced = trace(pretrained, example)
-        canonicalise(traced.program)
+        transposed = canonicalise(traced.program)
         parts = partition(traced.program)
     batches = batches_for(traced, pretrained, settings, windows)
     params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
@@ -100,9 +101,9 @@ def compile_model(
                 checkpoint=checkpoint,
             )
         store(traced, params)
-    probe = probe_of(traced, pretrained, batches, held_out, settings)
+    probes = probes_of(traced, pretrained, batches, held_out, settings)
     if sizes is not None:
-        pruned = Pruned(pretrained, parts, params, batches, done, probe, example)
+        pruned = Pruned(pretrained, parts, params, batches, done, probes, transposed, example)
         return finish_engine(pruned, target, settings, sizes, before, stages, timings, console)
     with stages.run("lower"):
         console.progress("lowering", 0, 0)
@@ -119,8 +120,11 @@ def compile_model(
         )
         packed = stored_weights(traced.program, lowered)
         rounded = dict.fromkeys(packed, settings.storage.activations)
-        expected = expect(parts, as_stored(params, packed), probe, rounded)
-        del params, packed
+        stored = as_stored(params, packed)
+        put_weights(pretrained.model, stored, transposed)
+        published = [ask(pretrained.model, traced, probe) for probe in probes]
+        expected = expect(parts, stored, published, rounded)
+        del params, packed, stored
         target.open()
         with target.guarded():
             to_onnx(traced, target.model, metadata={"source": source, "settings": plain(settings)})

@@ -30,6 +30,7 @@ from .runtime import tensorrt
 from .runtime.benchmark import Row, compare_plans
 from .runtime.evaluate import Perplexity
 from .runtime.exact import ExactAnswers
+from .runtime.published import ask, put_weights
 from .runtime.tensorrt.linears import PlanLinear, plan_linears
 from .runtime.tensorrt.profiles import Sizes, profiles_for
 from .runtime.tensorrt.session import why_not
@@ -54,7 +55,8 @@ class Pruned:
         params: the weights by their key in the traced program.
         batches: what pruning was calibrated on.
         done: what pruning reported.
-        probe: what the result is verified on.
+        probes: what the result is verified on.
+        transposed: see ``canonicalise``.
         example: see ``trace``.
     """
 
@@ -63,7 +65,8 @@ class Pruned:
     params: Mapping[str, Tensor]
     batches: Sequence[Batch]
     done: Sparsified
-    probe: Batch
+    probes: Sequence[Batch]
+    transposed: frozenset[str]
     example: Mapping[str, Tensor] | None
 
 
@@ -94,7 +97,10 @@ def finish_engine(
         quantised = _quantised(traced, pruned, settings.engine.codes, scaled)
         params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
         rounded = {key: codes.activations for key, codes in quantised.items()}
-        expected = expect(partition(traced.program), params, _in_dtype(pruned.probe, dtype), rounded)
+        put_weights(pruned.pretrained.model, params, pruned.transposed)
+        probes = [_in_dtype(probe, dtype) for probe in pruned.probes]
+        published = [ask(pruned.pretrained.model, traced, probe) for probe in probes]
+        expected = expect(partition(traced.program), params, published, rounded)
         del params
         entries = lower_linears(
             traced.program, storage=settings.storage, worth=_plain_product, patterns=pruned.done.patterns

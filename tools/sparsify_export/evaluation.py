@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from .calibration_data import longest
 from .passes.errors import InputError
 from .passes.frontend.batches import read_windows
 from .passes.frontend.load import Pretrained
+from .passes.frontend.positions import longest
 from .runtime.evaluate import Logits, Perplexity, onnx_logits, perplexity, torch_logits
 from .runtime.exact import ExactAnswers, exact_answers
 from .runtime.session import CausalSession, open_session
@@ -44,7 +44,7 @@ def evaluate_onnx(
 def _evaluate(logits: Logits, pretrained: Pretrained, settings: Settings) -> tuple[Perplexity, ExactAnswers]:
     """What ``--eval`` asks for, of the dense model and of the result alike."""
     assert settings.evaluate is not None
-    limit = longest(pretrained)
+    limit = longest(pretrained.model)
     length = min(settings.window, limit or settings.window)
     windows = read_windows(settings.evaluate, pretrained.tokenizer, samples=settings.windows, length=length)
     return perplexity(logits, windows), exact_answers(logits, pretrained.tokenizer, limit=limit)

@@ -9,6 +9,7 @@ from .calibrate.eight_bit import Kind
 from .calibrate.patterns import NM
 from .passes.errors import InputError
 from .passes.frontend.load import Pretrained
+from .passes.frontend.positions import longest
 from .passes.onnx.plugin import LIBRARY
 from .passes.recipe import Recipe
 from .runtime.tensorrt.profiles import Sizes, choose_sizes, parse_range
@@ -119,8 +120,8 @@ def engine_sizes(engine: EngineSettings, pretrained: Pretrained) -> Sizes:
     if not is_text and (engine.sequence or engine.context):
         flag = "--seq" if engine.sequence else "--context"
         raise InputError(f"{flag} has no effect: {pretrained.source} does not take text")
-    longest = getattr(pretrained.model.config, "max_position_embeddings", None)
-    return choose_sizes(engine.batch, engine.sequence, engine.context, longest=longest if is_text else None)
+    limit = longest(pretrained.model) if is_text else None
+    return choose_sizes(engine.batch, engine.sequence, engine.context, longest=limit)
 
 
 def not_built(out: Path, engine: Mapping[str, Any]) -> str:
