@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 
 from ..passes.errors import InputError
+from ..passes.onnx.protos import data_files
 from .artifact import artifact_file, causal, open_artifact
 from .feeds import NUMPY
 from .session import CausalSession, open_session, sparse_runs
@@ -263,8 +264,8 @@ def _call(session: Any, shapes: dict[str, tuple[int, ...]]) -> Run:
 def _side(path: Path, threads: int | None) -> Side:
     """Size and memory of one file; the memory in a process of its own, where nothing else is."""
     file = artifact_file(path)
-    data = file.with_name(file.name + ".data")
-    size = file.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+    beside = () if is_plan(file) else data_files(file)
+    size = sum(part.stat().st_size for part in (file, *beside) if part.is_file())
     command = [sys.executable, "-m", __name__, str(file), str(threads or 0)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
