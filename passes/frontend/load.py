@@ -47,7 +47,8 @@ def load(source: str, *, trust_remote_code: bool = False) -> Pretrained:
     Raises:
         InputError: the path is missing, is not a model, is damaged, or is a kind we cannot compile.
     """
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_default_handler()  # what it warns of is for whoever listens, not for the screen
+    transformers_logging.enable_propagation()
     transformers_logging.disable_progress_bar()
     where, options = _locate(source)
     options["trust_remote_code"] = trust_remote_code

@@ -10,15 +10,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from .passes.errors import InputError
 from .passes.onnx.protos import data_files
 from .passes.onnx.write import DIGITS
 
-PARTIAL, ASIDE, JOURNAL = ".partial", ".old", "publishing.json"
+PARTIAL, ASIDE = ".partial", ".old"
+JOURNAL, OLDER = "publishing.json", "older"
 
 
 def is_data(name: str, model: str) -> bool:
@@ -84,7 +86,9 @@ def publish_folder(stage: Path, out: Path, report: str) -> None:
 def publish_files(stage: Path, folder: Path, *, model: str, report: str, stale: Sequence[str]) -> None:
     """Put the files of ``stage`` into ``folder``: data, then the model, the others after it, the report last.
 
-    What described the older model goes before the new one comes, so that it never stands beside the new one.
+    What described the older model goes before the new one comes, so that it never stands beside the new one. The
+    rename of the model is what counts: a run that ends before it is undone, one that ends after it is completed, by
+    itself or, where it was killed, by the next one.
 
     Args:
         stage: the folder of the run.
@@ -93,25 +97,47 @@ def publish_files(stage: Path, folder: Path, *, model: str, report: str, stale: 
         report: the report, which is our mark.
         stale: files of the older model that are of no use beside the new one, data files left out.
     """
-    names = [file.name for file in stage.iterdir()]
+    names = sorted(file.name for file in stage.iterdir())
     data = [name for name in names if is_data(name, model)]
-    old = [name for name in listed(folder / report) if is_data(name, model)]
-    new = [name for name in data if not (folder / name).exists()]
-    (stage / JOURNAL).write_text(json.dumps({"model": model, "data": [*old, *new]}), encoding="utf-8")
+    journal = {
+        "model": model,
+        "data": [
+            *(name for name in listed(folder / report) if is_data(name, model)),
+            *(name for name in data if not (folder / name).exists()),
+        ],
+        "rest": [*(name for name in names if name not in (*data, model, report)), report],
+    }
+    (stage / OLDER).mkdir()
+    (stage / JOURNAL).write_text(json.dumps(journal), encoding="utf-8")
     _sync(stage)
     try:
         for name in data:
             (stage / name).replace(folder / name)
         _sync_names(folder)
         for name in (report, *stale):
-            (folder / name).unlink(missing_ok=True)
+            if os.path.lexists(folder / name):
+                (folder / name).rename(stage / OLDER / name)
         (stage / model).replace(folder / model)
         _sync_names(folder)
-        for name in sorted(set(names) - {*data, model, report}):
-            (stage / name).replace(folder / name)
-        (stage / report).replace(folder / report)
     finally:
-        _sweep(folder, model, [*old, *new])
+        _settle(stage, folder, journal)
+
+
+def _settle(stage: Path, folder: Path, journal: Mapping[str, Any]) -> None:
+    """Complete what was published as far as the model, or undo it; and remove data that no model reads any more."""
+    model = journal["model"]
+    if (stage / model).exists():
+        for file in (stage / OLDER).iterdir():
+            file.replace(folder / file.name)
+    else:
+        for name in journal["rest"]:
+            if (stage / name).exists():
+                (stage / name).replace(folder / name)
+    with suppress(InputError):  # where what is there cannot be read, nobody knows what it needs
+        used = {file.name for file in data_files(folder / model)} if (folder / model).exists() else set()
+        for name in journal["data"]:
+            if is_data(name, model) and name not in used:
+                (folder / name).unlink(missing_ok=True)
     _sync_names(folder)
     shutil.rmtree(stage)
 
@@ -127,18 +153,12 @@ def recover(out: Path, report: str) -> None:
             else:
                 aside.rename(out)
         for stage in (file for file in found if file.suffix == PARTIAL and not _alive(file)):
-            with suppress(OSError, ValueError, KeyError, TypeError, InputError):
+            try:
                 journal = json.loads((stage / JOURNAL).read_text(encoding="utf-8"))
-                _sweep(out.parent, journal["model"], journal["data"])
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def _sweep(folder: Path, model: str, names: Collection[str]) -> None:
-    """Remove data files that the model there does not read; where it cannot be read, nothing."""
-    used = {file.name for file in data_files(folder / model)} if (folder / model).exists() else set()
-    for name in names:
-        if is_data(name, model) and name not in used:
-            (folder / name).unlink(missing_ok=True)
+            except (FileNotFoundError, json.JSONDecodeError):  # it died before it had moved anything
+                shutil.rmtree(stage)
+            else:
+                _settle(stage, out.parent, journal)
 
 
 def _remove(folder: Path, report: str) -> None:

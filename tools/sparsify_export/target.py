@@ -89,7 +89,10 @@ class Target:
         except OSError as error:  # a name that is too long, among others
             raise InputError(f"{name} cannot be written: {error.strerror}") from error
         target = cls(out, folder, overwrite, out.with_name(f".{out.name}.{secrets.token_hex(4)}{PARTIAL}"))
-        recover(out, target.report.name)
+        try:
+            recover(out, target.report.name)
+        except OSError as error:
+            raise InputError(f"cannot clear what an earlier run left beside {out}: {error}") from error
         target._refuse_taken()
         for given in inputs:
             target.refuse_to_replace(given)
