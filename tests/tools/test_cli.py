@@ -120,7 +120,8 @@ def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, cap
     assert main([str(folder), "--quiet", "-o", str(out)]) == 0
     found = []
     for model in (folder, out):
-        assert main(["eval", str(model), "--text", str(text), "--exact", "--window", "64", "--json"]) == 0
+        flags = ["--text", str(text), "--exact", "--window", "64", "--tokenizer", str(folder), "--json"]
+        assert main(["eval", str(model), *flags]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=1e-5)
     assert found[0]["exact"] == found[1]["exact"]

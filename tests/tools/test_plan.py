@@ -309,8 +309,14 @@ def test_the_library_of_an_installation_is_put_beside_the_engine(tmp_path, monke
     assert (target.stage / LIBRARY).read_bytes() == b"plugins"
 
 
-def test_an_engine_takes_the_tokenizer_of_its_model(written):
-    assert tokenizer_of(written, None)("w1 w2")["input_ids"] == [4, 5]
+def test_an_engine_takes_the_tokenizer_that_is_named_or_lies_beside_it(written, folder, tmp_path):
+    with pytest.raises(InputError, match="has no tokenizer beside it; give --tokenizer"):
+        tokenizer_of(written, None)
+    assert tokenizer_of(written, str(folder))("w1 w2")["input_ids"] == [4, 5]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "m.trt.onnx").write_bytes(written.with_name("model.trt.onnx").read_bytes())
+    assert tokenizer_of(tmp_path / "m.plan", None)("w1 w2")["input_ids"] == [4, 5]
 
 
 def test_what_is_there_is_not_replaced(written, folder, capsys):
