@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not tokens:
         app.help_print()
         return BAD_INPUT
+    if broken := [token for token in tokens if "\0" in token]:
+        return _said(f"{broken[0]!r} holds a NUL, which no path or name can", BAD_INPUT)
     with quiet_libraries(), stoppable():
         return _run(tokens)
 
@@ -61,6 +63,10 @@ def _run(tokens: list[str]) -> int:
     except BrokenPipeError:  # whoever read what we print has enough; what Python still holds has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # a path that no file can have, a disk that fails: what the system says names it
+        where = f"{error.filename}: " if error.filename is not None else ""
+        logging.getLogger(__name__).exception("the system refused")
+        return _said(f"{where}{error.strerror or error}", BAD_INPUT)
     except MemoryError:
         return _said("this takes more memory than there is", BAD_INPUT)
     except Exception as error:
@@ -254,6 +260,8 @@ def compile_command(
     ops = ops or ("standard" if engine else "sparse")
     positive("--samples", samples)
     positive("--seq-len", seq_len, least=2)
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"--seed {seed} is out of range; want 0 to 2^63 - 1")
     positive("--window", window, least=2)
     positive("--windows", windows)
     if group is not None and dtype != "int4":
