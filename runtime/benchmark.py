@@ -264,14 +264,14 @@ def _call(session: Any, shapes: dict[str, tuple[int, ...]]) -> Run:
 def _side(path: Path, threads: int | None) -> Side:
     """Size and memory of one file; the memory in a process of its own, where nothing else is."""
     file = artifact_file(path)
-    beside = () if is_plan(file) else data_files(file)
-    size = sum(part.stat().st_size for part in (file, *beside) if part.is_file())
     command = [sys.executable, "-m", __name__, str(file), str(threads or 0)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it died without a word"]
         raise InputError(f"cannot run {path}: {lines[-1].removeprefix(f'{InputError.__module__}.InputError: ')}")
     resident, ops = json.loads(done.stdout)
+    beside = () if is_plan(file) else data_files(file)
+    size = sum(part.stat().st_size for part in (file, *beside) if part.is_file())
     return Side(str(path), size, resident, ops)
 
 
