@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..calibrate.patterns import NM, Pattern, Unstructured
 from .errors import InputError
+from .files import check_regular
 from .fx.linears import Linear
 
 
@@ -39,6 +40,7 @@ def read_masks(file: Path) -> GivenMasks:
     Raises:
         InputError: the file cannot be read, holds something else, or its masks keep everything or nothing of a weight.
     """
+    check_regular(file)
     try:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:

@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 
 from ..passes.errors import InputError
+from ..passes.onnx.protos import data_files
 from .artifact import artifact_file, causal, open_artifact
 from .feeds import NUMPY
 from .session import CausalSession, open_session, sparse_runs
@@ -263,14 +264,14 @@ def _call(session: Any, shapes: dict[str, tuple[int, ...]]) -> Run:
 def _side(path: Path, threads: int | None) -> Side:
     """Size and memory of one file; the memory in a process of its own, where nothing else is."""
     file = artifact_file(path)
-    data = file.with_name(file.name + ".data")
-    size = file.stat().st_size + (data.stat().st_size if data.is_file() else 0)
     command = [sys.executable, "-m", __name__, str(file), str(threads or 0)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it died without a word"]
         raise InputError(f"cannot run {path}: {lines[-1].removeprefix(f'{InputError.__module__}.InputError: ')}")
     resident, ops = json.loads(done.stdout)
+    beside = () if is_plan(file) else data_files(file)
+    size = sum(part.stat().st_size for part in (file, *beside) if part.is_file())
     return Side(str(path), size, resident, ops)
 
 

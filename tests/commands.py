@@ -1,10 +1,16 @@
 """Runs the command on a pretrained model, to a refusal."""
 
+import re
 from pathlib import Path
 
 from sparsify_export.cli import main
 
 SHORT = ["--samples", "4", "--seq-len", "32", "--quiet"]
+
+
+def names(folder: Path) -> set[str]:
+    """The names of what is in a folder, without the hash in those of data files."""
+    return {re.sub(r"\.[0-9a-f]{12}\.data$", ".data", file.name) for file in folder.iterdir()}
 
 
 def refused(capsys, out: Path, *arguments: object) -> str:

@@ -10,12 +10,18 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
+from ..files import LARGEST_JSON, check_regular, read_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SHARDS = "model.safetensors.index.json"
+MOST = {re.compile(r"labels$"): 1_000_000, re.compile(r"(layers?|blocks?|depths?|experts)$"): 10_000}
+"""The largest numbers in a configuration that say how many of something are built, by how their names end."""
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -47,12 +53,17 @@ def load(source: str, *, trust_remote_code: bool = False) -> Pretrained:
     Raises:
         InputError: the path is missing, is not a model, is damaged, or is a kind we cannot compile.
     """
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_default_handler()  # what it warns of is for whoever listens, not for the screen
+    transformers_logging.enable_propagation()
     transformers_logging.disable_progress_bar()
     where, options = _locate(source)
     options["trust_remote_code"] = trust_remote_code
     try:
+        if "local_files_only" not in options and (index := _hub_index(source)):
+            _check_shards(index)
         config = AutoConfig.from_pretrained(where, **options)
+        if getattr(config, "transformers_weights", None) is not None:  # another way to name an index, or a pickle
+            raise InputError(f"{source}: its configuration names the file of its weights; want model.safetensors")
         auto = _model_class(config)
         use = {} if "gguf_file" in options else {"use_safetensors": True}
         # Handing the config over spares a GGUF file two more readings of its vocabulary. The reader of GGUF draws a
@@ -67,6 +78,8 @@ def load(source: str, *, trust_remote_code: bool = False) -> Pretrained:
                 **use,
                 **options,
             )
+    except InputError:
+        raise
     except Exception as error:  # transformers raises whatever its parsers raise: OSError, KeyError, SafetensorError ...
         raise InputError(f"cannot load {source}: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
@@ -85,6 +98,22 @@ def load_tokenizer(source: str) -> Any:
         InputError: the model does not exist or has no tokenizer.
     """
     where, options = _locate(source)
+    return _read_tokenizer(where, source, options)
+
+
+def tokenizer_beside(folder: Path) -> Any:
+    """The tokenizer in a folder, whatever else is in it; None where there is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    _check_folder(folder)
+    return _read_tokenizer(str(folder), str(folder), {"local_files_only": True})
+
+
+def _read_tokenizer(where: str, source: str, options: dict[str, Any]) -> Any:
     try:
         # Said outright: where nothing is said, transformers asks on the terminal whether to run a checkpoint's code.
         return _tokenizer(where, trust_remote_code=False, **options)
@@ -128,17 +157,70 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
             with path.open("rb") as file:
                 if (magic := file.read(4)) != b"GGUF":
                     raise InputError(f"{source} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
-            return str(path.parent), {"gguf_file": path.name}
+            return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
         if path.suffix == ".onnx":
             raise InputError(f"{source} is an ONNX model; this version compiles Hugging Face folders and .gguf files")
         raise InputError(f"{source} is not a model: want a Hugging Face folder or a .gguf file")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{source} is not a model: the folder has no config.json")
-        return str(path), {}
+        if (path / "model.onnx").is_file() and not any(path.glob("*.safetensors")):
+            raise InputError(f"{source} holds an ONNX model and no other weights; give {path / 'model.onnx'}")
+        _check_folder(path)
+        return str(path), {"local_files_only": True}
     if HUB_ID.fullmatch(source) and not path.parent.is_dir():
         return source, {}
     raise InputError(f"{source} does not exist")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder whose files would hang or fill the memory of whoever reads them, or lead elsewhere.
+
+    Raises:
+        InputError: a pipe or device, a giant JSON file, a size in the configuration that no model has, an adapter
+            (which names the model it belongs to, and that would be looked for), or weights listed outside the folder
+            or in pickle files.
+    """
+    for file in folder.iterdir():
+        if not file.is_dir():
+            check_regular(file, most=LARGEST_JSON if file.suffix == ".json" else None)
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder} holds an adapter; merge it into its model first")
+    if (folder / "config.json").is_file():
+        _check_sizes(read_json(folder / "config.json"), folder / "config.json")
+    if (folder / SHARDS).is_file():
+        _check_shards(folder / SHARDS)
+
+
+def _check_sizes(config: Any, file: Path) -> None:
+    """Layers and labels are made one by one, before a weight is looked at."""
+    if not isinstance(config, dict):
+        raise InputError(f"{file} is not a configuration: it holds a {type(config).__name__}")
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_sizes(value, file)
+        most = next((most for ending, most in MOST.items() if ending.search(key)), None)
+        if most is not None and isinstance(value, int) and value > most:
+            raise InputError(f"{file}: {key} is {value}; want {most} at most")
+
+
+def _hub_index(source: str) -> Path | None:
+    """The list of shards of a model on the hub, fetched before anything else; None where it has one file."""
+    try:
+        return Path(hf_hub_download(source, SHARDS))
+    except EntryNotFoundError:
+        return None
+
+
+def _check_shards(index: Path) -> None:
+    """Weights come from safetensors files in the same folder only: transformers would unpickle others."""
+    listed = read_json(index)
+    names = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(names, dict):
+        raise InputError(f"{index} is damaged: it lists no weights")
+    for name in names.values():
+        if not isinstance(name, str) or "/" in name or "\\" in name or not name.endswith(".safetensors"):
+            raise InputError(f"{index} names {name!r}; want .safetensors files beside it")
 
 
 def _model_class(config: Any) -> Any:

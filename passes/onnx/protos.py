@@ -8,7 +8,10 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import Tensor
+
+from ..errors import InputError
 
 TORCH: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT: torch.float32,
@@ -42,6 +45,24 @@ def is_external(tensor: onnx.TensorProto) -> bool:
 def location(tensor: onnx.TensorProto) -> dict[str, str]:
     """Where an external tensor lies: ``location``, ``offset`` and ``length`` as text, those that are given."""
     return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files beside an ONNX file that its tensors lie in, whatever holds these: initializers or attributes.
+
+    Raises:
+        InputError: the file cannot be read as ONNX.
+    """
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise InputError(f"cannot read {path}: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    names: dict[str, None] = {}  # a set that keeps its order
+    for graph in graphs(proto.graph):
+        inside = (t for node in graph.node for a in node.attribute for t in (a.t, *a.tensors))
+        for tensor in filter(is_external, (*graph.initializer, *inside)):
+            names[location(tensor).get("location", "")] = None
+    return [path.parent / name for name in names if name]
 
 
 def nbytes(tensor: onnx.TensorProto) -> int:

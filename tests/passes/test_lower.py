@@ -10,6 +10,7 @@ from families import FAMILIES, GROUPED, Family, compile_family
 from onnx.external_data_helper import ExternalDataInfo
 from sparsify_export.calibrate.patterns import Unstructured
 from sparsify_export.passes.dialect.storage import Storage
+from sparsify_export.passes.onnx.protos import data_files
 from sparsify_export.passes.onnx.write import INLINE
 
 LAYER = "self_attn.q_proj+k_proj+v_proj self_attn.o_proj mlp.gate_proj+up_proj mlp.down_proj"
@@ -116,24 +117,24 @@ def test_node_names_are_unique_and_nothing_of_the_trace_is_left(compiled):
 
 
 def test_every_offset_is_aligned_and_small_tensors_are_inline(compiled):
-    size = compiled.path.with_name(compiled.path.name + ".data").stat().st_size
+    (data,) = data_files(compiled.path)
     end = 0
     for tensor in load(compiled).graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             assert len(onnx.numpy_helper.to_array(tensor).tobytes()) < INLINE
             continue
         place = ExternalDataInfo(tensor)
-        assert place.location == f"{compiled.path.name}.data"
+        assert place.location == data.name
         assert place.offset % 64 == 0
         assert 0 <= place.offset - end < 64
         end = place.offset + place.length
         assert place.length >= INLINE
-    assert end == size
+    assert end == data.stat().st_size
 
 
 def test_a_tied_embedding_is_stored_once(gemma):
     table = gemma.source["model.lm_head.weight"].numpy()
-    data = gemma.path.with_name(gemma.path.name + ".data").read_bytes()
+    data = data_files(gemma.path)[0].read_bytes()
     assert data.count(table.tobytes()) == 1
     assert np.ascontiguousarray(table.T).tobytes() not in data
     assert len(table) == 512
@@ -173,6 +174,5 @@ def test_packed_values_are_stored_in_16_bits_and_the_rest_in_32(tmp_path):
 
 def test_the_same_settings_give_the_same_bytes(llama, tmp_path):
     again = compile_family("llama", tmp_path)
-    for suffix in ("", ".data"):
-        first, second = (c.path.with_name(c.path.name + suffix).read_bytes() for c in (llama, again))
-        assert first == second
+    first, second = ([file.read_bytes() for file in (c.path, *data_files(c.path))] for c in (llama, again))
+    assert first == second

@@ -1,52 +1,5 @@
 """What several tests of the command begin with."""
 
-import numpy as np
-import pytest
-from families import VOCABULARY, random_model
-from onnx_models import dense, mlp, saved
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from command_models import _cache, folder, given, images, text
 
-WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    """What is measured of the machine is kept for all tests, and apart from the user's."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A tiny Llama with a tokenizer of 96 words."""
-    path = tmp_path_factory.mktemp("model") / "llama"
-    random_model("llama").save_pretrained(path)
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    """A tiny model of images, which is compiled in half the time of one that writes text."""
-    path = tmp_path_factory.mktemp("model") / "vit"
-    random_model("vit").save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(np.random.default_rng(0).choice(WORDS, 600)))
-    return path
-
-
-@pytest.fixture
-def given(tmp_path):
-    """An ONNX model of two linears."""
-    return saved(mlp(dense(64, 64, 1), dense(64, 32, 2)), tmp_path, "given.onnx")
+__all__ = ["_cache", "folder", "given", "images", "text"]

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from commands import SHORT, refused
+from commands import SHORT, names, refused
 from families import VOCABULARY, random_model
 from safetensors.torch import load_file, save_file
 from sparsify_export import cli
@@ -19,6 +19,7 @@ from sparsify_export.calibrate import besa
 from sparsify_export.cli import main
 from sparsify_export.passes.cost import Speed
 from sparsify_export.passes.errors import InputError
+from sparsify_export.passes.onnx.protos import data_files
 from sparsify_export.runtime import machine
 from sparsify_export.runtime.inspection import sparse_weights
 
@@ -33,9 +34,9 @@ def exported(folder, text, tmp_path_factory):
 
 
 def test_folder_holds_everything_that_serving_needs(exported):
-    names = {file.name for file in exported.iterdir()}
-    assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "report.json"} <= names
+    assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "report.json"} <= names(exported)
     report = json.loads((exported / "report.json").read_text())
+    assert set(report["files"]) == {file.name for file in exported.iterdir()}
     assert report["settings"]["pattern"] == "2:4"
     assert report["stored_linear_bytes"] <= 0.56 * report["dense_linear_bytes"]
     assert report["evaluation"]["result"]["window"] == 32
@@ -47,7 +48,7 @@ def test_folder_holds_everything_that_serving_needs(exported):
 def test_onnx_name_writes_the_file_and_its_data(folder, tmp_path):
     out = tmp_path / "model.onnx"
     assert main([str(folder), "--sparsity", "0.5", "--score", "wanda", "--quiet", *SHORT[:4], "-o", str(out)]) == 0
-    assert {f.name for f in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data", "model.onnx.report.json"}
+    assert names(tmp_path) == {"model.onnx", "model.onnx.data", "model.onnx.report.json"}
 
 
 def test_rates_and_patterns_that_besa_learns_are_lowered(folder, text, tmp_path, monkeypatch):
@@ -119,7 +120,8 @@ def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, cap
     assert main([str(folder), "--quiet", "-o", str(out)]) == 0
     found = []
     for model in (folder, out):
-        assert main(["eval", str(model), "--text", str(text), "--exact", "--window", "64", "--json"]) == 0
+        flags = ["--text", str(text), "--exact", "--window", "64", "--tokenizer", str(folder), "--json"]
+        assert main(["eval", str(model), *flags]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=1e-5)
     assert found[0]["exact"] == found[1]["exact"]
@@ -295,7 +297,8 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(folder, text, tmp_pa
     assert "kept holds a run of another model, recipe or text" in capsys.readouterr().err
     assert main([*given, "-o", str(out), "--checkpoint", str(kept)]) == 0
     assert not kept.exists()
-    assert (tmp_path / "model.onnx.data").read_bytes() == (tmp_path / "whole.onnx.data").read_bytes()
+    (again,), (whole,) = (data_files(tmp_path / name) for name in ("model.onnx", "whole.onnx"))
+    assert again.read_bytes() == whole.read_bytes()
 
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing(folder, tmp_path):

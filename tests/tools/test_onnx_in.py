@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from commands import names
 from onnx import TensorProto, helper
-from onnx_command import compiled
+from onnx_command import compiled, refused
 from onnx_models import build, dense, genai, mlp, node, rng, saved, sparse_kn
 from sparsify_export.cli import main
 from sparsify_export.passes.cost import Speed
@@ -16,7 +17,7 @@ from sparsify_export.runtime import machine
 def test_prune_lower_verify_and_inspect(given, tmp_path, capsys):
     out = tmp_path / "sparse.onnx"
     report = compiled(given, out, "--nm", "2:4")
-    assert {f.name for f in tmp_path.iterdir()} == {
+    assert names(tmp_path) == {
         "given.onnx",
         "sparse.onnx",
         "sparse.onnx.data",
@@ -82,11 +83,15 @@ def test_standard_ops_keep_every_op_and_hold_zeros(given, tmp_path):
     assert {e["pattern"] for e in report["linears"]} == {"2:4"}
 
 
-def test_a_folder_and_the_file_itself_can_be_the_output(given, tmp_path):
+def test_a_folder_can_be_the_output_and_the_file_itself_cannot(given, tmp_path, capsys):
     compiled(given, tmp_path / "folder", "--nm", "2:4")
-    assert {f.name for f in (tmp_path / "folder").iterdir()} == {"model.onnx", "model.onnx.data", "report.json"}
-    compiled(given, given, "--nm", "2:4", "--overwrite")
-    assert "linear_nm" in {n.op_type for n in onnx.load(str(given), load_external_data=False).graph.node}
+    assert names(tmp_path / "folder") == {"model.onnx", "model.onnx.data", "report.json"}
+    held = given.read_bytes()
+    assert "would overwrite" in refused(capsys, given, given, "--nm", "2:4", "--overwrite")
+    assert given.read_bytes() == held
+    inside = tmp_path / "folder" / "model.onnx"  # as does the folder that its model lies in
+    assert "would overwrite" in refused(capsys, tmp_path / "folder", inside, "--nm", "2:4", "--overwrite")
+    assert inside.is_file()
 
 
 def test_calibration_inputs_change_what_is_kept(given, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from commands import names
 from families import VOCABULARY, load_into, random_model
 from safetensors.torch import save_file
 from sparsify_export import engine
@@ -42,8 +43,7 @@ def written(folder, text, tmp_path_factory):
 
 
 def test_onnx_and_script_are_in_place_and_no_engine(written):
-    names = {file.name for file in written.parent.iterdir()}
-    assert names == {
+    assert names(written.parent) == {
         "model.trt.onnx", "model.trt.onnx.data", "model.trt.json", "build_plan.py", "model.plan.report.json",
     }  # fmt: skip
     script = written.parent / "build_plan.py"
@@ -157,7 +157,7 @@ def test_the_plugin_is_verified_as_our_op_and_asked_for(plugged):
     options = json.loads(plugged.with_name("model.trt.json").read_text())
     assert [linear["plugin"] for linear in options["linears"]] == ["linear_bitmask"] * 8 + [""]
     assert not options["sparse"]
-    assert {file.name for file in plugged.parent.iterdir()} == {
+    assert names(plugged.parent) == {
         "model.trt.onnx", "model.trt.onnx.data", "model.trt.json", "build_plan.py", "model.plan.report.json",
     }  # fmt: skip
     assert main(["inspect", str(plugged.with_name("model.trt.onnx"))]) == 0
@@ -309,8 +309,14 @@ def test_the_library_of_an_installation_is_put_beside_the_engine(tmp_path, monke
     assert (target.stage / LIBRARY).read_bytes() == b"plugins"
 
 
-def test_an_engine_takes_the_tokenizer_of_its_model(written):
-    assert tokenizer_of(written, None)("w1 w2")["input_ids"] == [4, 5]
+def test_an_engine_takes_the_tokenizer_that_is_named_or_lies_beside_it(written, folder, tmp_path):
+    with pytest.raises(InputError, match="has no tokenizer beside it; give --tokenizer"):
+        tokenizer_of(written, None)
+    assert tokenizer_of(written, str(folder))("w1 w2")["input_ids"] == [4, 5]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "m.trt.onnx").write_bytes(written.with_name("model.trt.onnx").read_bytes())
+    assert tokenizer_of(tmp_path / "m.plan", None)("w1 w2")["input_ids"] == [4, 5]
 
 
 def test_what_is_there_is_not_replaced(written, folder, capsys):
@@ -348,7 +354,7 @@ def test_the_engine_is_built_in_place_where_tensorrt_is(images, double, tmp_path
     arguments = [str(images), "--nm", "2:4", "--effort", "fast", "--calibration-inputs", str(inputs)]
     arguments += ["--dtype", "bf16", "--batch", "1,4,8", "--workspace", "256", "-o", str(out / "m.plan")]
     assert main(arguments) == 0
-    assert {file.name for file in out.iterdir()} == {
+    assert names(out) == {
         "m.trt.onnx", "m.trt.onnx.data", "m.trt.json", "build_plan.py", "m.plan.report.json", "m.plan", "m.dense.plan",
         "m.timing.cache",
     }  # fmt: skip

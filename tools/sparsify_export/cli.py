@@ -1,5 +1,9 @@
 """The command line: ``sparsify-export MODEL ... -o OUT`` and its commands, from ``eval`` to ``simulate``."""
 
+import difflib
+import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,37 +14,89 @@ from rich.table import Table
 
 from .commands import bench_command, eval_command, generate_command, inspect_command, simulate_command
 from .passes.errors import InputError, NotBuiltError, VerificationError
-from .terminal import ProgressBar, errors, positive, terminal
+from .signals import Stopped, stoppable
+from .terminal import ProgressBar, errors, log_to, positive, quiet_libraries, terminal
 
-DONE, BAD_INPUT, NOT_BUILT, NOT_EQUAL, INTERRUPTED = 0, 2, 3, 4, 130
+DONE, FAULT, BAD_INPUT, NOT_BUILT, NOT_EQUAL, INTERRUPTED = 0, 1, 2, 3, 4, 130
+ISSUES = "the project's issue tracker"  # which has no address of its own yet
 
 app = App(
     name="sparsify-export",
     suppress_keyboard_interrupt=False,
     help="Compile a pretrained transformer into a sparse one that really is faster.",
 )
-for command in (eval_command, bench_command, inspect_command, simulate_command, generate_command):
-    app.command(command, name=command.__name__.removesuffix("_command"))
+COMMANDS = {
+    command.__name__.removesuffix("_command"): command
+    for command in (eval_command, bench_command, inspect_command, simulate_command, generate_command)
+}
+for name, command in COMMANDS.items():
+    app.command(command, name=name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, and prints one sentence for everything the user can mend."""
     tokens = list(sys.argv[1:] if argv is None else argv)
+    if not tokens:
+        app.help_print()
+        return BAD_INPUT
+    if broken := [token for token in tokens if "\0" in token]:
+        return _said(f"{broken[0]!r} holds a NUL, which no path or name can", BAD_INPUT)
+    with quiet_libraries(), stoppable():
+        return _run(tokens)
+
+
+def _run(tokens: list[str]) -> int:
     try:
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
-    except (InputError, CycloptsError) as error:
-        errors.print(f"sparsify-export: {' '.join(str(error).split())}")
-        return BAD_INPUT
+    except InputError as error:
+        return _said(str(error), BAD_INPUT)
+    except CycloptsError as error:
+        return _said(_mistyped(tokens) or str(error), BAD_INPUT)
     except VerificationError as error:
-        errors.print(f"sparsify-export: verification failed: {error}")
-        return NOT_EQUAL
+        return _said(f"verification failed: {error}", NOT_EQUAL)
     except NotBuiltError as error:
-        errors.print(f"sparsify-export: {error}")
-        return NOT_BUILT
+        return _said(str(error), NOT_BUILT)
+    except Stopped as stopped:
+        return _said("interrupted", 128 + stopped.number)
     except KeyboardInterrupt:
-        errors.print("sparsify-export: interrupted; nothing was written")
-        return INTERRUPTED
+        return _said("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # whoever read what we print has enough; what Python still holds has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # a path that no file can have, a disk that fails: what the system says names it
+        where = f"{error.filename}: " if error.filename is not None else ""
+        logging.getLogger(__name__).exception("the system refused")
+        return _said(f"{where}{error.strerror or error}", BAD_INPUT)
+    except MemoryError:
+        return _said("this takes more memory than there is", BAD_INPUT)
+    except Exception as error:
+        logging.getLogger(__name__).exception("a fault of sparsify-export")
+        kept = "" if _has_log(tokens) else "; run it again with --log-file FILE"
+        return _said(
+            f"this is a fault of sparsify-export, {type(error).__name__}: {str(error)[:200]}{kept}, and please report "
+            f"it with the log at {ISSUES}",
+            FAULT,
+        )
     return DONE
+
+
+def _said(sentence: str, code: int) -> int:
+    errors.print(f"sparsify-export: {' '.join(sentence.split())}")
+    return code
+
+
+def _has_log(tokens: Sequence[str]) -> bool:
+    return any(token == "--log-file" or token.startswith("--log-file=") for token in tokens)
+
+
+def _mistyped(tokens: Sequence[str]) -> str:
+    """What is wrong where the first word is neither a command nor a model, and no output is named; "" otherwise."""
+    word = tokens[0]
+    output = any(token in ("-o", "--output") or token.startswith("--output=") for token in tokens)
+    if output or word.startswith("-") or "/" in word or "\0" in word or os.path.lexists(word):
+        return ""
+    near = difflib.get_close_matches(word, COMMANDS, 1)
+    return f"{word} is no command and no model that exists{f'; did you mean {near[0]}?' if near else ''}"
 
 
 @app.default
@@ -95,6 +151,7 @@ def compile_command(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     checkpoint: Path | None = None,
     quiet: Annotated[bool, Parameter(negative="")] = False,
+    log_file: Path | None = None,
 ) -> None:
     """Prune a model, verify it and write it as ONNX or as an engine; without --nm and --sparsity, only lower it.
 
@@ -172,7 +229,9 @@ def compile_command(
         checkpoint: folder that keeps every block and every epoch that is done, so that the same command goes on from
             there when it was stopped; removed at the end.
         quiet: print nothing but errors.
+        log_file: file that warnings of libraries and, where something goes wrong, tracebacks are appended to.
     """
+    log_to(log_file)
     from .compile import compile_model
     from .effort import Flags, effort_of, make_recipe
     from .passes.checkpoint import Checkpoint
@@ -201,6 +260,8 @@ def compile_command(
     ops = ops or ("standard" if engine else "sparse")
     positive("--samples", samples)
     positive("--seq-len", seq_len, least=2)
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"--seed {seed} is out of range; want 0 to 2^63 - 1")
     positive("--window", window, least=2)
     positive("--windows", windows)
     if group is not None and dtype != "int4":

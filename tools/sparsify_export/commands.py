@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from .passes.errors import InputError
-from .terminal import ProgressBar, positive, terminal
+from .terminal import ProgressBar, log_to, positive, terminal
 
 
 def eval_command(
@@ -23,6 +23,7 @@ def eval_command(
     tokenizer: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
+    log_file: Path | None = None,
 ) -> None:
     """Perplexity of a model or an exported file over non-overlapping windows of a text, and exact answers.
 
@@ -35,7 +36,9 @@ def eval_command(
         tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
         json: print JSON.
         trust_remote_code: run Python code that comes with the checkpoint.
+        log_file: file that warnings of libraries and tracebacks are appended to.
     """
+    log_to(log_file)
     from dataclasses import asdict
     from json import dumps
 
@@ -74,6 +77,7 @@ def bench_command(
     repeats: int = 20,
     threads: int | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
+    log_file: Path | None = None,
 ) -> None:
     """Time prefill and decode of an exported file or engine, in turns with another one.
 
@@ -83,7 +87,9 @@ def bench_command(
         repeats: runs of each row and file.
         threads: threads of an op, the same for both files.
         json: print JSON.
+        log_file: file that warnings of libraries and tracebacks are appended to.
     """
+    log_to(log_file)
     from .runtime.benchmark import bench, render
 
     positive("--repeats", repeats)
@@ -98,12 +104,14 @@ def bench_command(
             terminal.print(f"left out {reason}", highlight=False)
 
 
-def inspect_command(model: Path, /) -> None:
+def inspect_command(model: Path, /, *, log_file: Path | None = None) -> None:
     """List every linear of an ONNX file: shape, pattern, bytes, lowered or left dense and why.
 
     Args:
         model: an .onnx file, or a folder that holds model.onnx.
+        log_file: file that warnings of libraries and tracebacks are appended to.
     """
+    log_to(log_file)
     from .runtime.inspection import inspect, render
 
     terminal.print(render(inspect(model)))
@@ -117,6 +125,7 @@ def simulate_command(
     paper_compat: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
+    log_file: Path | None = None,
 ) -> None:
     """Cycles of every projection on an accelerator with a dense and a sparse engine; a simulation, nothing is timed.
 
@@ -131,7 +140,9 @@ def simulate_command(
         paper_compat: the published formula, for one token.
         json: print JSON.
         trust_remote_code: run Python code that comes with the checkpoint.
+        log_file: file that warnings of libraries and tracebacks are appended to.
     """
+    log_to(log_file)
     from dataclasses import asdict
     from json import dumps
 
@@ -164,6 +175,7 @@ def generate_command(
     tokenizer: str | None = None,
     threads: int | None = None,
     kernels: bool = True,
+    log_file: Path | None = None,
 ) -> None:
     """Continue a prompt greedily, with the KV cache.
 
@@ -174,7 +186,9 @@ def generate_command(
         tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
         threads: threads of an op.
         kernels: use our kernels; without, ONNX Runtime runs the functions inside the file.
+        log_file: file that warnings of libraries and tracebacks are appended to.
     """
+    log_to(log_file)
     from . import frontdoor
 
     positive("--max-new-tokens", max_new_tokens)
@@ -182,7 +196,7 @@ def generate_command(
     text, result = frontdoor.generate(
         model, prompt, max_new_tokens=max_new_tokens, tokenizer=tokenizer, threads=threads, kernels=kernels
     )
-    terminal.print(prompt + text, highlight=False, markup=False)
+    terminal.print(prompt + text, highlight=False)
     terminal.print(
         f"prefill {result.prompt_tokens} tokens at {result.prefill_rate:.1f} tokens/s, "
         f"decode {result.decoded_tokens} at {result.decode_rate:.1f} tokens/s",

@@ -29,7 +29,7 @@ from .runtime.published import ask, put_weights
 from .runtime.verify import expect, verify
 from .settings import SILENT, Console, Settings, plain
 from .stages import Stages
-from .target import Target
+from .target import Target, inputs_of
 
 
 def compile_model(
@@ -46,8 +46,8 @@ def compile_model(
 
     Args:
         source: Hugging Face folder, hub id, ``.gguf`` file or ``.onnx`` file; the last goes to ``compile_onnx``.
-        out: a file ending in ``.onnx`` (weights go to ``OUT.data``, the report to ``OUT.report.json``), an engine
-            ending in ``.plan`` (see engine.py), or a folder for ``model.onnx``, ``model.onnx.data``, tokenizer,
+        out: a file ending in ``.onnx`` (weights go to ``OUT.HASH.data``, the report to ``OUT.report.json``), an engine
+            ending in ``.plan`` (see engine.py), or a folder for ``model.onnx``, its weights, tokenizer,
             configuration and ``report.json``.
         settings: what to make.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -69,7 +69,22 @@ def compile_model(
         return compile_onnx(
             source, out, settings, trust_remote_code=trust_remote_code, overwrite=overwrite, console=console
         )
-    target = Target.check(out, overwrite=overwrite)
+    target = Target.check(out, overwrite=overwrite, inputs=inputs_of(source, settings, checkpoint))
+    with target.guarded():
+        return _compile(
+            source, target, settings, trust_remote_code=trust_remote_code, checkpoint=checkpoint, console=console
+        )
+
+
+def _compile(
+    source: str,
+    target: Target,
+    settings: Settings,
+    *,
+    trust_remote_code: bool,
+    checkpoint: Path | None,
+    console: Console,
+) -> Report:
     stages, timings = Stages(), Timings()
     with stages.run("load"):
         console.progress("loading", 0, 0)
@@ -126,31 +141,29 @@ def compile_model(
         expected = expect(parts, stored, published, rounded)
         del params, packed, stored
         target.open()
-        with target.guarded():
-            to_onnx(traced, target.model, metadata={"source": source, "settings": plain(settings)})
-    with target.guarded():
-        with stages.run("verify"):
-            console.progress("verifying", 0, 0)
-            verified = verify(target.model, traced, expected)
-        with stages.run("measure"):
-            console.progress("measuring", 0, 0)
-            latency = compare_kernels(target.model) if any(not entry.reason for entry in lowered) else ()
-        after = evaluate_onnx(pretrained, target.model, settings, stages, console)
-        report = build_report(
-            source=source,
-            settings=plain(settings),
-            blocks=done.blocks,
-            lowered=lowered,
-            verified=verified,
-            evaluation=Evaluation(*before, *after) if before and after else None,
-            latency=latency,
-            stages=stages.done,
-            machine=machine.key if machine else None,
-            pruning_seconds=timings.seconds,
-            distilled=done.distilled,
-            model=target.model,
-        )
-        target.finish(pretrained, report)
+        to_onnx(traced, target.model, metadata={"source": source, "settings": plain(settings)})
+    with stages.run("verify"):
+        console.progress("verifying", 0, 0)
+        verified = verify(target.model, traced, expected)
+    with stages.run("measure"):
+        console.progress("measuring", 0, 0)
+        latency = compare_kernels(target.model) if any(not entry.reason for entry in lowered) else ()
+    after = evaluate_onnx(pretrained, target.model, settings, stages, console)
+    report = build_report(
+        source=source,
+        settings=plain(settings),
+        blocks=done.blocks,
+        lowered=lowered,
+        verified=verified,
+        evaluation=Evaluation(*before, *after) if before and after else None,
+        latency=latency,
+        stages=stages.done,
+        machine=machine.key if machine else None,
+        pruning_seconds=timings.seconds,
+        distilled=done.distilled,
+        model=target.model,
+    )
+    target.finish(pretrained, report)
     return report
 
 

@@ -38,9 +38,8 @@ from .runtime.tensorrt.twin import wants_twin, write_twin
 from .runtime.verify import expect, verify
 from .settings import Console, Settings, plain
 from .stages import Stages
-from .target import Target
+from .target import SCRIPT, Target
 
-SCRIPT = "build_plan.py"
 LOWERED = "a plain MatMul, for TensorRT to choose a tactic"
 QUANTISED = "a MatMul of {} codes between Q and DQ, for TensorRT to choose a tactic"
 
@@ -107,41 +106,39 @@ def finish_engine(
         )
         lowered = [_entry(entry, dtype, quantised.get(entry.linear.weight)) for entry in entries]
         target.open()
-        with target.guarded():
-            metadata = {"source": pruned.pretrained.source, "settings": plain(settings)}
-            to_onnx(traced, target.model, metadata=metadata, tensorrt=True, quantised=quantised)
-    with target.guarded():
-        linears = plan_linears(target.model)
-        plugins = any(linear.plugin for linear in linears)
-        runnable = target.model
-        if wants_twin(target.model):
-            runnable = target.stage / "twin.onnx"
-            write_twin(target.model, runnable)
-        with stages.run("verify"):
-            console.progress("verifying", 0, 0)
-            verified = verify(runnable, traced, expected, ways=_ways(dtype, plugins=plugins))
-        after = evaluate_onnx(pruned.pretrained, runnable, settings, stages, console)
-        if runnable != target.model:
-            for file in (runnable, runnable.with_name(f"{runnable.name}.data")):
-                file.unlink(missing_ok=True)
-        _tell(linears, dtype, console)
-        found, latency = _build(target, pruned, settings, sizes, linears, stages, console)
-        report = build_report(
-            source=pruned.pretrained.source,
-            settings=plain(settings),
-            blocks=pruned.done.blocks,
-            lowered=lowered,
-            verified=verified,
-            evaluation=Evaluation(*before, *after) if before and after else None,
-            latency=latency,
-            stages=stages.done,
-            machine=None,
-            pruning_seconds=timings.seconds,
-            distilled=pruned.done.distilled,
-            model=target.model,
-        )
-        report = replace(report, engine=found)
-        target.finish(pruned.pretrained, report)
+        metadata = {"source": pruned.pretrained.source, "settings": plain(settings)}
+        to_onnx(traced, target.model, metadata=metadata, tensorrt=True, quantised=quantised)
+    linears = plan_linears(target.model)
+    plugins = any(linear.plugin for linear in linears)
+    runnable = target.model
+    if wants_twin(target.model):
+        runnable = target.stage / "twin.onnx"
+        write_twin(target.model, runnable)
+    with stages.run("verify"):
+        console.progress("verifying", 0, 0)
+        verified = verify(runnable, traced, expected, ways=_ways(dtype, plugins=plugins))
+    after = evaluate_onnx(pruned.pretrained, runnable, settings, stages, console)
+    if runnable != target.model:
+        for file in (runnable, runnable.with_name(f"{runnable.name}.data")):
+            file.unlink(missing_ok=True)
+    _tell(linears, dtype, console)
+    found, latency = _build(target, pruned, settings, sizes, linears, stages, console)
+    report = build_report(
+        source=pruned.pretrained.source,
+        settings=plain(settings),
+        blocks=pruned.done.blocks,
+        lowered=lowered,
+        verified=verified,
+        evaluation=Evaluation(*before, *after) if before and after else None,
+        latency=latency,
+        stages=stages.done,
+        machine=None,
+        pruning_seconds=timings.seconds,
+        distilled=pruned.done.distilled,
+        model=target.model,
+    )
+    report = replace(report, engine=found)
+    target.finish(pruned.pretrained, report)
     return report
 
 

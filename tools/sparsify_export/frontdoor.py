@@ -1,17 +1,14 @@
 """What the eval, generate and simulate commands do: find model and tokenizer, then call what does the work."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from .passes.errors import InputError
 from .passes.frontend.batches import read_windows
-from .passes.frontend.load import load, load_tokenizer
+from .passes.frontend.load import load, load_tokenizer, tokenizer_beside
 from .passes.frontend.trace import trace
 from .passes.fx.canonical import canonicalise, parameter_names
 from .passes.fx.linears import find_linears
@@ -118,18 +115,18 @@ def is_export(path: Path) -> bool:
 
 
 def tokenizer_of(model: Path, given: str | None) -> Any:
-    """The tokenizer for an exported file: the one given, the one beside it, or that of the model it was made from.
+    """The tokenizer for an exported file: the one given, or the one beside it.
+
+    A file says what it was made from, and anybody may have written that: it is never a reason to open another folder
+    or to ask the network.
 
     Raises:
-        InputError: none of them can be had.
+        InputError: there is none, or it cannot be read.
     """
     if given is not None:
         return load_tokenizer(given)
     file = model_file(model.with_suffix(".trt.onnx") if is_plan(model) else model)
-    if (file.parent / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(str(file.parent))
-    properties = {p.key: p.value for p in onnx.load(str(file), load_external_data=False).metadata_props}
-    source = json.loads(properties.get("sparsify.source", "null"))
-    if source is None:
-        raise InputError(f"{model} has no tokenizer and does not name the model it was made from; give --tokenizer")
-    return load_tokenizer(source)
+    words = tokenizer_beside(file.parent)
+    if words is None:
+        raise InputError(f"{model} has no tokenizer beside it; give --tokenizer and the model that it was made from")
+    return words

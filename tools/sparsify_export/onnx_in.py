@@ -10,12 +10,12 @@ from torch import Tensor
 from .passes.errors import InputError
 from .passes.onnx.index_inputs import head_sizes, index_bounds
 from .passes.onnx.linears import LeftOut, Linear, find_linears
-from .passes.onnx.protos import location
+from .passes.onnx.protos import data_files
 from .passes.onnx.replace import describe, exchange_weights, replace_linears
 from .passes.onnx.sparse_linears import Sparse, choose, make_sparse
 from .passes.onnx.spool import Spool
 from .passes.onnx.twin import Twin, dense_twin, twins
-from .passes.onnx.view import Model, external_tensors, read_model
+from .passes.onnx.view import Model, read_model
 from .passes.onnx.write import write_proto
 from .report import LinearEntry, Report
 from .runtime.benchmark import Row, compare_files
@@ -27,7 +27,7 @@ from .runtime.verify import Verified
 from .runtime.verify_onnx import verify_onnx
 from .settings import SILENT, Console, Settings, plain
 from .stages import Stages
-from .target import Target
+from .target import Target, inputs_of
 
 
 def compile_onnx(
@@ -50,7 +50,12 @@ def compile_onnx(
     path = Path(source)
     if not path.is_file():
         raise InputError(f"{source} does not exist")
-    target = Target.check(out, overwrite=overwrite)
+    target = Target.check(out, overwrite=overwrite, inputs=inputs_of(source, settings, None))
+    with target.guarded():
+        return _compile(path, target, settings, console)
+
+
+def _compile(path: Path, target: Target, settings: Settings, console: Console) -> Report:
     stages = Stages()
     with stages.run("load"):
         console.progress("loading", 0, 0)
@@ -61,49 +66,48 @@ def compile_onnx(
         feeds = _feeds(model, linears, settings)
     norms = _norms(model, linears, feeds, settings, stages, console)
     target.open()
-    with target.guarded():
-        lowering = settings.ops == "sparse"
-        machine = this_machine() if settings.lower_for is not None else None
-        worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
-        packed, dense = Spool(target.stage / "packed", near=False), Spool(target.stage / "dense", near=lowering)
-        with stages.run("prune" if settings.recipe else "lower"):
-            sparse, dense_still = make_sparse(
-                model,
-                linears,
-                settings.recipe,
-                norms,
-                storage=settings.storage,
-                sparse_ops=lowering,
-                packed=packed,
-                dense=dense,
-                worth=worth,
-                progress=console.progress,
-            )
-        with stages.run("write"):
-            console.progress("writing", 0, 0)
-            beside = twins(model, sparse)
-            written = _write(model, sparse, target.model, settings)
-            packed.file.unlink()
-        with stages.run("verify"):
-            console.progress("verifying", 0, 0)
-            ways = (("kernels", True), ("functions", False)) if lowering else (("standard ops", False),)
-            verified = _verify(path, target, written, beside, feeds[0], dense.file, ways)
-        with stages.run("measure"):
-            console.progress("measuring", 0, 0)
-            latency = compare_files(target.model, path, feeds[0]) if sparse and lowering else ()
-        report = _report(
-            source,
-            settings,
-            sparse,
-            [*left, *dense_still],
-            verified,
-            latency,
-            stages,
-            target.model,
-            given_bytes,
-            machine.key if machine else None,
+    lowering = settings.ops == "sparse"
+    machine = this_machine() if settings.lower_for is not None else None
+    worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
+    packed, dense = Spool(target.stage / "packed", near=False), Spool(target.stage / "dense", near=lowering)
+    with stages.run("prune" if settings.recipe else "lower"):
+        sparse, dense_still = make_sparse(
+            model,
+            linears,
+            settings.recipe,
+            norms,
+            storage=settings.storage,
+            sparse_ops=lowering,
+            packed=packed,
+            dense=dense,
+            worth=worth,
+            progress=console.progress,
         )
-        target.finish(None, report)
+    with stages.run("write"):
+        console.progress("writing", 0, 0)
+        beside = twins(model, sparse)
+        written = _write(model, sparse, target.model, settings)
+        packed.file.unlink()
+    with stages.run("verify"):
+        console.progress("verifying", 0, 0)
+        ways = (("kernels", True), ("functions", False)) if lowering else (("standard ops", False),)
+        verified = _verify(path, target, written, beside, feeds[0], dense.file, ways)
+    with stages.run("measure"):
+        console.progress("measuring", 0, 0)
+        latency = compare_files(target.model, path, feeds[0]) if sparse and lowering else ()
+    report = _report(
+        str(path),
+        settings,
+        sparse,
+        [*left, *dense_still],
+        verified,
+        latency,
+        stages,
+        target.model,
+        given_bytes,
+        machine.key if machine else None,
+    )
+    target.finish(None, report)
     return report
 
 
@@ -152,14 +156,8 @@ def told(settings: Settings) -> dict[str, Any]:
 
 def _check_names(model: Model, target: Target) -> None:
     """The result's files must not be those that the given model is still read from."""
-    if target.out.resolve() == model.path.resolve():
-        return
-    final = target.out / target.model.name if target.folder else target.out
-    mine = {final.resolve(), final.with_name(final.name + ".data").resolve()}
-    for tensor in external_tensors(model.proto):
-        file = model.folder / location(tensor)["location"]
-        if file.resolve() in mine:
-            raise InputError(f"{target.out} would overwrite {file}, which holds weights of {model.path}")
+    for file in data_files(model.path):
+        target.refuse_to_replace(file, f"holds weights of {model.path}")
 
 
 def _feeds(model: Model, linears: Sequence[Linear], settings: Settings) -> list[Feed]:
@@ -276,7 +274,7 @@ def _report(
         latency=tuple(latency),
         stages=tuple(stages.done),
         pruning_seconds={},
-        file_bytes=sum(file.stat().st_size for file in (out, out.with_name(out.name + ".data"))),
+        file_bytes=sum(file.stat().st_size for file in (out, *data_files(out))),
         dense_linear_bytes=sum(entry.dense_bytes for entry in linears if entry.lowered),
         stored_linear_bytes=sum(entry.stored_bytes for entry in linears if entry.lowered),
         given_bytes=given_bytes,
@@ -284,5 +282,4 @@ def _report(
 
 
 def _given_bytes(model: Model) -> int:
-    files = {model.folder / location(tensor)["location"] for tensor in external_tensors(model.proto)}
-    return sum(file.stat().st_size for file in (model.path, *files))
+    return sum(file.stat().st_size for file in (model.path, *data_files(model.path)))

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from .passes.frontend.trace import PREFIX
 from .passes.fx.rewrite import Lowered
+from .passes.onnx.protos import data_files
 from .passes.recipe import BlockReport, DistilReport
 from .runtime.benchmark import Row
 from .runtime.evaluate import Perplexity
@@ -121,9 +123,10 @@ class Report:
     distilled: tuple[DistilReport, ...] = ()
     engine: Mapping[str, Any] | None = None
 
-    def save(self, path: Path) -> None:
-        """Write the report as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+    def save(self, path: Path, *, files: Sequence[str]) -> None:
+        """Write the report as JSON, with the names of the files that were written; see ``publish.listed``."""
+        said = {"written_by": f"sparsify-export {version('sparsify-export')}", "files": list(files), **asdict(self)}
+        path.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
 def build_report(
@@ -176,7 +179,7 @@ def build_report(
         stages=tuple(stages),
         machine=machine,
         pruning_seconds=dict(pruning_seconds),
-        file_bytes=sum(file.stat().st_size for file in (model, model.with_name(model.name + ".data"))),
+        file_bytes=sum(file.stat().st_size for file in (model, *data_files(model))),
         dense_linear_bytes=sum(entry.dense_bytes for entry in inside),
         stored_linear_bytes=sum(entry.stored_bytes for entry in inside),
         distilled=distilled,

@@ -109,7 +109,7 @@ def put_nan(folder):
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (damage_config, "cannot load"),
+        (damage_config, r"config\.json is damaged: it is not JSON"),
         (unknown_type, "cannot load .*no_such_model"),
         (cut_weights, "cannot load"),
         (damage_header, "cannot load"),

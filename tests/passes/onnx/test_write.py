@@ -1,6 +1,7 @@
 """Files that are whole or not there, aligned, and read by the checker."""
 
 import errno
+import hashlib
 import resource
 
 import numpy as np
@@ -13,7 +14,7 @@ from onnx.external_data_helper import ExternalDataInfo
 from sparsify_export.passes.equivalence import compare
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.onnx import write
-from sparsify_export.passes.onnx.protos import external
+from sparsify_export.passes.onnx.protos import data_files, external
 from sparsify_export.passes.onnx.write import ALIGNMENT, INLINE, write_model, write_proto
 
 
@@ -48,7 +49,8 @@ def files(folder):
 def test_what_was_written_runs_and_passes_the_checker(tmp_path):
     path = tmp_path / "m.onnx"
     write_model(small(A, B, C), path, [])
-    assert files(tmp_path).keys() == {"m.onnx", "m.onnx.data"}
+    assert files(tmp_path).keys() == {"m.onnx", *(file.name for file in data_files(path))}
+    assert len(files(tmp_path)) == 2
     onnx.checker.check_model(str(path), full_check=True)
     x = np.eye(16, dtype=np.float32)
     (y,) = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x0": x})
@@ -64,9 +66,11 @@ def test_large_tensors_are_aligned_and_small_ones_inline(tmp_path):
     tensors = {t.name: t for t in onnx.load(path, load_external_data=False).graph.initializer}
     places = {n: ExternalDataInfo(t) for n, t in tensors.items() if t.data_location == onnx.TensorProto.EXTERNAL}
     assert places.keys() == {"w0", "w1", "w3"}
-    assert all(place.location == "m.onnx.data" and place.offset % ALIGNMENT == 0 for place in places.values())
+    (file,) = data_files(path)
+    assert all(place.location == file.name and place.offset % ALIGNMENT == 0 for place in places.values())
+    assert file.name == f"m.onnx.{hashlib.blake2b(file.read_bytes()).hexdigest()[:12]}.data"
     assert [places[n].length for n in ("w0", "w1", "w3")] == [A.nbytes, B.nbytes, INLINE]
-    data = (tmp_path / "m.onnx.data").read_bytes()
+    data = file.read_bytes()
     for name, array in (("w0", A), ("w1", B), ("w3", edge)):
         place = places[name]
         assert data[place.offset : place.offset + place.length] == array.tobytes()
@@ -78,8 +82,8 @@ def test_the_model_in_memory_is_pointed_at_the_file(tmp_path):
     write_model(model, tmp_path / "m.onnx", [])
     assert np.array_equal(model.graph.initializers["w0"].const_value.numpy(), A)
     write_model(model, tmp_path / "again.onnx", [])  # and can be written from there
-    first, second = files(tmp_path)["m.onnx.data"], files(tmp_path)["again.onnx.data"]
-    assert first == second
+    first, second = (data_files(tmp_path / name) for name in ("m.onnx", "again.onnx"))
+    assert first[0].read_bytes() == second[0].read_bytes()
 
 
 def test_each_weight_is_asked_for_once(tmp_path):
@@ -141,7 +145,6 @@ def test_a_crash_leaves_what_was_there_before(tmp_path, monkeypatch, before, spo
     path = tmp_path / "m.onnx"
     if before:
         write_model(small(C), path, [])
-        path.with_name("m.onnx.data").write_bytes(b"older weights")
     held = files(tmp_path)
     model = spoil(monkeypatch, error)
     with pytest.raises(seen, match=why):
@@ -149,14 +152,23 @@ def test_a_crash_leaves_what_was_there_before(tmp_path, monkeypatch, before, spo
     assert files(tmp_path) == held
 
 
-def test_overwrites_and_clears_what_an_earlier_crash_left(tmp_path):
+def test_a_model_that_replaces_another_never_reads_its_weights(tmp_path):
     path = tmp_path / "m.onnx"
-    write_model(small(C), path, [])
-    (tmp_path / ".m.onnx.partial").mkdir()
-    (tmp_path / ".m.onnx.partial" / "junk").write_text("junk")
-    write_model(small(A, B), path, [])
-    assert files(tmp_path).keys() == {"m.onnx", "m.onnx.data"}
-    assert len(onnx.load(path).graph.initializer) == 2
+    write_model(small(A), path, [])
+    (older,) = data_files(path)
+    held = older.read_bytes()
+    write_model(small(A + 1), path, [])
+    (newer,) = data_files(path)
+    assert newer != older
+    assert older.read_bytes() == held  # so the older model, read by whoever opened it, stays right
+    assert np.array_equal(onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0]), A + 1)
+
+
+def test_a_model_without_large_tensors_has_no_data_file(tmp_path):
+    path = tmp_path / "m.onnx"
+    write_model(small(weight(4, 4)), path, [])
+    assert files(tmp_path).keys() == {"m.onnx"}
+    onnx.checker.check_model(str(path), full_check=True)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
@@ -221,5 +233,6 @@ def test_more_than_two_gigabytes_are_written_without_being_read_at_once(tmp_path
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB; the file's own pages are counted too
     assert grown < 600 * 1024
     assert (tmp_path / "m.onnx").stat().st_size < 10_000
-    assert (tmp_path / "m.onnx.data").stat().st_size == 4 * rows * columns
-    (tmp_path / "m.onnx.data").unlink()
+    (data,) = data_files(tmp_path / "m.onnx")
+    assert data.stat().st_size == 4 * rows * columns
+    data.unlink()
