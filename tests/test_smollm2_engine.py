@@ -7,13 +7,13 @@ from pathlib import Path
 
 import onnx
 import pytest
-from families import load_into
 from sparsify_export.calibrate.patterns import NM
 from sparsify_export.cli import main
 from sparsify_export.passes.frontend.load import load
 from sparsify_export.passes.onnx.tensorrt import DOCUMENTED
 from sparsify_export.runtime.generate import generate, greedy_torch
 from sparsify_export.runtime.inspection import check_pattern, weights
+from sparsify_export.runtime.published import put_weights
 from sparsify_export.runtime.session import CausalSession, open_session
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def test_onnx_runtime_writes_the_32_tokens_of_torch(source, file):
             paths = [f"{module}.{name}" for name in names.split("+")]
             rows = [len(state[f"{path}.weight"]) for path in paths]
             params.update(zip((f"model.{path}.weight" for path in paths), weight.float().split(rows), strict=True))
-    load_into(pretrained.model, params)
+    put_weights(pretrained.model, params, frozenset())
     for parameter in pretrained.model.parameters():
         parameter.data = parameter.data.half()
     ids = pretrained.tokenizer("The history of the steam engine begins")["input_ids"]

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from commands import names
-from families import VOCABULARY, load_into, random_model
+from families import VOCABULARY, random_model
 from safetensors.torch import save_file
 from sparsify_export import engine
 from sparsify_export.calibrate.eight_bit import rounded
@@ -23,6 +23,7 @@ from sparsify_export.passes.onnx.tensorrt import DOCUMENTED
 from sparsify_export.runtime import tensorrt
 from sparsify_export.runtime.generate import generate, greedy_torch
 from sparsify_export.runtime.inspection import weights
+from sparsify_export.runtime.published import put_weights
 from sparsify_export.runtime.session import CausalSession, open_session
 from sparsify_export.runtime.tensorrt.linears import PlanLinear, eligibility
 from sparsify_export.settings import Console
@@ -84,7 +85,7 @@ def test_onnx_runtime_writes_the_greedy_text_of_the_torch_model(written):
         paths = [f"{module}.{name}".lstrip(".") for name in names.split("+")]
         rows = [len(state[f"{path}.weight"]) for path in paths]
         params.update(zip((f"model.{path}.weight" for path in paths), weight.float().split(rows), strict=True))
-    load_into(model, params)
+    put_weights(model, params, frozenset())
     for parameter in model.parameters():
         parameter.data = parameter.data.half()
     prompts = [[5, 6, 7, 8]]
@@ -266,7 +267,7 @@ def test_onnx_runtime_writes_the_text_of_the_torch_model_with_the_same_rounding(
         rows = [len(state[f"{path}.weight"]) for path in paths]
         params.update(zip((f"model.{path}.weight" for path in paths), weight.float().split(rows), strict=True))
         rounds |= {path: scales[info.path] for path in paths if info.path in scales}
-    load_into(model, params)
+    put_weights(model, params, frozenset())
     for parameter in model.parameters():
         parameter.data = parameter.data.half()
     for path, scale in rounds.items():
