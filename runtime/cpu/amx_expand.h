@@ -1,10 +1,11 @@
 // The weights as tiles: rows of W whose kept values are put where their columns are, zeros elsewhere.
 //
 //   step     64 bytes of each row: 32 columns in bfloat16, 64 in 8 bits
-//   layout   [step][part][2 tiles][16 rows][64 bytes]          32 rows of W; kParts is 1, or 2 for 4-bit codes
+//   layout   [32 rows of W][step][part][64 bytes]          kParts is 1, or 2 for 4-bit codes
 //
-// and 64 bytes between steps: a row writes one line in each, and at a distance of 2,048 bytes they would share two sets
-// of the level 1 cache (measured: 1.9 ns a line, and 1.1 so).
+// and 64 bytes between rows, whose distance would else be a power of two, and all of a tile in two sets of the level 1
+// cache. Rows are written from end to end: written tile by tile they spread over so many pages that the hardware loses
+// track of the streams that are read.
 //
 // A row is a mask bit for every column and the kept values in order, whatever the format: one expand instruction a step.
 // 4-bit codes times their scale have up to 14 bits, so bfloat16 holds them exactly as the sum of two parts.
@@ -19,20 +20,20 @@
 namespace sparsify { namespace {
 
 constexpr int64_t kStripRows32 = 2 * kTileRows;  // rows that are multiplied together
+constexpr int64_t kMostBlockSteps = 128;         // that are expanded before they are multiplied
 
-constexpr int64_t step_bytes(int64_t parts) { return parts * 2 * kTileBytes + 64; }
+constexpr int64_t expanded_stride(int64_t steps, int64_t parts) { return steps * parts * kTileRowBytes + 64; }
 
-// Where a row of W stands: its mask bits, 64 columns to a word, and its next value. `values` counts elements for 8 and
-// 16 bits, half bytes for 4.
+// Where a row of W stands. `next` counts its values, those of a bitmask in 4 bits with the half bytes between them.
 struct ExpandRow {
-  const uint64_t* words;
+  const uint8_t* mask;  // a bit for every column; or of 2:4 the indices, whose bytes are as many
   const uint8_t* values;
+  const uint16_t* scales;  // of 4-bit codes
   int64_t next;
-  const uint16_t* scales;
 };
 
 // The mask bits of a 2:4 row from its indices, whose bytes are as many: two positions of 2 bits become 4 bits of mask.
-inline void mask_24(const uint8_t* indices, int64_t cols, uint64_t* words) {
+inline void mask_24(const uint8_t* indices, int64_t bytes, uint8_t* to) {
   const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8));
   const __m512i nibble = _mm512_set1_epi8(15);
   const auto masks = [&](__m512i codes) SPARSIFY_INLINE {
@@ -40,57 +41,53 @@ inline void mask_24(const uint8_t* indices, int64_t cols, uint64_t* words) {
     const __m512i odd = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
     return _mm512_or_si512(even, _mm512_slli_epi16(odd, 4));
   };
-  const int64_t bytes = (cols + 7) / 8;
-  uint8_t* to = reinterpret_cast<uint8_t*>(words);
   int64_t i = 0;
-  for (; i + 64 <= bytes; i += 64) {
-    prefetch(indices + i + kAheadI8);
-    _mm512_storeu_si512(to + i, masks(_mm512_loadu_si512(indices + i)));
-  }
+  for (; i + 64 <= bytes; i += 64) _mm512_storeu_si512(to + i, masks(_mm512_loadu_si512(indices + i)));
   if (i < bytes) {
     const __mmask64 valid = (uint64_t(1) << (bytes - i)) - 1;
     _mm512_mask_storeu_epi8(to + i, valid, masks(_mm512_maskz_loadu_epi8(valid, indices + i)));
   }
-  if (cols % 64) {  // bytes that do not exist, and half a byte behind an odd group
-    uint64_t& last = words[cols / 64];
-    last &= (uint64_t(1) << (cols % 64)) - 1;
-  }
 }
 
-// Rows row .. row_last of a weight, at most 32, with their masks; rows that do not exist keep nothing.
+inline bool is_24(const NmWeight& w) { return w.n == 2 && w.m == 4; }
+inline bool is_24(const BitmaskWeight&) { return false; }
+
+// The masks of patterns other than 2:4 are made here, `words` to a row.
+inline const uint8_t* mask_of(const NmWeight& w, int64_t row, uint64_t* words) {
+  if (is_24(w)) return w.indices + row * w.index_bytes_per_row();
+  row_mask(w, row, words);
+  return reinterpret_cast<const uint8_t*>(words);
+}
+inline const uint8_t* mask_of(const BitmaskWeight& w, int64_t row, uint64_t*) {
+  return w.mask + row * w.mask_bytes_per_row();
+}
+inline int64_t made_words(const NmWeight& w) { return is_24(w) ? 0 : mask_words(w.cols); }
+inline int64_t made_words(const BitmaskWeight&) { return 0; }
+
+inline int64_t first_value(const NmWeight& w, int64_t row) { return row * w.value_bytes_per_row(); }  // in bytes
+inline int64_t first_value(const BitmaskWeight& w, int64_t row) {
+  return w.row_start[row] * (w.type == DType::i4 ? 1 : int64_t(byte_size(w.type)));
+}
+
+// Rows row .. row_last of a weight, then rows that do not exist up to `count`: their mask is null.
 template <class Weight>
-void begin_rows(const Weight& w, int64_t row, int64_t row_last, uint64_t* words, ExpandRow* rows) {
-  const int64_t each = mask_words(w.cols), groups = w.group ? (w.cols + w.group - 1) / w.group : 0;
-  for (int64_t i = 0; i < kStripRows32; ++i, words += each) {
-    rows[i] = {words, static_cast<const uint8_t*>(w.values), 0, static_cast<const uint16_t*>(w.scales)};
-    if (row + i >= row_last) {
-      std::memset(words, 0, size_t(each) * 8);
-      continue;
-    }
+void begin_rows(const Weight& w, int64_t row, int64_t row_last, uint64_t* words, ExpandRow* rows, int64_t count) {
+  const int64_t groups = w.group ? (w.cols + w.group - 1) / w.group : 0;
+  for (int64_t i = 0; i < count; ++i, words += made_words(w)) {
+    rows[i] = {nullptr, static_cast<const uint8_t*>(w.values), static_cast<const uint16_t*>(w.scales), 0};
+    if (row + i >= row_last) continue;
+    rows[i].mask = mask_of(w, row + i, words);
+    rows[i].values += first_value(w, row + i);
     rows[i].scales += w.type == DType::i4 ? (row + i) * groups : 0;
-    if constexpr (std::is_same_v<Weight, NmWeight>) {
-      rows[i].values += (row + i) * w.value_bytes_per_row();
-      if (w.n == 2 && w.m == 4) {
-        mask_24(w.indices + (row + i) * w.index_bytes_per_row(), w.cols, words);
-        continue;
-      }
-    } else {
-      rows[i].values += w.row_start[row + i] * (w.type == DType::i4 ? 1 : int64_t(byte_size(w.type)));
-    }
-    row_mask(w, row + i, words);
   }
 }
 
-inline int64_t mean_row_bytes(const NmWeight& w) { return w.value_bytes_per_row(); }
-inline int64_t mean_row_bytes(const BitmaskWeight& w) { return stored_bytes(w.type == DType::i4 ? DType::i8 : w.type, w.row_start[w.rows]) / w.rows; }
+inline int64_t kept_in_all(const NmWeight& w) { return w.rows * w.kept_per_row(); }
+inline int64_t kept_in_all(const BitmaskWeight& w) { return w.row_start[w.rows] * (w.type == DType::i4 ? 2 : 1); }
 
 // Where the values of a weight end.
-inline const uint8_t* values_end(const NmWeight& w) {
-  return static_cast<const uint8_t*>(w.values) + w.rows * w.value_bytes_per_row();
-}
-inline const uint8_t* values_end(const BitmaskWeight& w) {
-  return static_cast<const uint8_t*>(w.values) + w.row_start[w.rows] * (w.type == DType::i4 ? 1 : int64_t(byte_size(w.type)));
-}
+template <class Weight>
+const uint8_t* values_end(const Weight& w) { return static_cast<const uint8_t*>(w.values) + first_value(w, w.rows); }
 
 // One step of a row: its mask bits and where its next value is in, 64 bytes out; returns where the value after it is.
 
@@ -98,9 +95,9 @@ struct ExpandBf16 {
   static constexpr int64_t kColumns = 32, kParts = 1, kValueBits = 16;
   const uint8_t* end;
 
-  SPARSIFY_INLINE int64_t operator()(const ExpandRow& row, int64_t next, int64_t step, char* to) const {
+  SPARSIFY_INLINE int64_t operator()(const ExpandRow& row, const uint8_t* bits, int64_t next, int64_t, char* to) const {
     uint32_t mask;
-    std::memcpy(&mask, reinterpret_cast<const char*>(row.words) + step * 4, 4);
+    std::memcpy(&mask, bits, 4);
     const int64_t kept = __builtin_popcount(mask);
     const uint8_t* from = row.values + next * 2;
     const __m512i values = __builtin_expect(end - from >= 64, 1)
@@ -115,8 +112,8 @@ struct ExpandI8 {
   static constexpr int64_t kColumns = 64, kParts = 1, kValueBits = 8;
   const uint8_t* end;
 
-  SPARSIFY_INLINE int64_t operator()(const ExpandRow& row, int64_t next, int64_t step, char* to) const {
-    const uint64_t mask = row.words[step];
+  SPARSIFY_INLINE int64_t operator()(const ExpandRow& row, const uint8_t* bits, int64_t next, int64_t, char* to) const {
+    const uint64_t mask = load_bits(bits, 8);
     const int64_t kept = __builtin_popcountll(mask);
     const uint8_t* from = row.values + next;
     const __m512i values = __builtin_expect(end - from >= 64, 1)
@@ -135,9 +132,9 @@ struct ExpandI4 {
   const uint8_t* end;
   int group_bits;  // a scale belongs to 2^group_bits columns
 
-  SPARSIFY_INLINE int64_t operator()(const ExpandRow& row, int64_t next, int64_t step, char* to) const {
+  SPARSIFY_INLINE int64_t operator()(const ExpandRow& row, const uint8_t* bits, int64_t next, int64_t step, char* to) const {
     uint32_t mask;
-    std::memcpy(&mask, reinterpret_cast<const char*>(row.words) + step * 4, 4);
+    std::memcpy(&mask, bits, 4);
     const int64_t kept = __builtin_popcount(mask);
     if (chunked && step % 2 == 0) next += next % 2;
     const int64_t odd = next % 2;
@@ -158,43 +155,84 @@ struct ExpandI4 {
     const __m512 rest = _mm512_sub_ps(products, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
     const __m256i low = (__m256i)_mm512_cvtneps_pbh(rest);
     _mm512_store_si512(to, _mm512_permutexvar_epi16(code, _mm512_castsi256_si512(high)));
-    _mm512_store_si512(to + 2 * kTileBytes, _mm512_permutexvar_epi16(code, _mm512_castsi256_si512(low)));
+    _mm512_store_si512(to + kTileRowBytes, _mm512_permutexvar_epi16(code, _mm512_castsi256_si512(low)));
     return next + kept;
   }
 };
 
-// Steps step .. step + count of 32 rows, written at `a`.
-template <class Expand>
-void expand_rows(const Expand& expand, ExpandRow* rows, int64_t step, int64_t count, char* a) {
-  for (int64_t i = 0; i < kStripRows32; ++i, a += kTileRowBytes) {
-    int64_t next = rows[i].next;
-    for (int64_t s = 0; s < count; ++s) {
-      prefetch(rows[i].values + next * Expand::kValueBits / 8 + kAheadI8);
-      next = expand(rows[i], next, step + s, a + s * step_bytes(Expand::kParts));
-    }
-    rows[i].next = next;
-  }
-}
+// Some steps of some rows: rows stand where the steps begin.
+struct BlockOfRows {
+  ExpandRow* rows;
+  int64_t step, steps, cols;
 
-// Fetches what 32 rows keep of their next block, a little at a time while something else is done: such short pieces of
-// rows far apart are nothing that the hardware would fetch ahead.
-class FetchRows {
+  int64_t first_byte(int64_t columns) const { return step * columns / 8; }
+  int64_t mask_bytes(int64_t columns) const {  // those that exist
+    const int64_t last = (step + steps) * columns;
+    return ((last < cols ? last : cols) + 7) / 8 - first_byte(columns);
+  }
+};
+
+// A block of 32 rows is expanded a little at a time, while the processor's tile unit is busy with the block before.
+// Meanwhile the block that comes after it is fetched: the hardware does not follow such short pieces of rows.
+template <class Expand, bool two_of_four>
+class ExpandBlock {
  public:
-  FetchRows(const ExpandRow* rows, int64_t value_bits, int64_t block_bytes)
-      : rows_(rows), bits_(value_bits), bytes_(block_bytes), row_(block_bytes ? 0 : kStripRows32) {}
+  // Written to `to`, `stride` bytes a row. Values of the later block begin `skip` further than its rows stand now.
+  ExpandBlock(const Expand& expand, const BlockOfRows& block, char* to, int64_t stride, const BlockOfRows& later, int64_t skip)
+      : expand_(expand), block_(block), later_(later), to_(to), stride_(stride), skip_(skip), row_(block.steps ? 0 : kStripRows32) {}
 
-  template <int lines>
-  SPARSIFY_INLINE void some() {
-    if (row_ == kStripRows32) return;
-    const uint8_t* from = rows_[row_].values + rows_[row_].next * bits_ / 8 + at_;
-    unrolled<lines>([&](auto i) SPARSIFY_INLINE { prefetch(from + 64 * i); });
-    at_ += 64 * lines;
-    if (at_ >= bytes_) ++row_, at_ = 0;
+  // At most `steps` more steps of rows.
+  SPARSIFY_INLINE void some(int64_t steps) {
+    while (steps > 0 && row_ < kStripRows32) {
+      ExpandRow& row = block_.rows[row_];
+      if (done_ == 0) begin_row(row);
+      const int64_t run = block_.steps - done_ < steps ? block_.steps - done_ : steps;
+      const uint8_t* fetch = fetch_ + (next_ - row.next) * Expand::kValueBits / 8;
+      char* to = to_ + row_ * stride_ + done_ * Expand::kParts * kTileRowBytes;
+      const int64_t begin = next_;
+      int64_t next = begin;
+      for (int64_t s = 0; s < run; ++s, to += Expand::kParts * kTileRowBytes) {
+        prefetch(fetch + (next - begin) * Expand::kValueBits / 8);
+        next = expand_(row, mask_ + (done_ + s) * Expand::kColumns / 8, next, block_.step + done_ + s, to);
+      }
+      steps -= run;
+      done_ += run;
+      next_ = next;
+      if (done_ < block_.steps) return;
+      row.next = next;
+      ++row_;
+      done_ = 0;
+    }
   }
+  void rest() { some(kStripRows32 * block_.steps); }
 
  private:
-  const ExpandRow* rows_;
-  int64_t bits_, bytes_, row_, at_ = 0;
+  void begin_row(const ExpandRow& row) {
+    const int64_t first = block_.first_byte(Expand::kColumns), bytes = block_.mask_bytes(Expand::kColumns);
+    const int64_t all = block_.steps * Expand::kColumns / 8;
+    if (!row.mask) {
+      std::memset(mask_, 0, size_t(all));
+    } else {
+      if (two_of_four) mask_24(row.mask + first, bytes, mask_);
+      else std::memcpy(mask_, row.mask + first, size_t(bytes));
+      std::memset(mask_ + bytes, 0, size_t(all - bytes));
+      if (block_.cols % 8 && first + bytes == (block_.cols + 7) / 8)  // an odd group of 2:4 leaves half a byte
+        mask_[bytes - 1] &= uint8_t((1 << block_.cols % 8) - 1);
+    }
+    const ExpandRow& later = later_.rows[row_];
+    fetch_ = later.values + (later.next + skip_) * Expand::kValueBits / 8;
+    if (later.mask)
+      for (int64_t byte = 0; byte < all; byte += 64) prefetch(later.mask + later_.first_byte(Expand::kColumns) + byte);
+    next_ = row.next;
+  }
+
+  const Expand& expand_;
+  const BlockOfRows block_, later_;
+  char* const to_;
+  const int64_t stride_, skip_;
+  const uint8_t* fetch_ = nullptr;
+  int64_t row_, done_ = 0, next_ = 0;
+  alignas(64) uint8_t mask_[kMostBlockSteps * 8];
 };
 
 }}  // namespace sparsify::

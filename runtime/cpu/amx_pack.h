@@ -8,27 +8,31 @@
 #include <atomic>
 
 #include "codes_i8.h"
-#include "tiles.h"
+#include "amx_expand.h"
 
 namespace sparsify { namespace {
 
 constexpr int64_t kTileTokens = 16;
-constexpr int64_t kBlockSteps = 32;   // a block of 32 rows of W is 32 KiB and stays in the level 1 cache
-constexpr int64_t kStreamTokens = 64;  // up to here memory is the limit: longer pieces of a row make a better stream
-constexpr int64_t kStreamSteps = 128;  // and 256 KiB of W stay in the level 2 cache
-
 struct TokenLayout {
   int64_t tiles, steps;  // of 16 tokens, of 64 bytes of columns
   int64_t block;         // of steps
 
-  // Whether rows are read in pieces so short that the hardware does not fetch ahead.
-  bool fetched_apart() const { return block == kBlockSteps && block < steps; }
+  int64_t blocks() const { return (steps + block - 1) / block; }
   int64_t in_block(int64_t step) const { return steps - step < block ? steps - step : block; }
   int64_t in_pair(int64_t tile) const { return tiles - tile < 2 ? tiles - tile : 2; }
   // Where the block of steps that begins with `step` begins for the pair that begins with `tile`.
   int64_t offset(int64_t step, int64_t tile) const { return (step * tiles + tile * in_block(step)) * kTileBytes; }
   int64_t bytes() const { return tiles * steps * kTileBytes; }
 };
+
+// `columns` to a step. 1 MiB of tokens stays in the level 2 cache, and the sums are fetched and put away as rarely as that
+// allows.
+[[maybe_unused]] TokenLayout token_layout(int64_t tokens, int64_t cols, int64_t columns) {
+  TokenLayout layout{(tokens + kTileTokens - 1) / kTileTokens, (cols + columns - 1) / columns, 0};
+  layout.block = layout.tiles <= 8 ? kMostBlockSteps : 1024 / layout.tiles;
+  if (layout.block > layout.steps) layout.block = layout.steps;
+  return layout;
+}
 
 // 32 columns of a token in bfloat16, those behind `count` 0; `bad` collects whether one is not finite.
 struct PackBf16 {
@@ -62,7 +66,7 @@ struct PackI8 {
   __m512i operator()(int64_t token, int64_t k, int64_t count, __mmask32&) const {
     const float* at = x + token * cols + k;
     const uint64_t valid = count == 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
-    const __m512 by = divisor(steps[token]);
+    const Divisor by = divisor(steps[token]);
     __m512i all = _mm512_setzero_si512();
     const auto part = [&](auto i) SPARSIFY_INLINE {
       const float* from = count > 16 * i ? at + 16 * i : at;
@@ -83,12 +87,11 @@ struct PackCodesBf16 {
   __m512i operator()(int64_t token, int64_t k, int64_t count, __mmask32&) const {
     const float* at = x + token * cols + k;
     const uint32_t valid = uint32_t((uint64_t(1) << count) - 1);
-    const __m512 by = divisor(steps[token]);
-    const __m512 low = _mm512_div_ps(_mm512_maskz_loadu_ps(__mmask16(valid), at), by);
-    const __m512 high = _mm512_div_ps(_mm512_maskz_loadu_ps(__mmask16(valid >> 16), count > 16 ? at + 16 : at), by);
-    return (__m512i)_mm512_cvtne2ps_pbh(whole(high), whole(low));  // exact: at most 127
+    const Divisor by = divisor(steps[token]);
+    const __m512i low = nearest_codes(_mm512_maskz_loadu_ps(__mmask16(valid), at), by);
+    const __m512i high = nearest_codes(_mm512_maskz_loadu_ps(__mmask16(valid >> 16), count > 16 ? at + 16 : at), by);
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low));  // exact: at most 127
   }
-  static __m512 whole(__m512 v) { return _mm512_cvtepi32_ps(_mm512_cvtps_epi32(v)); }  // 0 in a token that is not finite
   void finish(__mmask32) const {}
 };
 
@@ -110,20 +113,19 @@ void pack_tile(const Pack& pack, const TokenLayout& layout, int64_t tokens, int6
   pack.finish(bad);
 }
 
-// `columns` to a step.
-[[maybe_unused]] TokenLayout token_layout(int64_t tokens, int64_t cols, int64_t columns) {
-  return {(tokens + kTileTokens - 1) / kTileTokens, (cols + columns - 1) / columns,
-          tokens <= kStreamTokens ? kStreamSteps : kBlockSteps};
-}
-
-template <class Pack>
-void pack_tiles(const Pack& pack, int64_t tokens, int64_t cols, char* packed, const Parallel& parallel) {
-  const TokenLayout layout = token_layout(tokens, cols, Pack::kColumns);
-  const int64_t blocks = (layout.steps + layout.block - 1) / layout.block;
-  auto task = [&](int64_t index) {
-    pack_tile(pack, layout, tokens, cols, index % blocks * layout.block, index / blocks, packed);
+// Lays out all tokens; begin(token) is called before a token is packed.
+template <class Pack, class Begin>
+Scratch<char> pack_tiles(const Pack& pack, const TokenLayout& layout, int64_t tokens, int64_t cols,
+                         const Parallel& parallel, const Begin& begin) {
+  Scratch<char> packed = scratch<char>(layout.bytes());
+  auto task = [&](int64_t tile) {
+    const int64_t first = tile * kTileTokens;
+    for (int64_t token = first; token < tokens && token < first + kTileTokens; ++token) begin(token);
+    for (int64_t step = 0; step < layout.steps; step += layout.block)
+      pack_tile(pack, layout, tokens, cols, step, tile, packed.get());
   };
-  parallel_for(parallel, layout.tiles * blocks, task);
+  parallel_for(parallel, layout.tiles, task);
+  return packed;
 }
 
 }}  // namespace sparsify::

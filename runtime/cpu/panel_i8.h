@@ -23,7 +23,7 @@ struct PanelI8 {
   __m512i pack(int64_t token, int64_t k, int64_t count) const {
     const float* at = x + token * cols + k;
     const uint64_t valid = count == 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
-    const __m512 by = divisor(steps[token]);
+    const Divisor by = divisor(steps[token]);
     __m512i all = _mm512_setzero_si512();
     all = _mm512_inserti32x4(all, codes_16(_mm512_maskz_loadu_ps(__mmask16(valid), at), by), 0);
     all = _mm512_inserti32x4(all, codes_16(_mm512_maskz_loadu_ps(__mmask16(valid >> 16), at + 16), by), 1);

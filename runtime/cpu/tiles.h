@@ -38,8 +38,8 @@ class Tiles {
   template <int t>
   static void zero() { asm volatile("tilezero %%tmm%c0" : : "n"(t)); }
   template <int t>
-  static void load(const void* from) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(kTileRowBytes), "n"(t) : "memory");
+  static void load(const void* from, int64_t stride = kTileRowBytes) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "n"(t) : "memory");
   }
   template <int t>
   static void store(void* to) {

@@ -25,7 +25,10 @@ class Tiles {
   template <int t>
   static void zero() { std::memset(tile<t>(), 0, size_t(kTileBytes)); }
   template <int t>
-  static void load(const void* from) { std::memcpy(tile<t>(), from, size_t(kTileBytes)); }
+  static void load(const void* from, int64_t stride = kTileRowBytes) {
+    for (int row = 0; row < 16; ++row)
+      std::memcpy(tile<t>() + row * kTileRowBytes, static_cast<const char*>(from) + row * stride, size_t(kTileRowBytes));
+  }
   template <int t>
   static void store(void* to) { std::memcpy(to, tile<t>(), size_t(kTileBytes)); }
 
