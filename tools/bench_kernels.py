@@ -19,10 +19,8 @@ as many layers as make 200 MB of its own weights, so that they come from memory 
 of one layer. With --threads 1 processor time is taken, which other processes on the machine do not stretch (they still
 share memory and caches).
 
-The floor is the larger of (bytes of the packed weight / read bandwidth) and (2 M N K density / peak), both measured
-just before each row. Measured is the peak of float32 FMA. float16 values are widened and reach no more; for bfloat16 it
-counts twice where the machine has vdpbf16ps, for int8 and int4 four times where it has vpdpbusd: as many instructions
-a cycle, with 2 and 4 products a lane.
+The floor is the larger of (bytes of the packed weight / read bandwidth) and (2 M N K / peak), both measured just before
+each row; kernel_bench/measure.py says what the peak of each type is.
 """
 
 import argparse

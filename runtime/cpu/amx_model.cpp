@@ -1,5 +1,7 @@
 // AMX as tiles_model.h describes it, for the tests of machines without tiles. Far slower than anything else.
+#ifndef SPARSIFY_TILE_MODEL
 #define SPARSIFY_TILE_MODEL
+#endif
 #include "amx_kernels.h"
 
 namespace sparsify {

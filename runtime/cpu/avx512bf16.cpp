@@ -23,6 +23,7 @@ const Kernels kAvx512Bf16 = {"avx512bf16",
                              [](auto... a) { kAvx512Vnni.linear_bitmask(a...); },
                              [](auto... a) { kAvx512.pairwise_max_sum(a...); },
                              [](auto... a) { return kAvx512.read_all(a...); },
-                             [](auto... a) { return kAvx512.fma_burst(a...); }};
+                             [](auto... a) { return kAvx512.fma_burst(a...); },
+                             nullptr};
 
 }  // namespace sparsify

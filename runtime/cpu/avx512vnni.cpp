@@ -90,6 +90,7 @@ const Kernels kAvx512Vnni = {"avx512vnni",
                              linear_bitmask,
                              [](auto... a) { kAvx512.pairwise_max_sum(a...); },
                              [](auto... a) { return kAvx512.read_all(a...); },
-                             [](auto... a) { return kAvx512.fma_burst(a...); }};
+                             [](auto... a) { return kAvx512.fma_burst(a...); },
+                             nullptr};
 
 }  // namespace sparsify

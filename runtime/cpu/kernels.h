@@ -23,6 +23,9 @@ constexpr int64_t stored_bytes(DType type, int64_t count) {
   return type == DType::f32 ? 4 * count : type == DType::i8 ? count : type == DType::i4 ? (count + 1) / 2 : 2 * count;
 }
 
+// bfloat16 weights: with more than two tokens, x may be rounded to bfloat16, and products of numbers below 2^-126 count as
+// 0, where the processor has instructions for it (formats are the same everywhere).
+
 // Quantised weights (i8, i4): W[n, k] = code * scale, code a signed integer; 4-bit codes are stored with 8 added.
 //   i8   scales [rows] float32                         one for each row
 //   i4   scales [rows, ceil(cols / group)] float16     one for each `group` neighbouring columns, group 32, 64 or 128
@@ -98,6 +101,7 @@ struct Kernels {
   // What this machine can do, for tools/bench_kernels.py (roofline.h).
   float (*read_all)(const float* data, int64_t count, const Parallel&);
   int64_t (*fma_burst)(int64_t steps, const Parallel&);
+  int64_t (*tile_burst)(DType, int64_t steps, const Parallel&);  // bf16 or i8; null without tiles
 };
 
 extern const Kernels kPortable;  // the oracle: plain loops

@@ -89,7 +89,7 @@ void linear(const Weight& w, const float* x, int64_t tokens, const float* bias, 
 
 template <class V>
 constexpr Kernels make_kernels(const char* isa) {
-  return {isa, linear<V, NmWeight>, linear<V, BitmaskWeight>, pairwise_max_sum<V>, read_all<V>, fma_burst<V>};
+  return {isa, linear<V, NmWeight>, linear<V, BitmaskWeight>, pairwise_max_sum<V>, read_all<V>, fma_burst<V>, nullptr};
 }
 
 }}  // namespace sparsify::

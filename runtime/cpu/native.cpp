@@ -337,7 +337,17 @@ NB_MODULE(_native, module) {
         return run.fma_burst(steps, thread_pool());
       },
       nb::arg("steps"), "Do independent multiply-adds, return how many operations: time it for the peak.");
-  module.def("isa", [] { return kernels().isa; }, "Name the instruction set in use: avx512, avx2 or portable.");
+  module.def(
+      "tile_burst",
+      [](int64_t steps, const std::string& dtype) {
+        if (dtype != "bf16" && dtype != "i8") refuse_if("dtype must be bf16 or i8, got " + dtype);
+        const Kernels& run = kernels();
+        nb::gil_scoped_release released;
+        return run.tile_burst ? run.tile_burst(type_named(dtype), steps, thread_pool()) : int64_t{0};
+      },
+      nb::arg("steps"), nb::arg("dtype"),
+      "Do products of tiles, return how many operations: time it for the peak. 0 where there are no tiles.");
+  module.def("isa", [] { return kernels().isa; }, "Name the instruction set in use: amx, avx512bf16, avx512vnni, avx512, avx2 or portable.");
   module.def("num_threads", num_threads, "Return how many threads an op uses.");
   module.def(
       "set_num_threads",

@@ -99,6 +99,6 @@ int64_t fma_burst(int64_t steps, const Parallel&) {
 }  // namespace
 
 const Kernels kPortable = {"portable", linear<NmWeight>, linear<BitmaskWeight>, pairwise_max_sum,
-                           read_all,   fma_burst};
+                           read_all,   fma_burst,              nullptr};
 
 }  // namespace sparsify

@@ -1,6 +1,6 @@
 """The compiled CPU kernels (runtime/cpu/native.cpp). Arguments must be C-contiguous and on the CPU."""
 
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -138,8 +138,11 @@ def read_all(data: _Floats) -> float:
 def fma_burst(steps: int) -> int:
     """Do independent multiply-adds on every thread and return how many operations. Time it for the peak."""
 
+def tile_burst(steps: int, dtype: Literal["bf16", "i8"]) -> int:
+    """Do products of tiles on every thread and return how many operations; 0 where the processor has no tiles."""
+
 def isa() -> str:
-    """Name the instruction set in use: ``avx512``, ``avx2`` or ``portable``."""
+    """Name the instruction set in use: ``amx``, ``avx512bf16``, ``avx512vnni``, ``avx512``, ``avx2`` or ``portable``."""
 
 def num_threads() -> int:
     """Return how many threads an op uses."""

@@ -9,6 +9,7 @@ import pytest
 from sparsify_export import _native
 
 ALL = [
+    "amx",
     "avx512bf16",
     "avx512vnni",
     "avx512",
@@ -33,14 +34,25 @@ def test_every_slower_instruction_set(isa):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+@pytest.mark.skipif("SPARSIFY_ISA" in os.environ, reason="already chosen")
+def test_the_model_of_the_tiles():
+    """The AMX kernels on any machine with AVX-512 BF16: what runs on tiles there runs on tiles_model.h here."""
+    if ALL.index(_native.isa()) > ALL.index("avx512bf16"):
+        pytest.skip(f"this machine has {_native.isa()}; the kernels around the tiles need AVX-512 BF16")
+    here = Path(__file__).parent
+    files = [str(here / name) for name in FILES[:2]]
+    done = _run("amx-model", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not many_blocks", *files)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
 def test_the_variable_is_obeyed():
     done = _run("portable", "-c", "from sparsify_export import _native; print(_native.isa())")
     assert done.stdout.strip() == "portable", done.stderr
 
 
 def test_an_instruction_set_that_is_not_there_is_an_error():
-    done = _run("amx", "-c", "from sparsify_export import _native; _native.isa()")
+    done = _run("amx3", "-c", "from sparsify_export import _native; _native.isa()")
     assert (
-        "SPARSIFY_ISA must be avx512bf16, avx512vnni, avx512, avx2 or portable, and one that this machine has"
-        in done.stderr
+        "SPARSIFY_ISA must be amx, avx512bf16, avx512vnni, avx512, avx2, portable or amx-model, and one that this machine "
+        "has" in done.stderr
     )
