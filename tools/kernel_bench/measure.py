@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from kernel_bench import layers
@@ -82,9 +81,9 @@ def _best_seconds(call, threads: int) -> float:
 def peak(row: Row, threads: int) -> float:
     """Dense-equivalent operations a second that a kernel may reach on this row, the best of a few tries.
 
-    On tiles every zero is multiplied too, and 4-bit codes meet two products in bfloat16: what is measured is the products
-    of tiles. Elsewhere only kept weights count, and what is measured is the peak of float32 FMA; vdpbf16ps makes twice as
-    many in an instruction, vpdpbusd four times.
+    On tiles every zero is multiplied too, and 4-bit codes take two products in bfloat16: the products of tiles are
+    measured. Elsewhere only kept weights count, and the peak of float32 FMA is measured; vdpbf16ps makes twice as many
+    in an instruction, vpdpbusd four times.
     """
     isa = _native.isa()
     tiles = {"bf16": ("bf16", 1), "i8": ("i8", 1), "i4": ("bf16", 2)}.get(row.type)

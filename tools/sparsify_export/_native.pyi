@@ -142,7 +142,7 @@ def tile_burst(steps: int, dtype: Literal["bf16", "i8"]) -> int:
     """Do products of tiles on every thread and return how many operations; 0 where the processor has no tiles."""
 
 def isa() -> str:
-    """Name the instruction set in use: ``amx``, ``avx512bf16``, ``avx512vnni``, ``avx512``, ``avx2`` or ``portable``."""
+    """Name the instruction set in use: ``amx``, ``avx512bf16``, ``avx512vnni``, ``avx512``, ``avx2``, ``portable``."""
 
 def num_threads() -> int:
     """Return how many threads an op uses."""
