@@ -53,6 +53,6 @@ def test_the_variable_is_obeyed():
 def test_an_instruction_set_that_is_not_there_is_an_error():
     done = _run("amx3", "-c", "from sparsify_export import _native; _native.isa()")
     assert (
-        "SPARSIFY_ISA must be amx, avx512bf16, avx512vnni, avx512, avx2, portable or amx-model, and one that this machine "
-        "has" in done.stderr
+        "SPARSIFY_ISA must be amx, avx512bf16, avx512vnni, avx512, avx2, portable or amx-model, and one that this "
+        "machine has" in done.stderr
     )
