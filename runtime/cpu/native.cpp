@@ -340,7 +340,7 @@ NB_MODULE(_native, module) {
   module.def(
       "tile_burst",
       [](int64_t steps, const std::string& dtype) {
-        if (dtype != "bf16" && dtype != "i8") refuse_if("dtype must be bf16 or i8, got " + dtype);
+        if (dtype != "bf16" && dtype != "int8") refuse_if("dtype must be bf16 or int8, got " + dtype);
         const Kernels& run = kernels();
         nb::gil_scoped_release released;
         return run.tile_burst ? run.tile_burst(type_named(dtype), steps, thread_pool()) : int64_t{0};

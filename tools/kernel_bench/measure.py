@@ -86,7 +86,7 @@ def peak(row: Row, threads: int) -> float:
     in an instruction, vpdpbusd four times.
     """
     isa = _native.isa()
-    tiles = {"bf16": ("bf16", 1), "i8": ("i8", 1), "i4": ("bf16", 2)}.get(row.type)
+    tiles = {"bf16": ("bf16", 1), "i8": ("int8", 1), "i4": ("bf16", 2)}.get(row.type)
     if tiles and isa == "amx" and row.tokens > 2:
         _native.set_num_threads(threads)
         name, products = tiles

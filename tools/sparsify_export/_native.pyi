@@ -138,7 +138,7 @@ def read_all(data: _Floats) -> float:
 def fma_burst(steps: int) -> int:
     """Do independent multiply-adds on every thread and return how many operations. Time it for the peak."""
 
-def tile_burst(steps: int, dtype: Literal["bf16", "i8"]) -> int:
+def tile_burst(steps: int, dtype: Literal["bf16", "int8"]) -> int:
     """Do products of tiles on every thread and return how many operations; 0 where the processor has no tiles."""
 
 def isa() -> str:

@@ -56,3 +56,11 @@ def test_an_instruction_set_that_is_not_there_is_an_error():
         "SPARSIFY_ISA must be amx, avx512bf16, avx512vnni, avx512, avx2, portable or amx-model, and one that this "
         "machine has" in done.stderr
     )
+
+
+@pytest.mark.parametrize(("dtype", "columns"), [("bf16", 32), ("int8", 64)])
+def test_the_burst_of_tiles_counts_its_operations(dtype, columns):
+    has_tiles = _native.isa().startswith("amx")
+    assert _native.tile_burst(3, dtype) == (64 * 3 * 4 * 2 * 16 * 16 * columns if has_tiles else 0)
+    with pytest.raises(ValueError, match="dtype must be bf16 or int8, got fp32"):
+        _native.tile_burst(1, "fp32")
