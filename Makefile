@@ -17,7 +17,7 @@ setup: $(VENV)/installed
 
 # Exactly what was tested: the lock holds every package with its hashes, --no-deps lets nothing else in.
 $(VENV)/dependencies: $(LOCK)
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --no-deps --only-binary :all: --require-hashes -r $(LOCK)
 	$(PY) -m pip install -q $(TORCH)
 	touch $@

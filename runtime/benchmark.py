@@ -20,7 +20,7 @@ from rich.table import Table
 from ..passes.errors import InputError
 from ..passes.onnx.protos import data_files
 from .artifact import artifact_file, causal, open_artifact
-from .feeds import NUMPY
+from .feeds import make_feed, read_feeds
 from .session import CausalSession, open_session, sparse_runs
 from .tensorrt.session import check_can_run, is_plan
 
@@ -47,7 +47,7 @@ class Row:
 
     Attributes:
         name: ``prefill 128``: 128 tokens and an empty cache; ``decode 64``: one token and a cache of 64;
-            ``batch 1`` for a model that does not take text.
+            ``batch 1`` for a model that does not take text; ``1: pixels [4, 3, 8, 8]`` for the first of given inputs.
         model: the file under test.
         against: the other file, or None.
         ratio: median over the pairs of runs of the other file's time over this one's, above 1 where the file
@@ -108,6 +108,7 @@ def bench(
     path: Path,
     against: Path | None = None,
     *,
+    inputs: Path | None = None,
     repeats: int = 20,
     threads: int | None = None,
     row_seconds: float = 10.0,
@@ -118,6 +119,7 @@ def bench(
     Args:
         path: the file under test.
         against: the file to compare with; it must take the same inputs.
+        inputs: a folder of ``.npz`` files with arrays named like the model's inputs, a row each; None makes them up.
         repeats: runs of each file and row.
         threads: threads of an op; None lets ONNX Runtime decide.
         row_seconds: a row ends early, though not before 5 runs, when it has taken so long.
@@ -131,13 +133,14 @@ def bench(
     paths = [path] if against is None else [path, against]
     for engine in filter(is_plan, paths):
         check_can_run(engine)
-    sides = [_side(p, threads) for p in paths]
-    workloads = [_workloads(open_artifact(p, threads=threads)) for p in paths]
+    sides = [_side(p, threads, inputs) for p in paths]
+    workloads = [_workloads(open_artifact(p, threads=threads), inputs) for p in paths]
     if len({tuple(w) for w in workloads}) != 1:
         raise InputError(f"{path} and {against} take different inputs and cannot be compared")
     rows, skipped = _measure_rows(workloads, tuple(workloads[0]), repeats, row_seconds, progress)
     if not rows:
-        raise InputError(f"{path} runs none of the workloads; the first says: {skipped[0]}")
+        hint = "" if inputs else "; --inputs FOLDER gives it arrays that it can run on"
+        raise InputError(f"{path} runs none of the workloads{hint}; the first says: {skipped[0]}")
     return BenchReport(sides[0], sides[1] if against else None, rows, skipped, threads or 0)
 
 
@@ -231,17 +234,30 @@ def _row(name: str, times: np.ndarray) -> Row:
     return Row(name, each[0], each[1], float(np.median(times[:, 1] / times[:, 0])), len(times))
 
 
-def _workloads(session: Any) -> dict[str, Run]:
-    """What can be run on this file, by name. Ids are random, the same for every file."""
+def _workloads(session: Any, folder: Path | None = None) -> dict[str, Run]:
+    """What can be run on this file, by name. What is made up is the same for every file."""
     inputs = {i.name: i for i in session.get_inputs()}
-    if any(name.startswith("past_key_values.") for name in inputs):
+    if folder is not None:
+        feeds = read_feeds(folder, session, {}, samples=None)
+        first = next(iter(inputs))
+        names = [f"{index}: {first} {list(feed[first].shape)}" for index, feed in enumerate(feeds, 1)]
+        return {name: partial(session.run, None, feed) for name, feed in zip(names, feeds, strict=True)}
+    if _is_causal(session):
         model = causal(session)
         prefill = {f"prefill {m}": _step(model, m, 0) for m in PREFILL}
         return prefill | {f"decode {past}": _step(model, 1, past) for past in DECODE}
     if "input_ids" in inputs:
-        return {f"prefill {m}": _call(session, {name: (1, m) for name in inputs}) for m in PREFILL}
-    shapes = {name: tuple(d if isinstance(d, int) else 1 for d in i.shape) for name, i in inputs.items()}
-    return {"batch 1": _call(session, shapes)}
+        fixed = inputs["input_ids"].shape[-1]
+        lengths = (fixed,) if isinstance(fixed, int) else PREFILL
+        return {f"prefill {m}": _call(session, m) for m in lengths}
+    return {"batch 1": _call(session, None)}
+
+
+def _is_causal(session: Any) -> bool:
+    """Whether it decodes with a KV cache as what we write does. Other tools' decoders may want more than a cache."""
+    names = [i.name for i in session.get_inputs()]
+    past = [name for name in names if name.startswith("past_key_values.")]
+    return bool(past) and set(names) - set(past) == {"input_ids", "attention_mask"}
 
 
 def _step(causal: CausalSession, tokens: int, past: int) -> Run:
@@ -250,21 +266,16 @@ def _step(causal: CausalSession, tokens: int, past: int) -> Run:
     return lambda: causal.run_only(ids, mask, cache)
 
 
-def _call(session: Any, shapes: dict[str, tuple[int, ...]]) -> Run:
+def _call(session: Any, length: int | None) -> Run:
     """Run once: ones for integers (a token id, or "not padding"), normal random numbers for floats."""
-    rng = np.random.default_rng(0)
-    feed: dict[str, Any] = {}
-    for i in session.get_inputs():
-        shape = shapes[i.name]
-        array = np.ones(shape) if "int" in i.type else rng.standard_normal(shape, np.float32)
-        feed[i.name] = array.astype(NUMPY.get(i.type, np.float32))
-    return lambda: session.run(None, feed)
+    return partial(session.run, None, make_feed(session, {}, {}, seed=0, length=length))
 
 
-def _side(path: Path, threads: int | None) -> Side:
+def _side(path: Path, threads: int | None, inputs: Path | None) -> Side:
     """Size and memory of one file; the memory in a process of its own, where nothing else is."""
     file = artifact_file(path)
-    command = [sys.executable, "-m", __name__, str(file), str(threads or 0)]
+    # -P: without it Python would import from the folder the user stands in, which may be a downloaded model
+    command = [sys.executable, "-P", "-m", __name__, str(file), str(threads or 0), *([str(inputs)] if inputs else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it died without a word"]
@@ -275,29 +286,30 @@ def _side(path: Path, threads: int | None) -> Side:
     return Side(str(path), size, resident, ops)
 
 
-def _measure(file: Path, threads: int | None) -> tuple[int, dict[str, int]]:
+def _measure(file: Path, threads: int | None, inputs: Path | None) -> tuple[int, dict[str, int]]:
     """Resident memory after the first workload, and the sparse ops in it; call in a fresh process."""
     if is_plan(file):
-        return _measure_on_gpu(file), {}
+        return _measure_on_gpu(file, inputs), {}
     process = psutil.Process()
     before = process.memory_info().rss
     session = open_session(file, threads=threads)
-    next(iter(_workloads(session).values()))()
+    next(iter(_workloads(session, inputs).values()))()
     resident = process.memory_info().rss - before
     del session
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(file, threads=threads, profile=Path(folder) / "profile")
-        next(iter(_workloads(session).values()))()
+        next(iter(_workloads(session, inputs).values()))()
         return resident, sparse_runs(session)
 
 
-def _measure_on_gpu(file: Path) -> int:
+def _measure_on_gpu(file: Path, inputs: Path | None) -> int:
     """Memory of the GPU that is in use after the first workload, and was not before."""
     before, _ = torch.cuda.mem_get_info()
     session = open_artifact(file)
-    next(iter(_workloads(session).values()))()
+    next(iter(_workloads(session, inputs).values()))()
     return before - torch.cuda.mem_get_info()[0]
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_measure(Path(sys.argv[1]), int(sys.argv[2]) or None)) + os.linesep)
+    given = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+    sys.stdout.write(json.dumps(_measure(Path(sys.argv[1]), int(sys.argv[2]) or None, given)) + os.linesep)

@@ -64,18 +64,21 @@ def read_feeds(folder: Path, session: Any, sizes: Mapping[str, int], *, samples:
     return feeds
 
 
-def make_feed(session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int], *, seed: int) -> Feed:
+def make_feed(
+    session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int], *, seed: int, length: int | None = None
+) -> Feed:
     """Make up one batch of one sample.
 
     Floats are normal random numbers. Integers that choose rows of a table are random rows of it; others are ones,
-    which for a mask means that everything counts. An axis called ``past...`` is empty, other open axes hold
-    ``LENGTH`` entries.
+    which for a mask means that everything counts. An axis called ``past...`` is empty, a batch holds one sample, other
+    open axes hold ``length`` entries.
 
     Args:
         session: an ONNX Runtime session of the model.
         bounds: for inputs that index a table, how many rows it has.
         sizes: what is known about open axes, by their names.
         seed: of the random numbers.
+        length: of open axes; None: ``SIDE`` for those of a picture and ``LENGTH`` for all others.
 
     Raises:
         InputError: an input is of a type that cannot be made up.
@@ -83,7 +86,7 @@ def make_feed(session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int],
     rng = np.random.default_rng(seed)
     feed: Feed = {}
     for value in session.get_inputs():
-        shape, dtype = _shape(value, 1, sizes), _dtype(value)
+        shape, dtype = _shape(value, 1, sizes, length), _dtype(value)
         if np.issubdtype(dtype, np.floating):
             feed[value.name] = rng.standard_normal(shape).astype(dtype)
         elif value.name in bounds:
@@ -114,9 +117,9 @@ def _dtype(value: Any) -> Any:
     return NUMPY[value.type]
 
 
-def _shape(value: Any, batch: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def _shape(value: Any, batch: int, sizes: Mapping[str, int], length: int | None = None) -> tuple[int, ...]:
     picture = len(value.shape) == 4 and value.type.startswith("tensor(float") and not any(map(_is_past, value.shape))
-    size = SIDE if picture else LENGTH
+    size = length or (SIDE if picture else LENGTH)
     return tuple(sizes.get(dim) or _size(dim, batch, axis, size) for axis, dim in enumerate(value.shape))
 
 

@@ -1,13 +1,16 @@
 """Benchmarks: which rows run, how pairs are compared, and what the report says."""
 
 import json
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sparsify_export.passes.errors import InputError
 from sparsify_export.runtime import benchmark
 from sparsify_export.runtime.benchmark import bench, compare_kernels, render
+from sparsify_export.runtime.session import open_session
 
 IMAGES = "g (float[batch, 3, 4, 4] pixel_values) => (float[batch, 3, 4, 4] y) { y = Relu (pixel_values) }"
 TEXT = (
@@ -22,6 +25,17 @@ LIMITED = """g (int64[b, s] input_ids) => (int64[b, s] y)
     position = Slice (table, zero, length, one)
     y = Add (input_ids, position)
 }"""
+
+
+# A decoder beside its encoder's output, as other tools write it; the lengths it saw are its outputs.
+DECODER = """g (int64[b, s] input_ids, float[b, e, 4] encoder_hidden_states, float[b, 2, past, 4] cache)
+  => (int64[1] s_, int64[1] e_, int64[1] past_)
+{
+    s_ = Shape <start = 1> (input_ids)
+    e_ = Shape <start = 1, end = 2> (encoder_hidden_states)
+    past_ = Shape <start = 2, end = 3> (cache)
+}"""
+OPEN_IMAGES = "g (float[b, 3, height, width] pixels) => (int64[4] y) { y = Shape (pixels) }"
 
 
 def text_of(table):
@@ -52,6 +66,56 @@ def test_a_model_of_images(onnx_file):
 def test_a_text_encoder(onnx_file):
     report = bench(onnx_file(TEXT), repeats=1, threads=1)
     assert [r.name for r in report.rows] == ["prefill 16", "prefill 128", "prefill 512"]
+
+
+def test_inputs_are_made_as_long_as_their_row_says_each_by_its_own_axes(onnx_file):
+    workloads = benchmark._workloads(open_session(onnx_file(DECODER)))
+    assert {name: [int(x[0]) for x in run()] for name, run in workloads.items()} == {
+        f"prefill {m}": [m, m, 0] for m in (16, 128, 512)
+    }
+    workloads = benchmark._workloads(open_session(onnx_file(OPEN_IMAGES)))
+    assert [run()[0].tolist() for run in workloads.values()] == [[1, 3, 224, 224]]
+    fixed = TEXT.replace("[b, s]", "[1, 48]")
+    assert list(benchmark._workloads(open_session(onnx_file(fixed)))) == ["prefill 48"]
+
+
+def test_given_inputs_are_what_runs(onnx_file, tmp_path):
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    np.savez(folder / "a.npz", pixels=np.ones((2, 3, 8, 8), np.float32))
+    np.savez(folder / "b.npz", pixels=np.ones((1, 3, 16, 4), np.float32))
+    file = onnx_file(OPEN_IMAGES)
+    names = ["1: pixels [2, 3, 8, 8]", "2: pixels [1, 3, 16, 4]"]
+    workloads = benchmark._workloads(open_session(file), folder)
+    assert {name: run()[0].tolist() for name, run in workloads.items()} == dict(
+        zip(names, ([2, 3, 8, 8], [1, 3, 16, 4]), strict=True)
+    )
+    assert [r.name for r in bench(file, file, inputs=folder, repeats=1).rows] == names
+    np.savez(folder / "c.npz", other=np.ones(3))
+    with pytest.raises(InputError, match=r"c\.npz lacks pixels; it holds other"):
+        bench(file, inputs=folder, repeats=1)
+
+
+def test_a_model_that_runs_on_nothing_made_up_asks_for_inputs(onnx_file):
+    odd = "g (float[b, n] x) => (float[b, k] y) { y = MatMul (x, w) }"
+    with pytest.raises(InputError, match=r"runs none of the workloads; --inputs FOLDER gives"):
+        bench(onnx_file(odd, w=np.ones((7, 2), np.float32)), repeats=1)
+
+
+def test_nothing_is_imported_from_the_folder_the_user_stands_in(onnx_file, tmp_path, monkeypatch):
+    (tmp_path / "psutil.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    bench(onnx_file(IMAGES), repeats=1)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_no_python_is_started_without_that():
+    """``-P`` or ``-I`` stands behind every ``sys.executable`` in what we ship."""
+    for path in Path(__file__).parents[2].glob("[cprt][au]*/**/*.py"):
+        if "tests" in path.parts:
+            continue
+        for call in re.findall(r"sys\.executable,? *(.*)", path.read_text()):
+            assert call.startswith(('"-P"', '"-I"')), f"{path}: {call}"
 
 
 def test_a_row_that_cannot_run_is_skipped_with_its_reason(onnx_file):

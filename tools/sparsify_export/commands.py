@@ -74,6 +74,7 @@ def bench_command(
     /,
     *,
     against: Path | None = None,
+    inputs: Path | None = None,
     repeats: int = 20,
     threads: int | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -84,6 +85,7 @@ def bench_command(
     Args:
         model: the file under test.
         against: the file to compare with.
+        inputs: folder of .npz files with arrays named like the model's inputs, a row each. Without it they are made up.
         repeats: runs of each row and file.
         threads: threads of an op, the same for both files.
         json: print JSON.
@@ -95,7 +97,7 @@ def bench_command(
     positive("--repeats", repeats)
     positive("--threads", threads)
     with ProgressBar(quiet=json) as console:
-        report = bench(model, against, repeats=repeats, threads=threads, progress=console.progress)
+        report = bench(model, against, inputs=inputs, repeats=repeats, threads=threads, progress=console.progress)
     if json:
         terminal.print_json(report.to_json())
     else:
