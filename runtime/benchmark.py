@@ -139,8 +139,7 @@ def bench(
         raise InputError(f"{path} and {against} take different inputs and cannot be compared")
     rows, skipped = _measure_rows(workloads, tuple(workloads[0]), repeats, row_seconds, progress)
     if not rows:
-        hint = "" if inputs else "; --inputs FOLDER gives it arrays that it can run on"
-        raise InputError(f"{path} runs none of the workloads{hint}; the first says: {skipped[0]}")
+        raise InputError(f"{path} runs none of the workloads; the first says: {skipped[0]}")
     return BenchReport(sides[0], sides[1] if against else None, rows, skipped, threads or 0)
 
 
@@ -279,7 +278,9 @@ def _side(path: Path, threads: int | None, inputs: Path | None) -> Side:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it died without a word"]
-        raise InputError(f"cannot run {path}: {lines[-1].removeprefix(f'{InputError.__module__}.InputError: ')}")
+        ours = f"{InputError.__module__}.InputError: "
+        hint = "" if inputs or lines[-1].startswith(ours) else "; --inputs FOLDER gives it arrays that it can run on"
+        raise InputError(f"cannot run {path}: {lines[-1].removeprefix(ours)}{hint}")
     resident, ops = json.loads(done.stdout)
     beside = () if is_plan(file) else data_files(file)
     size = sum(part.stat().st_size for part in (file, *beside) if part.is_file())

@@ -98,7 +98,7 @@ def test_given_inputs_are_what_runs(onnx_file, tmp_path):
 
 def test_a_model_that_runs_on_nothing_made_up_asks_for_inputs(onnx_file):
     odd = "g (float[b, n] x) => (float[b, k] y) { y = MatMul (x, w) }"
-    with pytest.raises(InputError, match=r"runs none of the workloads; --inputs FOLDER gives"):
+    with pytest.raises(InputError, match=r"cannot run .*dimension mismatch; --inputs FOLDER gives"):
         bench(onnx_file(odd, w=np.ones((7, 2), np.float32)), repeats=1)
 
 
