@@ -1,4 +1,4 @@
-"""Private names of other packages, which a release may take away: each is listed in CONTRIBUTING, and no other is used."""
+"""Private names of other packages, which a release may take away: those that are used are listed in CONTRIBUTING."""
 
 import ast
 import re

@@ -112,6 +112,9 @@ std::string check_positions(const NmWeight& w) {
         return "indices must ascend inside a group, got " + number(position) + " after " + number(before) + " " + where();
       before = position;
     }
+    const int64_t left = w.kept_per_row() * bits % 8;
+    if (left && packed[w.index_bytes_per_row() - 1] >> left)
+      return "indices have bits set behind the last one in row " + number(row) + ", padding bits must be 0";
   }
   return "";
 }
@@ -190,6 +193,10 @@ std::string check_bitmask(BitmaskWeight& w, const Shape& values, const Shape& ma
       const int64_t set = bits_set(mask_row + byte, left < kNibbleColumns / 8 ? left : kNibbleColumns / 8);
       kept += set;
       stored += w.type == DType::i4 ? stored_bytes(w.type, set) : set;
+      // A mask that lost or gained a bit would often need as many bytes as before.
+      const int64_t last = w.row_start[row] + stored - 1;
+      if (w.type == DType::i4 && set % 2 && last < values[0] && static_cast<const uint8_t*>(w.values)[last] >> 4)
+        return "the half of a byte behind an odd number of int4 values must be 0, got another in row " + number(row);
     }
     if (!(why = check_kept(w.type, row, kept)).empty()) return why;
     const int64_t wanted = w.row_start[row] + stored;  // cannot overflow: row_start[row] was checked just before

@@ -49,6 +49,6 @@ def _copy_sentence_modules(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
     for path in filter(None, paths):  # the model itself is the one without a folder of its own
         (folder / path).mkdir(parents=True, exist_ok=True)
-        for file in sorted((source / path).iterdir()):
+        for file in sorted((source / path).glob("*")):  # packages and git leave empty folders out
             if file.is_file() and file.suffix in PARTS:
                 shutil.copyfile(file, folder / path / file.name)
