@@ -165,7 +165,7 @@ int main(int argc, char** argv) {
     std::printf("skipped: %s\n", error);
     return 77;
   }
-  const int cases = argc > 1 ? std::atoi(argv[1]) : 20000;
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 60000;
   int tried[13] = {}, accepted[13] = {}, refused_sound = 0;
   for (int i = 0; i < cases; ++i) {
     Stored stored = sound();
