@@ -158,7 +158,7 @@ def compile_command(
 
     Args:
         model: Hugging Face folder, hub id, .gguf file or .onnx file.
-        out: OUT.onnx (weights go to OUT.onnx.data), a folder, or OUT.plan for a TensorRT engine: where none can be
+        out: OUT.onnx (weights lie beside it), a folder, or OUT.plan for a TensorRT engine: where none can be
             built, the ONNX file for it and a script that builds it are written, and the exit code is 3.
         nm: keep N of every M neighbouring weights, e.g. 2:4.
         sparsity: fraction of zeros anywhere, between 0 and 1; an engine runs such linears by a plugin of ours.
