@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..passes.dialect.packed import OPS
 from ..passes.errors import InputError
+from ..passes.onnx.protos import data_files
 from . import library_path
 
 SPARSE_OPS = tuple(OPS)
@@ -61,6 +62,11 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     file = model_file(path)
+    try:
+        data_files(file)  # refuses what would be waited for, or lies elsewhere
+    except InputError as error:
+        if error.__cause__ is None:  # else it cannot be read, which ONNX Runtime says better
+            raise
     try:
         disabled = [] if fold_constants else ["ConstantFolding"]
         return ort.InferenceSession(
