@@ -147,6 +147,8 @@ def _tokenizer(where: str, **options: Any) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError("its vocabulary is empty")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(f"its model_max_length is {tokenizer.model_max_length!r}; want a number")
     return tokenizer
 
 

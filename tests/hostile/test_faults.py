@@ -117,7 +117,6 @@ def test_safetensors(copy, tmp_path, capsys, content):
         {"text_config": {"num_hidden_layers": 10**9}},
         {"architectures": [5]},
         {"architectures": ["set_seed"]},
-        {"architectures": "LlamaForCausalLM"},
         {"model_type": ["llama"]},
         {"model_type": "[/red]\x1b[2J"},
         {"rope_scaling": {"rope_type": "no such"}},
