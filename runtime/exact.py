@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..passes.errors import InputError
+from ..passes.frontend.first_token import first_token, tokens_of
 from .evaluate import Logits
 
 COUNT = 50
@@ -80,6 +81,7 @@ def exact_answers(
     count: int = COUNT,
     seed: int = 0,
     limit: int | None = None,
+    bos: bool = True,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> ExactAnswers:
     """How many answers greedy decoding writes exactly, the end of the line included.
@@ -93,15 +95,17 @@ def exact_answers(
         count: problems of each task.
         seed: of the problems.
         limit: tokens that the model takes at most; None for any number.
+        bos: put in front of every problem what the tokenizer puts in front of a text; see ``first_token``.
         progress: told what is done, how many problems are, and how many there are.
 
     Raises:
         InputError: a problem is longer than ``limit``, or logits are NaN.
     """
     problems = make_problems(count=count, seed=seed)
+    first = first_token(tokenizer) if bos else None
     right: dict[str, int] = {}
     for index, problem in enumerate(problems):
-        ids, start = _tokens(tokenizer, problem)
+        ids, start = _tokens(tokenizer, problem, first)
         if limit is not None and len(ids) > limit:
             raise InputError(f"the exact-answer problems have {len(ids)} tokens, and the model takes {limit}")
         right[problem.task] = right.get(problem.task, 0) + _writes(logits, ids, start)
@@ -109,12 +113,10 @@ def exact_answers(
     return ExactAnswers({task: solved / count for task, solved in right.items()}, count, seed)
 
 
-def _tokens(tokenizer: Any, problem: Problem) -> tuple[list[int], int]:
+def _tokens(tokenizer: Any, problem: Problem, first: int | None) -> tuple[list[int], int]:
     """The whole text as tokens, and where it stops being the prompt's."""
-    prompt = tokenizer(problem.prompt, add_special_tokens=False, verbose=False)["input_ids"]
-    ids: list[int] = tokenizer(f"{problem.prompt}{problem.answer}\n", add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
+    prompt = tokens_of(tokenizer, problem.prompt, first)
+    ids = tokens_of(tokenizer, f"{problem.prompt}{problem.answer}\n", first)
     same = [a == b for a, b in zip(prompt, ids, strict=False)]
     return ids, max(1, same.index(False) if False in same else len(same))
 

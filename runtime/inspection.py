@@ -19,6 +19,7 @@ from ..calibrate.patterns import NM, Unstructured, find_pattern
 from ..passes.dialect.packed import TENSORS, Packed
 from ..passes.errors import InputError, VerificationError
 from ..passes.onnx.plugin import from_words
+from ..passes.onnx.protos import data_files
 from ..passes.onnx.quantised import dequantise
 from .session import SPARSE_OPS, model_file
 
@@ -138,6 +139,7 @@ def render(linears: list[LinearInfo]) -> Table:
 def _linears(path: Path, *, packed: bool) -> Iterator[tuple[LinearInfo, Tensor | None]]:
     """Every linear; its weight too where it was read (``packed``: unpack those of sparse ops as well)."""
     file = model_file(path)
+    data_files(file)  # refuses what would be waited for, or lies elsewhere
     try:
         model = ir.load(file)
         for node in ir.traversal.RecursiveGraphIterator(model.graph):

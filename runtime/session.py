@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..passes.dialect.packed import OPS
 from ..passes.errors import InputError
+from ..passes.onnx.protos import data_files
 from . import library_path
 
 SPARSE_OPS = tuple(OPS)
@@ -52,7 +53,7 @@ def open_session(
         InputError: there is no such file, or ONNX Runtime cannot read it.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; they also arrive as exceptions
+    options.log_severity_level = 4  # what goes wrong arrives as an exception; on the terminal it stands once
     if threads is not None:
         options.intra_op_num_threads = threads
     if kernels:
@@ -61,6 +62,11 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     file = model_file(path)
+    try:
+        data_files(file)  # refuses what would be waited for, or lies elsewhere
+    except InputError as error:
+        if error.__cause__ is None:  # else it cannot be read, which ONNX Runtime says better
+            raise
     try:
         disabled = [] if fold_constants else ["ConstantFolding"]
         return ort.InferenceSession(
@@ -133,7 +139,12 @@ class CausalSession:
                 f"cache out; it takes {got} and {len(self._past)} cache tensors, and gives {', '.join(outputs)[:60]}"
             )
         self.session = session
-        self.vocabulary = int(outputs["logits"].shape[-1])
+        shapes = {name: tuple(value.shape) for name, value in (inputs | outputs).items()}
+        if wrong := [name for name in self._past if len(shapes[name]) != 4]:
+            raise InputError(f"{wrong[0]} is {list(shapes[wrong[0]])}; want [batch, heads, past, size]")
+        if len(shapes["logits"]) != 3 or not isinstance(shapes["logits"][-1], int):
+            raise InputError(f"logits is {list(shapes['logits'])}; want [batch, sequence, a number of tokens]")
+        self.vocabulary = int(shapes["logits"][-1])
         self._shapes = [tuple(inputs[name].shape) for name in self._past]
         self._types = [inputs[name].type for name in self._past]
         for name, (_, heads, _, size) in zip(self._past, self._shapes, strict=True):
@@ -146,6 +157,8 @@ class CausalSession:
 
     def random_past(self, batch: int, length: int) -> Past:
         """A cache of ``length`` tokens with normal random numbers, the same at every call: for timing."""
+        if unknown := set(self._types) - CACHE_TYPES.keys():
+            raise InputError(f"the KV cache is {min(unknown)}; want {' or '.join(CACHE_TYPES)}")
         rng = np.random.default_rng(0)
         shapes = [(batch, heads, length, size) for _, heads, _, size in self._shapes]
         arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
@@ -166,7 +179,11 @@ class CausalSession:
         feed = dict(zip(self._past, past, strict=True))
         feed["input_ids"] = ort.OrtValue.ortvalue_from_numpy(ids)
         feed["attention_mask"] = ort.OrtValue.ortvalue_from_numpy(mask)
-        logits, *present = self.session.run_with_ort_values(["logits", *self._present], feed)
+        try:
+            logits, *present = self.session.run_with_ort_values(["logits", *self._present], feed)
+        except Exception as error:  # its exceptions have no common base class of their own
+            length = mask.shape[1]
+            raise InputError(f"the model does not take {length} tokens of a text: {_first_line(error)}") from error
         return logits.numpy(), present
 
     def run_only(self, ids: Ints, mask: Ints, past: Past) -> None:

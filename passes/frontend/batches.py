@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from ..errors import InputError
 from ..files import check_regular
+from .first_token import first_token
 from .kv_cache import cache_argument, empty_past
 from .load import Pretrained
 from .trace import Traced
@@ -77,14 +78,15 @@ def token_batches(
     return batches
 
 
-def read_windows(path: Path, tokenizer: Any, *, samples: int | None, length: int) -> Tensor:
+def read_windows(path: Path, tokenizer: Any, *, samples: int | None, length: int, bos: bool = True) -> Tensor:
     """Tokenize a text as one string and cut it into windows.
 
     Args:
         path: plain text, or JSONL whose lines hold a ``text`` field.
-        tokenizer: adds nothing in front of a window.
+        tokenizer: the model's.
         samples: how many windows at most; None for all.
-        length: tokens in a window.
+        length: tokens in a window, the one in front included.
+        bos: put in front of every window what the tokenizer puts in front of a text; see ``first_token``.
 
     Returns:
         int64 ``[samples, length]``; fewer rows if the text is shorter than asked for.
@@ -100,9 +102,11 @@ def read_windows(path: Path, tokenizer: Any, *, samples: int | None, length: int
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise InputError(f"{path} holds {len(ids)} tokens; calibration and evaluation need at least 2")
-    length = min(length, len(ids))
-    count = len(ids) // length if samples is None else min(samples, len(ids) // length)
-    return torch.tensor(ids[: count * length]).reshape(count, length)
+    first = first_token(tokenizer) if bos else None
+    own = min(length - (first is not None), len(ids))
+    count = len(ids) // own if samples is None else min(samples, len(ids) // own)
+    windows = torch.tensor(ids[: count * own]).reshape(count, own)
+    return windows if first is None else torch.cat([torch.full((count, 1), first), windows], dim=1)
 
 
 def read_text(path: Path) -> str:
@@ -201,46 +205,53 @@ def written_by_itself(
     samples: int,
     length: int,
     seed: int,
+    bos: bool = True,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Tensor:
     """Calibration text sampled from the model, so that no data set is needed; cached by weights and settings.
 
-    Every row starts from the beginning-of-text token and is sampled at temperature 1 over the whole vocabulary.
+    Every row starts from the beginning-of-text token and is sampled at temperature 1 over the whole vocabulary. With
+    ``bos`` the token stays where the tokenizer puts it in front of a text, see ``first_token``.
 
     Returns:
         int64 ``[samples, length]``.
 
     Raises:
-        InputError: the model does not generate text.
+        InputError: the model does not generate text, or its beginning-of-text token is outside its vocabulary.
     """
     model = pretrained.model
     if pretrained.kind != "causal":
         raise InputError(f"{pretrained.source} does not generate text to calibrate on; give --calibration FILE")
-    cache = _cache_file(pretrained, samples=samples, length=length, seed=seed)
+    first = first_token(pretrained.tokenizer) if bos and pretrained.tokenizer is not None else None
+    kept = {} if first is None else {"first": first}
+    cache = _cache_file(pretrained, samples=samples, length=length, seed=seed, **kept)
     if cache.is_file():
         return load_npz(cache)["input_ids"]
-    start = model.config.bos_token_id
+    start = model.config.bos_token_id if first is None else first
     if start is None:
         start = model.config.eos_token_id or 0
+    start = start if isinstance(start, int) else start[0]
+    if not 0 <= start < (known := model.config.get_text_config().vocab_size):
+        raise InputError(f"{pretrained.source} begins a text with token {start}; the model knows 0 to {known - 1}")
     rows = []
     chunk = 64  # rows sampled at once: their caches and logits are in memory together
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         for begin in range(0, samples, chunk):
             count = min(chunk, samples - begin)
-            ids = torch.full((count, 1), start if isinstance(start, int) else start[0])
+            ids = torch.full((count, 1), start)
 
             def step(tokens: int, begin: int = begin, count: int = count) -> None:
                 progress("writing calibration text", begin * length + tokens * count, samples * length)
 
             rows.append(_sample(model, ids, length, step))
-    windows = torch.cat(rows)
+    windows = torch.cat(rows)[:, 1:] if first is None else torch.cat(rows)[:, :-1]
     _write_cache(cache, windows)
     return windows
 
 
 def _sample(model: Any, ids: Tensor, length: int, step: Callable[[int], None]) -> Tensor:
-    """Sample ``[rows, length]`` tokens after ``ids``, with the model's own cache."""
+    """``ids`` and ``length`` sampled tokens after them, ``[rows, 1 + length]``, with the model's own cache."""
     name = cache_argument(model)
     if name is None:
         raise InputError(
@@ -256,7 +267,7 @@ def _sample(model: Any, ids: Tensor, length: int, step: Callable[[int], None]) -
         ids = _draw(probabilities)
         text = torch.cat([text, ids], dim=1)
         step(text.shape[1] - 1)
-    return text[:, 1:]
+    return text
 
 
 def _draw(probabilities: Tensor) -> Tensor:

@@ -113,6 +113,27 @@ def tokenizer_beside(folder: Path) -> Any:
     return _read_tokenizer(str(folder), str(folder), {"local_files_only": True})
 
 
+def context_of(model: Any) -> int | None:
+    """Tokens of a text at most: what the configuration of a model, or of one exported into a folder, says; or None.
+
+    Raises:
+        InputError: the folder's configuration cannot be read.
+    """
+    config = model if not isinstance(model, Path) else _config_beside(model)
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _config_beside(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        return None
+    _check_folder(folder)
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"cannot read {folder / 'config.json'}: {_first_line(error)}") from error
+
+
 def _read_tokenizer(where: str, source: str, options: dict[str, Any]) -> Any:
     try:
         # Said outright: where nothing is said, transformers asks on the terminal whether to run a checkpoint's code.
@@ -126,6 +147,8 @@ def _tokenizer(where: str, **options: Any) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError("its vocabulary is empty")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(f"its model_max_length is {tokenizer.model_max_length!r}; want a number")
     return tokenizer
 
 

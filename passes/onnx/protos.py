@@ -51,7 +51,8 @@ def data_files(path: Path) -> list[Path]:
     """The files beside an ONNX file that its tensors lie in, whatever holds these: initializers or attributes.
 
     Raises:
-        InputError: the file cannot be read as ONNX.
+        InputError: the file cannot be read as ONNX; or it names a file outside its folder, a pipe or a device, which
+            would be read, or waited for without end.
     """
     try:
         proto = onnx.load(str(path), load_external_data=False)
@@ -62,7 +63,14 @@ def data_files(path: Path) -> list[Path]:
         inside = (t for node in graph.node for a in node.attribute for t in (a.t, *a.tensors))
         for tensor in filter(is_external, (*graph.initializer, *inside)):
             names[location(tensor).get("location", "")] = None
-    return [path.parent / name for name in names if name]
+    for name in filter(None, names):
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise InputError(f"{path}: its weights lie in {name!r}; want a file beside the model")
+    files = [path.parent / name for name in names if name]
+    for file in files:
+        if file.exists() and not file.is_file():
+            raise InputError(f"{path}: {file} is not a regular file")
+    return files
 
 
 def nbytes(tensor: onnx.TensorProto) -> int:

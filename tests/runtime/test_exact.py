@@ -13,6 +13,8 @@ PAIRS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 class Letters:
     """A tokenizer of single characters; the question's last one and the space behind it are one token."""
 
+    bos_token_id = None
+
     def __call__(self, text, *, add_special_tokens, verbose):
         assert not add_special_tokens
         ids = [ord(letter) for letter in text]

@@ -54,14 +54,20 @@ def calibration_text(
             samples, length = wanted.samples or 32, wanted.length or 512
             length = _shortened(length, limit, "the model takes", console)
             windows = written_by_itself(
-                pretrained, samples=samples + 1, length=length, seed=wanted.seed, progress=console.progress
+                pretrained,
+                samples=samples + 1,
+                length=length,
+                seed=wanted.seed,
+                bos=settings.bos,
+                progress=console.progress,
             )
         else:
             if pretrained.tokenizer is None:
                 raise InputError(f"{pretrained.source} has no tokenizer, so it cannot read {wanted.text}")
             samples, length = wanted.samples or 128, wanted.length or 2048
             length = _shortened(length, limit, "the model takes", console)
-            windows = read_windows(Path(wanted.text), pretrained.tokenizer, samples=samples + 1, length=length)
+            words = pretrained.tokenizer
+            windows = read_windows(Path(wanted.text), words, samples=samples + 1, length=length, bos=settings.bos)
             _shortened(length, windows.shape[1], "the text holds", console)
             if len(windows) < samples:
                 console.note(f"calibrating on {len(windows)} windows; the text does not hold {samples}")

@@ -134,6 +134,7 @@ def compile_command(
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     dtype: Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"] | None = None,
     group: Literal[32, 64, 128] | None = None,
     quantise: Literal["rtn", "sweep", "joint"] | None = None,
@@ -157,7 +158,7 @@ def compile_command(
 
     Args:
         model: Hugging Face folder, hub id, .gguf file or .onnx file.
-        out: OUT.onnx (weights go to OUT.onnx.data), a folder, or OUT.plan for a TensorRT engine: where none can be
+        out: OUT.onnx (weights lie beside it), a folder, or OUT.plan for a TensorRT engine: where none can be
             built, the ONNX file for it and a script that builds it are written, and the exit code is 3.
         nm: keep N of every M neighbouring weights, e.g. 2:4.
         sparsity: fraction of zeros anywhere, between 0 and 1; an engine runs such linears by a plugin of ours.
@@ -205,6 +206,8 @@ def compile_command(
         samples: calibration windows; default 128 of a file, 32 of the model's own text.
         seq_len: tokens in a calibration window; default 2048 of a file, 512 of the model's own text.
         seed: of everything random.
+        bos: begin windows of calibration and of --eval with the token that the tokenizer puts in front of a text, if
+            it puts one.
         dtype: storage of packed weights, default fp32; with int8 and int4 activations are quantised too, token by
             token. Of an engine, what everything is computed in: fp16, the default, bf16 or fp32; or int8 or fp8, for
             engines only, with --nm: products of pruned linears are of 8-bit codes between Q and DQ, activations with
@@ -277,6 +280,10 @@ def compile_command(
         storage = Storage("fp16")
         on_grid = Storage("int8", half_scales=True) if codes == "int8" else FP32
     pattern = parse_pattern(nm, sparsity)
+    if not bos and eval_ is None and (calibration_inputs is not None or (pattern is None and mask is None)):
+        raise InputError("--no-bos has no effect where no text is read: neither calibration text nor --eval")
+    if not bos and model.endswith(".onnx"):
+        raise InputError("--no-bos has no meaning for an .onnx file, for which no text is read")
     given = read_masks(mask) if mask is not None else None
     is_onnx = model.endswith(".onnx")
     if pattern is None and given is None:
@@ -344,7 +351,7 @@ def compile_command(
     positive("--lower-for", lower_for)
     tokens = (lower_for or 1) if lower == "auto" else None
     source = Calibration(calibration, calibration_inputs, samples, seq_len, seed)
-    settings = Settings(recipe, source, storage, ops, tokens, eval_, window, windows, engine)
+    settings = Settings(recipe, source, storage, ops, tokens, eval_, window, windows, engine, bos)
     with ProgressBar(quiet) as console:
         if not quiet:
             chosen = effort_of(flags, onnx=is_onnx) if recipe else None

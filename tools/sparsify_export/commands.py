@@ -18,9 +18,10 @@ def eval_command(
     *,
     text: Path | None = None,
     exact: Annotated[bool, Parameter(negative="")] = False,
-    window: int = 2048,
+    window: int | None = None,
     windows: int | None = None,
     tokenizer: str | None = None,
+    bos: bool = True,
     json: Annotated[bool, Parameter(negative="")] = False,
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
     log_file: Path | None = None,
@@ -31,9 +32,10 @@ def eval_command(
         model: an .onnx file, an engine, a folder this tool wrote, a Hugging Face folder, hub id or .gguf file.
         text: plain text, or JSONL with a text field, to measure perplexity on.
         exact: count exactly right answers to small problems: copying, brackets, arithmetic.
-        window: tokens in a window.
+        window: tokens in a window; default 2048, or what the model takes if that is less.
         windows: windows at most; default all of the text.
         tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
+        bos: begin every window with the token that the tokenizer puts in front of a text, if it puts one.
         json: print JSON.
         trust_remote_code: run Python code that comes with the checkpoint.
         log_file: file that warnings of libraries and tracebacks are appended to.
@@ -56,6 +58,7 @@ def eval_command(
             window=window,
             windows=windows,
             tokenizer=tokenizer,
+            bos=bos,
             trust_remote_code=trust_remote_code,
             progress=console.progress,
         )
@@ -175,6 +178,7 @@ def generate_command(
     prompt: str,
     max_new_tokens: int = 64,
     tokenizer: str | None = None,
+    bos: bool = True,
     threads: int | None = None,
     kernels: bool = True,
     log_file: Path | None = None,
@@ -186,6 +190,7 @@ def generate_command(
         prompt: the text to continue.
         max_new_tokens: tokens to write at most.
         tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
+        bos: begin with the token that the tokenizer puts in front of a text, if it puts one.
         threads: threads of an op.
         kernels: use our kernels; without, ONNX Runtime runs the functions inside the file.
         log_file: file that warnings of libraries and tracebacks are appended to.
@@ -196,7 +201,7 @@ def generate_command(
     positive("--max-new-tokens", max_new_tokens)
     positive("--threads", threads)
     text, result = frontdoor.generate(
-        model, prompt, max_new_tokens=max_new_tokens, tokenizer=tokenizer, threads=threads, kernels=kernels
+        model, prompt, max_new_tokens=max_new_tokens, tokenizer=tokenizer, bos=bos, threads=threads, kernels=kernels
     )
     terminal.print(prompt + text, highlight=False)
     terminal.print(

@@ -46,5 +46,6 @@ def _evaluate(logits: Logits, pretrained: Pretrained, settings: Settings) -> tup
     assert settings.evaluate is not None
     limit = longest(pretrained.model)
     length = min(settings.window, limit or settings.window)
-    windows = read_windows(settings.evaluate, pretrained.tokenizer, samples=settings.windows, length=length)
-    return perplexity(logits, windows), exact_answers(logits, pretrained.tokenizer, limit=limit)
+    words, bos = pretrained.tokenizer, settings.bos
+    windows = read_windows(settings.evaluate, words, samples=settings.windows, length=length, bos=bos)
+    return perplexity(logits, windows), exact_answers(logits, words, limit=limit, bos=bos)

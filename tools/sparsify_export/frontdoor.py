@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .passes.errors import InputError
 from .passes.frontend.batches import read_windows
-from .passes.frontend.load import load, load_tokenizer, tokenizer_beside
+from .passes.frontend.first_token import first_token, tokens_of
+from .passes.frontend.load import context_of, load, load_tokenizer, tokenizer_beside
 from .passes.frontend.trace import trace
 from .passes.fx.canonical import canonicalise, parameter_names
 from .passes.fx.linears import find_linears
@@ -23,15 +24,19 @@ from .runtime.tensorrt.session import is_plan
 from .simulator import Cycles
 from .simulator import simulate as run_simulator
 
+WINDOW = 2048
+"""Tokens of an evaluation window, where the model takes as many."""
+
 
 def evaluate(
     model: str,
     text: Path | None,
     *,
     exact: bool,
-    window: int,
+    window: int | None,
     windows: int | None,
     tokenizer: str | None,
+    bos: bool,
     trust_remote_code: bool,
     progress: Callable[[str, int, int], None],
 ) -> tuple[Perplexity | None, ExactAnswers | None]:
@@ -43,38 +48,55 @@ def evaluate(
     """
     if is_export(Path(model)):
         logits = onnx_logits(causal(open_artifact(Path(model))))
-        words = tokenizer_of(Path(model), tokenizer)
+        words, limit = tokenizer_of(Path(model), tokenizer), context_of(_folder(Path(model)))
     else:
         pretrained = load(model, trust_remote_code=trust_remote_code)
         if pretrained.kind != "causal":
             raise InputError(f"{model} is not a causal language model, so it has no perplexity")
-        logits, words = torch_logits(pretrained.model), pretrained.tokenizer
+        logits, words, limit = torch_logits(pretrained.model), pretrained.tokenizer, context_of(pretrained.model.config)
         if tokenizer is not None:
             words = load_tokenizer(tokenizer)
     if words is None:
         raise InputError(f"{model} has no tokenizer; give --tokenizer")
+    if window is not None and limit is not None and window > limit:
+        raise InputError(f"--window {window} is more than the {limit} tokens that {model} takes")
     found = answers = None
     if text is not None:
-        found = perplexity(logits, read_windows(text, words, samples=windows, length=window), progress=progress)
+        length = window or min(WINDOW, limit or WINDOW)
+        found = perplexity(
+            logits, read_windows(text, words, samples=windows, length=length, bos=bos), progress=progress
+        )
     if exact:
-        answers = exact_answers(logits, words, progress=progress)
+        answers = exact_answers(logits, words, limit=limit, bos=bos, progress=progress)
     return found, answers
 
 
 def generate(
-    model: Path, prompt: str, *, max_new_tokens: int, tokenizer: str | None, threads: int | None, kernels: bool
+    model: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    tokenizer: str | None,
+    bos: bool,
+    threads: int | None,
+    kernels: bool,
 ) -> tuple[str, Generation]:
-    """Continue a prompt; returns the new text and what it took.
+    """Continue a prompt, at most to the end of the model's context; returns the new text and what it took.
 
     Raises:
-        InputError: see ``open_session`` and ``tokenizer_of``; or the prompt is empty.
+        InputError: see ``open_session`` and ``tokenizer_of``; or the prompt is empty, or fills the context.
         NotBuiltError: see ``open_artifact``.
     """
     if is_plan(model) and (threads is not None or not kernels):
         raise InputError(f"{'--threads' if threads else '--no-kernels'} has no effect on an engine")
     session = causal(open_artifact(model, threads=threads, kernels=kernels))
     words = tokenizer_of(model, tokenizer)
-    ids = words(prompt, verbose=False)["input_ids"]
+    ids = tokens_of(words, prompt, first_token(words) if bos else None)
+    limit = context_of(_folder(model))
+    if limit is not None:
+        if len(ids) >= limit:
+            raise InputError(f"the prompt has {len(ids)} tokens, and {model} takes {limit} with what it writes")
+        max_new_tokens = min(max_new_tokens, limit - len(ids))
     eos = () if words.eos_token_id is None else (words.eos_token_id,)
     result = run_generate(session, [ids], max_new_tokens=max_new_tokens, eos=eos)
     return words.decode(result.tokens[0], skip_special_tokens=True), result
@@ -109,6 +131,11 @@ def _weights(model: str, *, trust_remote_code: bool) -> Iterator[tuple[str, Tens
         yield linear.path, program.state_dict[linear.weight].detach()
 
 
+def _folder(model: Path) -> Path:
+    """Where the configuration and the tokenizer of an exported file lie."""
+    return model if model.is_dir() else model.parent
+
+
 def is_export(path: Path) -> bool:
     """Whether a path is something this tool wrote, rather than a pretrained model."""
     return path.suffix == ".onnx" or is_plan(path) or (path / "model.onnx").is_file()
@@ -125,8 +152,8 @@ def tokenizer_of(model: Path, given: str | None) -> Any:
     """
     if given is not None:
         return load_tokenizer(given)
-    file = model_file(model.with_suffix(".trt.onnx") if is_plan(model) else model)
-    words = tokenizer_beside(file.parent)
+    model_file(model.with_suffix(".trt.onnx") if is_plan(model) else model)
+    words = tokenizer_beside(_folder(model))
     if words is None:
         raise InputError(f"{model} has no tokenizer beside it; give --tokenizer and the model that it was made from")
     return words

@@ -146,7 +146,7 @@ def _check(settings: Settings, trust_remote_code: bool) -> None:
 
 def told(settings: Settings) -> dict[str, Any]:
     """The settings that decide something here, as JSON-able values."""
-    values = plain(settings)
+    values = plain(settings) | {"bos": None}
     if settings.calibration.inputs is None:
         values |= {"calibration": None, "ria_power": 0.0 if values["score"] == "ria" else None}
     elif values["score"] != "ria":

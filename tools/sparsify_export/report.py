@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,7 +124,7 @@ class Report:
 
     def save(self, path: Path, *, files: Sequence[str]) -> None:
         """Write the report as JSON, with the names of the files that were written; see ``publish.listed``."""
-        said = {"written_by": f"sparsify-export {version('sparsify-export')}", "files": list(files), **asdict(self)}
+        said = {"written_by": "sparsify-export", "files": list(files), **asdict(self)}
         path.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 

@@ -47,6 +47,7 @@ class Settings:
         window: tokens in an evaluation window.
         windows: how many evaluation windows at most; None for all.
         engine: what a TensorRT engine has to take; None where none is asked for.
+        bos: begin every window and problem with the token that the tokenizer puts in front of a text.
     """
 
     recipe: Recipe | None
@@ -58,6 +59,7 @@ class Settings:
     window: int = 2048
     windows: int | None = None
     engine: EngineSettings | None = None
+    bos: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "samples": settings.calibration.samples,
         "seq_len": settings.calibration.length,
         "seed": settings.calibration.seed,
+        "bos": "where the tokenizer puts one" if settings.bos else "none",
         "dtype": settings.storage.kind,
         "group": settings.storage.group or None,
         "ops": settings.ops if settings.engine is None else "what TensorRT takes",

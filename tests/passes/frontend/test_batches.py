@@ -33,6 +33,9 @@ def words(text, **options):
     return {"input_ids": [len(word) for word in text.split()]}
 
 
+letters.bos_token_id = words.bos_token_id = None
+
+
 def traced(inputs=("input_ids", "attention_mask"), cache=((2, 4, 8), (2, 4, 8))):
     return Traced(None, (*inputs, *(f"past_key_values.{i}" for i in range(2 * len(cache)))), (), cache, "causal")
 
