@@ -219,9 +219,10 @@ def written_by_itself(
     cache = _cache_file(pretrained, samples=samples, length=length, seed=seed)
     if cache.is_file():
         return load_npz(cache)["input_ids"]
-    start = model.config.bos_token_id
+    text = model.config.get_text_config()  # of a multimodal model, the part that knows tokens
+    start = getattr(text, "bos_token_id", None)
     if start is None:
-        start = model.config.eos_token_id or 0
+        start = getattr(text, "eos_token_id", None) or 0
     rows = []
     chunk = 64  # rows sampled at once: their caches and logits are in memory together
     with torch.random.fork_rng(), torch.no_grad():

@@ -1,5 +1,6 @@
 """Trace a model once into one ATen graph: dynamic batch, sequence and past; the KV cache goes in and comes out."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,10 +94,28 @@ def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None) -
     """
     try:
         with torch.no_grad():
-            return _trace_causal(pretrained) if pretrained.kind == "causal" else _trace_encoder(pretrained, example)
-    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{pretrained.source} cannot be traced: {first}") from error
+            traced = _trace_causal(pretrained) if pretrained.kind == "causal" else _trace_encoder(pretrained, example)
+    except InputError:
+        raise
+    except Exception as error:  # what a model's own code raises, and what torch.export says of it, is of any kind
+        raise InputError(f"{pretrained.source} cannot be traced: {_sentence(error)}") from error
+    for node in traced.program.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_off(node):
+            raise InputError(f"{pretrained.source} draws random numbers ({node.target}), so it has no one output")
+    return traced
+
+
+def _is_off(node: Any) -> bool:
+    """Whether a dropout is that of evaluation, which does nothing; attention names one as well."""
+    return "dropout" in str(node.target) or "attention" in str(node.target)
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of an error that is no listing of a graph, which torch puts in front of some."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    code = re.compile(r"def forward|[\w, ]+(:.*)? = |return |#|\W*$")
+    said = next((line for line in lines if line and not code.match(line)), "")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _cache_shapes(model: nn.Module, cache_name: str) -> tuple[tuple[int, int, int], ...]:

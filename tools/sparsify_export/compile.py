@@ -89,6 +89,8 @@ def _compile(
     with stages.run("load"):
         console.progress("loading", 0, 0)
         pretrained = load(source, trust_remote_code=trust_remote_code)
+    for text in pretrained.notes:
+        console.note(text)
     sizes = engine_sizes(settings.engine, pretrained) if settings.engine else None
     before = evaluate_torch(pretrained, settings, stages, console)
     windows, held_out = calibration_text(pretrained, settings, stages, console)
