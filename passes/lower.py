@@ -27,7 +27,7 @@ from .onnx.attention_heads import SplitHeadsInAttention
 from .onnx.grouped_attention import ShareAttentionHeads
 from .onnx.plugin import SuitPlugin
 from .onnx.qdq import Codes, QuantiseLinears, joined
-from .onnx.rotary_batch import SpreadRotaryTables
+from .onnx.spread import SpreadMasks, SpreadRotaryTables
 from .onnx.tensorrt import SuitTensorRT, check_tensorrt
 from .onnx.write import write_model
 
@@ -71,6 +71,7 @@ def to_onnx(
     for pass_ in (
         common.ClearMetadataAndDocStringPass(),
         SpreadRotaryTables(),
+        SpreadMasks(),
         ShareAttentionHeads(),
         common.RemoveUnusedNodesPass(),  # or the repetition would still read the keys
         *((SuitTensorRT(),) if tensorrt else (JoinCacheInAttention(), SplitHeadsInAttention())),

@@ -145,7 +145,13 @@ def _trace_causal(pretrained: Pretrained) -> Traced:
     dynamic = ({0: b, 1: s}, {0: b, 1: Dim.DYNAMIC}, [({0: b, 2: p}, {0: b, 2: p}) for _ in shapes])
     module = _Causal(pretrained.model, cache_name, first, limit)
     with steady(pretrained.model):
-        program = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
+        try:
+            program = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
+        except torch._dynamo.exc.UserError:
+            # Named sizes promise that any number is taken; a table of positions bounds them. DYNAMIC lets it say so.
+            open_ = Dim.DYNAMIC
+            dynamic = ({0: b, 1: open_}, {0: b, 1: open_}, [({0: b, 2: open_}, {0: b, 2: open_}) for _ in shapes])
+            program = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
     layers = [(f"{i}.key", f"{i}.value") for i in range(len(shapes))]
     return Traced(
         program=program,

@@ -19,7 +19,7 @@ from sparsify_export.passes.frontend.trace import trace
 from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.lower import to_onnx
-from sparsify_export.passes.onnx.rotary_batch import SpreadRotaryTables
+from sparsify_export.passes.onnx.spread import SpreadRotaryTables
 from sparsify_export.runtime.published import ask
 from sparsify_export.runtime.session import CausalSession, open_session
 from sparsify_export.runtime.verify import expect, verify

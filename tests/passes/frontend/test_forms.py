@@ -62,7 +62,7 @@ def test_tensors_that_belong_to_the_model_are_refused_by_name(folder, name, why)
 def test_layers_that_the_configuration_drops_are_refused(folder, layers):
     configure(folder, num_hidden_layers=layers)
     with pytest.raises(
-        InputError, match="tensors that LlamaForCausalLM does not take.*fewer layers than the checkpoint"
+        InputError, match=r"tensors that LlamaForCausalLM does not take.*fewer layers than the checkpoint"
     ):
         load(str(folder))
 
