@@ -156,7 +156,7 @@ def test_queries_that_do_not_count_leave_no_row():
     queries[0, :8] = queries[1, :] = False  # every fourth of the four that are left: the last
     rows = averages(args, kwargs, X, queries)
     whole = averages(args, kwargs, X, None)
-    assert torch.equal(rows, whole.reshape(2, 4, 3, 8)[0, :, 2:].reshape(-1, 8))
+    assert compare_unproven(rows, whole.reshape(2, 4, 3, 8)[0, :, 2:].reshape(-1, 8)).ok
     assert averages(args, kwargs, X, torch.zeros(2, TOKENS, dtype=torch.bool)).shape == (0, 8)
 
 
