@@ -1,6 +1,7 @@
 """Bring a traced graph into one form, so that every later pass sees ``aten.linear`` and nothing else."""
 
 import sys
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -17,10 +18,12 @@ def canonicalise(program: ExportedProgram) -> frozenset[str]:
 
     Before:  y = addmm(b, x, W)                 W [in, out]   (GPT-2's Conv1D)
              y = matmul(x, W.T)                 W [out, in]   (Falcon's)
+             attention(q, k, v)                 one head of k and v for all of q, by broadcasting
              _assert_tensor_metadata(x, ...)    says what the dtype was while tracing
              x[:], x.to(x.dtype), dropout(x) in evaluation, x * 1.0, x.reshape(x.shape)
     After:   y = linear(x, W, b)                W [out, in], in the program's state_dict
              y = linear(x, W)
+             attention(q, expand(k), expand(v))
              (no assertion)
              x
     Left alone: an ``addmm`` whose weight is not a parameter or is read by anything else.
@@ -55,6 +58,8 @@ def canonicalise(program: ExportedProgram) -> frozenset[str]:
                 linear = graph.call_function(aten.linear.default, (x, turned.args[0]))
             linear.meta = dict(node.meta)
             replace_node(program, node, linear)
+        elif node.target is aten.scaled_dot_product_attention.default:
+            _repeat_the_only_head(node)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return frozenset(transposed)
@@ -76,7 +81,20 @@ def _transpose_parameter(program: ExportedProgram, placeholder: torch.fx.Node, k
     placeholder.meta["val"] = placeholder.meta["val"].t().contiguous()
 
 
-def _is_turned_weight(value: torch.fx.Node, names: dict[str, str]) -> bool:
+def _repeat_the_only_head(attention: torch.fx.Node) -> None:
+    """Write out that all query heads read the same keys and values, which ONNX does not broadcast."""
+    query, *others = attention.args[:3]
+    heads = query.meta["val"].shape[1]
+    for other in dict.fromkeys(others):
+        value = other.meta["val"]
+        if value.dim() == 4 and value.shape[1] == 1 and heads != 1:
+            with attention.graph.inserting_before(attention):
+                wide = attention.graph.call_function(aten.expand.default, (other, [-1, heads, -1, -1]))
+            wide.meta = {**other.meta, "val": value.expand(-1, heads, -1, -1)}
+            attention.replace_input_with(other, wide)
+
+
+def _is_turned_weight(value: Any, names: dict[str, str]) -> bool:
     """Whether a value is the transpose of a parameter matrix."""
     if not value.args or not isinstance(value.args[0], torch.fx.Node) or value.args[0].name not in names:
         return False
