@@ -1,7 +1,10 @@
 """Forms in which a model cannot be read, told by its files and its configuration, and what to do about each."""
 
+import json
 from pathlib import Path
 from typing import Any
+
+from transformers import CONFIG_MAPPING
 
 from ..errors import InputError
 
@@ -51,8 +54,15 @@ def check_quantiser(source: str, config: Any) -> None:
 
 def custom_code(where: str, error: Exception, *, trusted: bool) -> str:
     """Why a model whose class comes with it was not loaded; "" where that is not the reason."""
-    config = Path(where) / "config.json"
-    named = config.is_file() and '"auto_map"' in config.read_text("utf-8", "replace")
-    if trusted or not (named or "trust_remote_code" in str(error)):
+    if trusted or not (_is_own(Path(where) / "config.json") or "trust_remote_code" in str(error)):
         return ""
     return "it needs Python code that comes with it; where you trust that, give --trust-remote-code"
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a configuration names code of its own for a kind of model that transformers does not know."""
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):  # which is why it was not loaded, and was said
+        return False
+    return isinstance(config, dict) and "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
