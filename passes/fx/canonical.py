@@ -83,7 +83,8 @@ def _transpose_parameter(program: ExportedProgram, placeholder: torch.fx.Node, k
 
 def _repeat_the_only_head(attention: torch.fx.Node) -> None:
     """Write out that all query heads read the same keys and values, which ONNX does not broadcast."""
-    query, *others = attention.args[:3]
+    args: Any = attention.args
+    query, *others = args[:3]
     heads = query.meta["val"].shape[1]
     for other in dict.fromkeys(others):
         value = other.meta["val"]
