@@ -4,6 +4,7 @@ import ast
 import itertools
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.export import ExportedProgram
 
 from .dialect.functions import with_shared
 from .dialect.packed import OPS
+from .errors import InputError
 from .frontend.trace import PREFIX, Traced
 from .fx.merge import merge_linears
 from .fx.plain import plain_linears
@@ -27,7 +29,7 @@ from .onnx.attention_heads import SplitHeadsInAttention
 from .onnx.grouped_attention import ShareAttentionHeads
 from .onnx.plugin import SuitPlugin
 from .onnx.qdq import Codes, QuantiseLinears, joined
-from .onnx.rotary_batch import SpreadRotaryTables
+from .onnx.spread import SpreadMasks, SpreadRotaryTables
 from .onnx.tensorrt import SuitTensorRT, check_tensorrt
 from .onnx.write import write_model
 
@@ -71,6 +73,7 @@ def to_onnx(
     for pass_ in (
         common.ClearMetadataAndDocStringPass(),
         SpreadRotaryTables(),
+        SpreadMasks(),
         ShareAttentionHeads(),
         common.RemoveUnusedNodesPass(),  # or the repetition would still read the keys
         *((SuitTensorRT(),) if tensorrt else (JoinCacheInAttention(), SplitHeadsInAttention())),
@@ -105,6 +108,11 @@ def _export(program: ExportedProgram) -> ir.Model:
                 verbose=False,
                 custom_translation_table=TRANSLATION,
             )
+    except torch.onnx.OnnxExporterError as error:
+        said = str(error.__cause__ or error).strip().splitlines()[0]
+        found = re.search(r"aten\.[\w.]+|aten::[\w.]+", said)
+        why = f"there is no ONNX form for {found[0]} as it is called here" if found else said
+        raise InputError(f"the model cannot be written as ONNX: {why}") from error
     finally:
         log.setLevel(level)
     assert exported is not None  # only with an ``f`` to write to would there be nothing to return

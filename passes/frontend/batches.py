@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,10 +150,51 @@ def read_npz(folder: Path, traced: Traced, *, samples: int | None) -> list[Batch
         if any(x.dim() == 0 or len(x) != len(own[0]) or len(x) == 0 for x in own):
             sizes = ", ".join(f"{n} {list(x.shape)}" for n, x in zip(names, own, strict=True))
             raise InputError(f"{file}: want the same number of samples in every array, at least 1; got {sizes}")
+        _check_arrays(file, dict(zip(names, own, strict=True)), _rows_of_tables(traced))
         past = [x for pair in empty_past(traced.cache, len(own[0])) for x in pair]
         mask = arrays["attention_mask"].bool() if "attention_mask" in names else None
         batches.append(Batch((*own, *past), mask, len(past)))
     return batches
+
+
+def _check_arrays(file: Path, arrays: Mapping[str, Tensor], rows: Mapping[str, int]) -> None:
+    """Refuse what a model of text would read in another sense than it was meant, or could not read.
+
+    Raises:
+        InputError: a mask of other values than 0 and 1 or of another shape than the tokens, floats where rows of a
+            table are numbered, or a number that the table does not have.
+    """
+    for name, most in rows.items():
+        given = arrays[name]
+        if given.is_floating_point() or bool((given < 0).any()) or bool((given >= most).any()):
+            raise InputError(
+                f"{file}: {name} holds {given.dtype} from {given.min():g} to {given.max():g}; want whole numbers from "
+                f"0 to {most - 1}, which the model has"
+            )
+    if "input_ids" not in arrays:
+        return
+    shape = list(arrays["input_ids"].shape)
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        given = arrays.get(name, arrays["input_ids"])
+        if given.dim() != 2 or list(given.shape) != shape:
+            raise InputError(f"{file}: {name} is {list(given.shape)}; want [texts, tokens] like input_ids {shape}")
+    mask = arrays.get("attention_mask")
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError(
+            f"{file}: attention_mask holds {mask.min():g} to {mask.max():g}; want 1 for tokens and 0 for padding"
+        )
+
+
+def _rows_of_tables(traced: Traced) -> dict[str, int]:
+    """How many rows the table has that an input chooses from, by the name of the input."""
+    specs = traced.program.graph_signature.input_specs
+    users = [str(spec.arg.name) for spec in specs if spec.kind.name == "USER_INPUT"]
+    names = dict(zip(users, traced.inputs, strict=True))
+    rows: dict[str, int] = {}
+    for node in traced.program.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default and node.args[1].name in names:
+            rows[names[node.args[1].name]] = int(node.args[0].meta["val"].shape[0])
+    return rows
 
 
 def load_npz(file: Path) -> dict[str, Tensor]:
@@ -227,12 +268,14 @@ def written_by_itself(
     cache = _cache_file(pretrained, samples=samples, length=length, seed=seed, **kept)
     if cache.is_file():
         return load_npz(cache)["input_ids"]
-    start = model.config.bos_token_id if first is None else first
+    config = model.config.get_text_config()  # of a multimodal model, the part that knows tokens
+    start = getattr(config, "bos_token_id", None) if first is None else first
     if start is None:
-        start = model.config.eos_token_id or 0
+        start = getattr(config, "eos_token_id", None) or 0
     start = start if isinstance(start, int) else start[0]
-    if not 0 <= start < (known := model.config.get_text_config().vocab_size):
-        raise InputError(f"{pretrained.source} begins a text with token {start}; the model knows 0 to {known - 1}")
+    if not 0 <= start < config.vocab_size:
+        last = config.vocab_size - 1
+        raise InputError(f"{pretrained.source} begins a text with token {start}; the model knows 0 to {last}")
     rows = []
     chunk = 64  # rows sampled at once: their caches and logits are in memory together
     with torch.random.fork_rng(), torch.no_grad():

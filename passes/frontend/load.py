@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
 from ..files import LARGEST_JSON, check_regular, read_json
+from .forms import check_files, check_quantiser, custom_code
+from .unread import check_gguf, check_unread
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHARDS = "model.safetensors.index.json"
@@ -35,6 +38,7 @@ class Pretrained:
         kind: ``causal`` decodes with a KV cache; ``encoder`` maps one set of inputs to outputs.
         inputs: names of the arguments that the exported graph takes, without the cache.
         source: what the user asked for.
+        notes: what the user should know about how it was loaded.
     """
 
     model: PreTrainedModel
@@ -42,6 +46,7 @@ class Pretrained:
     kind: Literal["causal", "encoder"]
     inputs: tuple[str, ...]
     source: str
+    notes: tuple[str, ...] = ()
 
 
 def load(source: str, *, trust_remote_code: bool = False) -> Pretrained:
@@ -64,31 +69,29 @@ def load(source: str, *, trust_remote_code: bool = False) -> Pretrained:
         config = AutoConfig.from_pretrained(where, **options)
         if getattr(config, "transformers_weights", None) is not None:  # another way to name an index, or a pickle
             raise InputError(f"{source}: its configuration names the file of its weights; want model.safetensors")
+        check_quantiser(source, config)
         auto = _model_class(config)
         use = {} if "gguf_file" in options else {"use_safetensors": True}
         # Handing the config over spares a GGUF file two more readings of its vocabulary. The reader of GGUF draws a
         # progress bar that cannot be turned off; ours is on the screen already.
         with contextlib.redirect_stderr(io.StringIO()):
-            model, info = auto.from_pretrained(
-                where,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                output_loading_info=True,
-                **use,
-                **options,
-            )
+            known = {"config": config, "dtype": torch.float32, "output_loading_info": True, **use, **options}
+            (model, info), notes = _with_attention(auto, where, known)
     except InputError:
         raise
     except Exception as error:  # transformers raises whatever its parsers raise: OSError, KeyError, SafetensorError ...
-        raise InputError(f"cannot load {source}: {_first_line(error)}") from error
+        why = custom_code(where, error, trusted=trust_remote_code) or _first_line(error)
+        raise InputError(f"cannot load {source}: {why}") from error
     if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
         raise InputError(f"{source} is damaged: it lacks {len(missing)} weights of the model, e.g. {missing[0]}")
+    notes += check_unread(model, info["unexpected_keys"], source)
+    if "gguf_file" in options:
+        check_gguf(Path(where) / options["gguf_file"], model)
     try:
         tokenizer = _tokenizer(where, config=config, **options)
     except Exception:  # a model without a tokenizer is a model all the same; text commands say so when they need one
         tokenizer = None
-    return describe(model, tokenizer, source)
+    return describe(model, tokenizer, source, notes)
 
 
 def load_tokenizer(source: str) -> Any:
@@ -152,24 +155,43 @@ def _tokenizer(where: str, **options: Any) -> Any:
     return tokenizer
 
 
-def describe(model: PreTrainedModel, tokenizer: Any = None, source: str = "model") -> Pretrained:
+def describe(
+    model: PreTrainedModel, tokenizer: Any = None, source: str = "model", notes: Sequence[str] = ()
+) -> Pretrained:
     """Find out how a model in memory is called.
 
     Raises:
-        InputError: a weight holds NaN or infinity, or it is an encoder-decoder, which would need two graphs.
+        InputError: a weight holds NaN or infinity, or it is an encoder-decoder or takes text and images at once, which
+            would need several graphs.
     """
     model = model.eval().requires_grad_(False)
+    model.config.return_dict = True  # what is returned is known by name
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise InputError(f"{source} is damaged: {name} holds NaN or infinity")
-    if model.config.is_encoder_decoder:
-        raise InputError(f"{source} is an encoder-decoder model; only decoders and encoders can be compiled")
     parameters = inspect.signature(model.forward).parameters
+    if "decoder_input_ids" in parameters:
+        raise InputError(f"{source} is an encoder-decoder model; only decoders and encoders can be compiled")
     if model.can_generate():
-        return Pretrained(model, tokenizer, "causal", ("input_ids", "attention_mask"), source)
-    if model.main_input_name == "input_ids":
-        return Pretrained(model, tokenizer, "encoder", tuple(n for n in TEXT_INPUTS if n in parameters), source)
-    return Pretrained(model, tokenizer, "encoder", (model.main_input_name,), source)
+        notes = [*notes, *_left_out(model)]
+        return Pretrained(model, tokenizer, "causal", ("input_ids", "attention_mask"), source, tuple(notes))
+    if model.main_input_name != "input_ids":
+        return Pretrained(model, tokenizer, "encoder", (model.main_input_name,), source, tuple(notes))
+    if "pixel_values" in parameters:
+        raise InputError(
+            f"{type(model).__name__} of {source} takes text and images at once; only models of one input can be "
+            "compiled, so save its text model or its vision model by itself"
+        )
+    inputs = tuple(name for name in TEXT_INPUTS if name in parameters)
+    return Pretrained(model, tokenizer, "encoder", inputs, source, tuple(notes))
+
+
+def _left_out(model: PreTrainedModel) -> list[str]:
+    """What a decoder of several kinds of input loses: only its text goes into the graph."""
+    text = model.config.get_text_config()
+    if text is model.config:
+        return []
+    return [f"only the text model of {type(model).__name__} is compiled; images or sound cannot be given to the file"]
 
 
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
@@ -185,10 +207,7 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
             raise InputError(f"{source} is an ONNX model; this version compiles Hugging Face folders and .gguf files")
         raise InputError(f"{source} is not a model: want a Hugging Face folder or a .gguf file")
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"{source} is not a model: the folder has no config.json")
-        if (path / "model.onnx").is_file() and not any(path.glob("*.safetensors")):
-            raise InputError(f"{source} holds an ONNX model and no other weights; give {path / 'model.onnx'}")
+        check_files(source, path)
         _check_folder(path)
         return str(path), {"local_files_only": True}
     if HUB_ID.fullmatch(source) and not path.parent.is_dir():
@@ -244,6 +263,16 @@ def _check_shards(index: Path) -> None:
     for name in names.values():
         if not isinstance(name, str) or "/" in name or "\\" in name or not name.endswith(".safetensors"):
             raise InputError(f"{index} names {name!r}; want .safetensors files beside it")
+
+
+def _with_attention(auto: Any, where: str, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """Load with torch's own attention, which becomes one op of the file, or, where the class has none, written out."""
+    try:
+        return auto.from_pretrained(where, attn_implementation="sdpa", **options), []
+    except ValueError:  # so says a class without it; what is wrong otherwise is wrong a second time
+        made = auto.from_pretrained(where, attn_implementation="eager", **options)
+    name = type(made[0]).__name__
+    return made, [f"{name} has no form of attention that is one op, so its products and softmax are written out"]
 
 
 def _model_class(config: Any) -> Any:

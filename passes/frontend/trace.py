@@ -1,11 +1,14 @@
 """Trace a model once into one ATen graph: dynamic batch, sequence and past; the KV cache goes in and comes out."""
 
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram
 
 from ..errors import InputError
@@ -93,16 +96,58 @@ def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None) -
     """
     try:
         with torch.no_grad():
-            return _trace_causal(pretrained) if pretrained.kind == "causal" else _trace_encoder(pretrained, example)
-    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{pretrained.source} cannot be traced: {first}") from error
+            traced = _trace_causal(pretrained) if pretrained.kind == "causal" else _trace_encoder(pretrained, example)
+    except InputError:
+        raise
+    except Exception as error:  # what a model's own code raises, and what torch.export says of it, is of any kind
+        raise InputError(f"{pretrained.source} cannot be traced: {_sentence(error)}") from error
+    if higher := _higher_order(traced.program):
+        raise InputError(
+            f"{pretrained.source} cannot be compiled: its graph calls {higher}, which ONNX has no form for"
+        )
+    for node in traced.program.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_off(node):
+            raise InputError(f"{pretrained.source} draws random numbers ({node.target}), so it has no one output")
+    return traced
+
+
+def _plain(program: ExportedProgram) -> ExportedProgram:
+    """The program without functions that call functions: masks are made by vmap, and some stay as such in the graph."""
+    if not _higher_order(program):
+        return program
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside torch's own tree utilities
+        return program.run_decompositions({})
+
+
+def _higher_order(program: ExportedProgram) -> str:
+    """The name of the first op that takes a function, or ""."""
+    found = (n.target for n in program.graph.nodes if isinstance(n.target, HigherOrderOperator))
+    return next((op.name() for op in found), "")
+
+
+def _is_off(node: Any) -> bool:
+    """Whether a dropout is that of evaluation, which does nothing; attention names one as well."""
+    return "dropout" in str(node.target) or "attention" in str(node.target)
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of an error that is no listing of a graph, which torch puts in front of some."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    code = re.compile(r"def forward|[\w, ]+(:.*)? = |return |#|\W*$")
+    said = next((line for line in lines if line and not code.match(line)), "")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _cache_shapes(model: nn.Module, cache_name: str) -> tuple[tuple[int, int, int], ...]:
     """Ask the model itself, by running one token, what its cache looks like."""
     cache = cache_of([])
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **{cache_name: cache})
+    one = torch.zeros(1, 1, dtype=torch.long)
+    model(input_ids=one, use_cache=False)  # what fails here has nothing to do with the cache
+    try:
+        model(input_ids=one, use_cache=True, **{cache_name: cache})
+    except Exception as error:  # a model that looks for its own state in the cache raises what it likes
+        raise InputError(f"{type(model).__name__} keeps a state that is not a KV cache: {_sentence(error)}") from error
     return tuple((keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in held_by(cache))
 
 
@@ -126,10 +171,16 @@ def _trace_causal(pretrained: Pretrained) -> Traced:
     dynamic = ({0: b, 1: s}, {0: b, 1: Dim.DYNAMIC}, [({0: b, 2: p}, {0: b, 2: p}) for _ in shapes])
     module = _Causal(pretrained.model, cache_name, first, limit)
     with steady(pretrained.model):
-        program = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
+        try:
+            program = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
+        except torch._dynamo.exc.UserError:
+            # Named sizes promise that any number is taken; a table of positions bounds them. DYNAMIC lets it say so.
+            open_ = Dim.DYNAMIC
+            dynamic = ({0: b, 1: open_}, {0: b, 1: open_}, [({0: b, 2: open_}, {0: b, 2: open_}) for _ in shapes])
+            program = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
     layers = [(f"{i}.key", f"{i}.value") for i in range(len(shapes))]
     return Traced(
-        program=program,
+        program=_plain(program),
         inputs=("input_ids", "attention_mask", *(f"past_key_values.{name}" for pair in layers for name in pair)),
         outputs=("logits", *(f"present.{name}" for pair in layers for name in pair)),
         cache=shapes,
@@ -151,7 +202,7 @@ def _trace_encoder(pretrained: Pretrained, example: Mapping[str, Tensor] | None)
     dynamic = (tuple(axes for _ in inputs),)
     program = torch.export.export(module, tuple(inputs), dynamic_shapes=dynamic, strict=False)
     names = tuple(encoded(pretrained.model, dict(zip(pretrained.inputs, inputs, strict=True))))
-    return Traced(program=program, inputs=pretrained.inputs, outputs=names, cache=(), kind="encoder")
+    return Traced(program=_plain(program), inputs=pretrained.inputs, outputs=names, cache=(), kind="encoder")
 
 
 def _two_of(pretrained: Pretrained, name: str, example: Mapping[str, Tensor] | None) -> Tensor:

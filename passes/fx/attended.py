@@ -86,10 +86,11 @@ def averages(args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor, queries:
         mask = torch.ones(tokens, key.shape[2], dtype=torch.bool).tril()
     if mask is not None:
         mask = mask.expand(batch, heads, tokens, key.shape[2])
-    chosen = torch.arange((tokens - 1) % heads, tokens, heads)
     rows = []
     for b in range(batch):
-        counted = chosen if queries is None else chosen[queries[b, chosen]]
+        # Counted from the last token of the text, so that padding on either side chooses the same.
+        places = torch.arange(tokens) if queries is None else queries[b].nonzero().flatten()
+        counted = places[(len(places) - 1) % heads :: heads]
         attention = []
         for h in range(heads):
             scores = product(query[b, h, counted].float() * scale, key[b, h * key.shape[1] // heads].float().mT)

@@ -1,6 +1,7 @@
 """Bring a traced graph into one form, so that every later pass sees ``aten.linear`` and nothing else."""
 
 import sys
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -16,9 +17,13 @@ def canonicalise(program: ExportedProgram) -> frozenset[str]:
     """Drop what does nothing and write every ``addmm`` with a parameter as a ``linear``.
 
     Before:  y = addmm(b, x, W)                 W [in, out]   (GPT-2's Conv1D)
+             y = matmul(x, W.T)                 W [out, in]   (Falcon's)
+             attention(q, k, v)                 one head of k and v for all of q, by broadcasting
              _assert_tensor_metadata(x, ...)    says what the dtype was while tracing
              x[:], x.to(x.dtype), dropout(x) in evaluation, x * 1.0, x.reshape(x.shape)
     After:   y = linear(x, W, b)                W [out, in], in the program's state_dict
+             y = linear(x, W)
+             attention(q, expand(k), expand(v))
              (no assertion)
              x
     Left alone: an ``addmm`` whose weight is not a parameter or is read by anything else.
@@ -47,6 +52,14 @@ def canonicalise(program: ExportedProgram) -> frozenset[str]:
                     linear = graph.call_function(aten.linear.default, (x, weight, bias))
                 linear.meta = dict(node.meta)
                 replace_node(program, node, linear)
+        elif node.target in (aten.matmul.default, aten.mm.default) and _is_turned_weight(node.args[1], names):
+            x, turned = node.args
+            with graph.inserting_before(node):
+                linear = graph.call_function(aten.linear.default, (x, turned.args[0]))
+            linear.meta = dict(node.meta)
+            replace_node(program, node, linear)
+        elif node.target is aten.scaled_dot_product_attention.default:
+            _repeat_the_only_head(node)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return frozenset(transposed)
@@ -66,6 +79,34 @@ def _transpose_parameter(program: ExportedProgram, placeholder: torch.fx.Node, k
     weight = program.state_dict[key]
     program.state_dict[key] = torch.nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)
     placeholder.meta["val"] = placeholder.meta["val"].t().contiguous()
+
+
+def _repeat_the_only_head(attention: torch.fx.Node) -> None:
+    """Write out that all query heads read the same keys and values, which ONNX does not broadcast."""
+    args: Any = attention.args
+    query, *others = args[:3]
+    heads = query.meta["val"].shape[1]
+    for other in dict.fromkeys(others):
+        value = other.meta["val"]
+        if value.dim() == 4 and value.shape[1] == 1 and heads != 1:
+            with attention.graph.inserting_before(attention):
+                wide = attention.graph.call_function(aten.expand.default, (other, [-1, heads, -1, -1]))
+            wide.meta = {**other.meta, "val": value.expand(-1, heads, -1, -1)}
+            attention.replace_input_with(other, wide)
+
+
+def _is_turned_weight(value: Any, names: dict[str, str]) -> bool:
+    """Whether a value is the transpose of a parameter matrix."""
+    if not value.args or not isinstance(value.args[0], torch.fx.Node) or value.args[0].name not in names:
+        return False
+    weight = value.args[0].meta["val"]
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        return False
+    if value.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
+        return True
+    if value.target is aten.transpose.int:
+        return {int(axis) % 2 for axis in value.args[1:3]} == {0, 1}
+    return value.target is aten.permute.default and [int(axis) % 2 for axis in value.args[1]] == [1, 0]
 
 
 def _is_identity(node: torch.fx.Node) -> bool:

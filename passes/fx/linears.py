@@ -31,7 +31,7 @@ class Linear:
 
 
 def find_linears(graph: Graph, params: Mapping[str, str]) -> list[Linear]:
-    """Every linear of ``graph`` with a parameter as weight, in execution order.
+    """Every linear of ``graph`` with a parameter as weight, and as bias if it has one, in execution order.
 
     Args:
         graph: a canonical graph.
@@ -45,6 +45,8 @@ def find_linears(graph: Graph, params: Mapping[str, str]) -> list[Linear]:
         bias = node.args[2] if len(node.args) > 2 else None
         if weight.op != "placeholder" or weight.name not in params:
             continue
+        if bias is not None and bias.name not in params:
+            continue  # computed, as WavLM's is: a fold could not move its rows with those of the weight
         out_features, in_features = weight.meta["val"].shape
         found.append(
             Linear(

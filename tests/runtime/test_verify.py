@@ -19,7 +19,7 @@ from sparsify_export.passes.frontend.trace import trace
 from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.lower import to_onnx
-from sparsify_export.passes.onnx.rotary_batch import SpreadRotaryTables
+from sparsify_export.passes.onnx.spread import SpreadRotaryTables
 from sparsify_export.runtime.published import ask
 from sparsify_export.runtime.session import CausalSession, open_session
 from sparsify_export.runtime.verify import expect, verify
@@ -188,3 +188,35 @@ def test_an_output_behind_the_first_is_verified_too(tmp_path):
     damaged = [dataclasses.replace(each, exact=(each.exact[0], each.exact[1] * 1.001)) for each in made.expected]
     with pytest.raises(VerificationError, match="differs from the model"):
         verify(made.path, made.traced, damaged)
+
+
+OTHERS = {
+    # A mask that is the same for every query.
+    "layoutlm": lambda: transformers.LayoutLMModel(transformers.LayoutLMConfig(**WIDE, **TEXT)),
+    # Products with transposed weights, one head of keys and values.
+    "falcon": lambda: transformers.FalconForCausalLM(
+        transformers.FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY)
+    ),
+    # A table of positions that bounds past and sequence, and attention that is written out.
+    "xglm": lambda: transformers.XGLMForCausalLM(
+        transformers.XGLMConfig(
+            vocab_size=VOCABULARY,
+            d_model=64,
+            ffn_dim=128,
+            num_layers=2,
+            attention_heads=4,
+            max_position_embeddings=128,
+            attn_implementation="eager",
+        )
+    ),
+    # Layers that share their weights: products of one module, so of one name.
+    "albert": lambda: transformers.AlbertModel(transformers.AlbertConfig(**WIDE, **TEXT, embedding_size=32)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_shapes_are_written_and_verified(name, tmp_path):
+    made = dense(seeded(OTHERS[name]), tmp_path)
+    verify(made.path, made.traced, made.expected)
+    nodes = [node.name for node in onnx.load(made.path, load_external_data=False).graph.node]
+    assert len(set(nodes)) == len(nodes)

@@ -312,7 +312,6 @@ def compile_command(
                 "--quantise": None if quantise == "rtn" else quantise,  # which packing does by itself
                 "--samples": None if is_onnx else samples,
                 "--seq-len": seq_len,
-                "--calibration-inputs": None if is_onnx else calibration_inputs,  # an ONNX model is verified on them
                 "--checkpoint": checkpoint,
             }
         )

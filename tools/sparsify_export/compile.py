@@ -89,6 +89,8 @@ def _compile(
     with stages.run("load"):
         console.progress("loading", 0, 0)
         pretrained = load(source, trust_remote_code=trust_remote_code)
+    for text in pretrained.notes:
+        console.note(text)
     sizes = engine_sizes(settings.engine, pretrained) if settings.engine else None
     before = evaluate_torch(pretrained, settings, stages, console)
     windows, held_out = calibration_text(pretrained, settings, stages, console)
@@ -96,6 +98,8 @@ def _compile(
         console.progress("tracing", 0, 0)
         example = example_for(settings)
         traced = trace(pretrained, example)
+        for name in traced.inputs if example is not None and traced.inputs[0] != "input_ids" else ():
+            console.note(f"the file takes {name} of {list(example[name].shape[1:])} a sample, and of no other size")
         transposed = canonicalise(traced.program)
         parts = partition(traced.program)
     batches = batches_for(traced, pretrained, settings, windows)

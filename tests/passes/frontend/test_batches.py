@@ -1,6 +1,7 @@
 """Calibration inputs: windows of a text, npz files, and text that the model writes itself."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from sparsify_export.passes.frontend.batches import (
     written_by_itself,
 )
 from sparsify_export.passes.frontend.load import describe
-from sparsify_export.passes.frontend.trace import Traced
+from sparsify_export.passes.frontend.trace import Traced, trace
 
 
 def letters(text, **options):
@@ -37,7 +38,16 @@ letters.bos_token_id = words.bos_token_id = None
 
 
 def traced(inputs=("input_ids", "attention_mask"), cache=((2, 4, 8), (2, 4, 8))):
-    return Traced(None, (*inputs, *(f"past_key_values.{i}" for i in range(2 * len(cache)))), (), cache, "causal")
+    program = SimpleNamespace(
+        graph=SimpleNamespace(nodes=()),
+        graph_signature=SimpleNamespace(
+            input_specs=[
+                SimpleNamespace(kind=SimpleNamespace(name="USER_INPUT"), arg=SimpleNamespace(name=name))
+                for name in (*inputs, *range(2 * len(cache)))
+            ]
+        ),
+    )
+    return Traced(program, (*inputs, *(f"past_key_values.{i}" for i in range(2 * len(cache)))), (), cache, "causal")
 
 
 def write(folder, text, name="text.txt"):
@@ -168,6 +178,46 @@ def test_npz_folders_that_are_refused(tmp_path):
             InputError, match=r"want the same number of samples in every array, at least 1; got input_ids"
         ):
             read_npz(tmp_path, traced(), samples=None)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "why"),
+    [
+        (
+            np.ones((2, 4)),
+            np.full((2, 4), -10000),
+            "attention_mask holds -10000 to -10000; want 1 for tokens and 0 for",
+        ),
+        (
+            np.ones((2, 4)),
+            np.full((2, 4), 0.5),
+            r"attention_mask holds 0\.5 to 0\.5; want 1 for tokens and 0 for padding",
+        ),
+        (
+            np.ones((2, 4)),
+            np.ones((2, 1, 4, 4)),
+            r"attention_mask is \[2, 1, 4, 4\]; want \[texts, tokens\]",
+        ),
+        (np.ones((2, 4, 1)), np.ones((2, 4)), r"input_ids is \[2, 4, 1\]; want \[texts, tokens\]"),
+    ],
+    ids=["additive", "half", "4-D", "3-D ids"],
+)
+def test_masks_and_tokens_of_another_kind_are_refused(tmp_path, ids, mask, why):
+    np.savez(tmp_path / "a.npz", input_ids=ids, attention_mask=mask)
+    with pytest.raises(InputError, match=why):
+        read_npz(tmp_path, traced(), samples=None)
+
+
+def test_tokens_that_the_vocabulary_does_not_have_are_refused(tmp_path):
+    real = trace(describe(random_model("bert")))
+    one = np.ones((1, 3), np.int64)
+    for ids, why in ((one * 96, "from 96 to 96; want whole numbers from 0 to 95"), (one - 2, "from -1 to -1; want")):
+        np.savez(tmp_path / "a.npz", input_ids=ids, attention_mask=one, token_type_ids=one)
+        with pytest.raises(InputError, match=f"input_ids holds torch.int64 {why}"):
+            read_npz(tmp_path, real, samples=None)
+    np.savez(tmp_path / "a.npz", input_ids=one, attention_mask=one, token_type_ids=one * 2)
+    with pytest.raises(InputError, match=r"token_type_ids holds .* from 2 to 2; want whole numbers from 0 to 1"):
+        read_npz(tmp_path, real, samples=None)
 
 
 def test_npz_files_that_are_refused(tmp_path):

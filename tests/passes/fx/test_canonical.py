@@ -122,3 +122,29 @@ def test_a_second_run_changes_nothing():
     canonicalise(program)
     assert str(program.graph) == before
     assert program.state_dict["model.weight"] is weight
+
+
+def test_a_product_with_a_transposed_weight_becomes_linear():
+    turns = (
+        lambda model: model.weight.T,
+        lambda model: model.weight.t(),
+        lambda model: model.weight.transpose(0, 1),
+        lambda model: model.weight.permute(1, 0),
+    )
+    for turn in turns:
+        targets, program = canonical(lambda model, x, turn=turn: x @ turn(model))
+        assert aten.linear.default in targets
+        assert aten.matmul.default not in targets
+        assert torch.equal(program.state_dict["model.weight"], Function(None).weight)
+    targets, _ = canonical(lambda model, x: x @ model.weight)
+    assert aten.linear.default not in targets
+
+
+def test_the_only_head_of_keys_and_values_is_repeated_for_attention():
+    def attention(model, x):
+        heads = x.unsqueeze(1)
+        return nn.functional.scaled_dot_product_attention(heads.expand(-1, 4, -1, -1), heads, heads)
+
+    _, program = canonical(attention)
+    (node,) = [n for n in program.graph.nodes if n.target is aten.scaled_dot_product_attention.default]
+    assert [argument.meta["val"].shape[1] for argument in node.args[:3]] == [4, 4, 4]

@@ -20,7 +20,7 @@ def test_every_linear_in_execution_order():
 
 
 class Odd(nn.Module):
-    """Linears whose weight is computed, or given as an input."""
+    """Linears whose weight or bias is computed, or given as an input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,10 +28,11 @@ class Odd(nn.Module):
 
     def forward(self, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         x = nn.functional.linear(x, self.inner.weight.relu())
+        x = nn.functional.linear(x, self.inner.weight, self.inner.bias * 2)
         return nn.functional.linear(x, given)
 
 
-def test_weights_that_are_no_parameters_are_not_found():
+def test_weights_and_biases_that_are_no_parameters_are_not_found():
     program = export(Odd().requires_grad_(False), X, torch.randn(3, 8))
     assert find_linears(program.graph, parameter_names(program)) == []
 
