@@ -1,5 +1,6 @@
 """Inputs for an ONNX model that nobody told us about: from ``.npz`` files, or made up from the shapes it declares."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ Feed: TypeAlias = dict[str, Any]
 LENGTH = 16
 """How long an axis is made that the model leaves open; a picture's sides are longer, see ``SIDE``."""
 SIDE = 224
+LARGEST = 1 << 30
+"""How many numbers an input is made up of at most."""
 NUMPY = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -84,6 +87,8 @@ def make_feed(session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int],
     feed: Feed = {}
     for value in session.get_inputs():
         shape, dtype = _shape(value, 1, sizes), _dtype(value)
+        if math.prod(shape) > LARGEST:
+            raise InputError(f"input {value.name} has the shape {list(shape)}; want at most {LARGEST} numbers")
         if np.issubdtype(dtype, np.floating):
             feed[value.name] = rng.standard_normal(shape).astype(dtype)
         elif value.name in bounds:
@@ -91,6 +96,18 @@ def make_feed(session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int],
         else:
             feed[value.name] = np.ones(shape, dtype)
     return feed
+
+
+def switched(session: Any, feed: Feed) -> list[Feed]:
+    """The same feed with every switch (an input that is one bool) the other way, one switch at a time."""
+    bools = [value.name for value in session.get_inputs() if value.type == "tensor(bool)"]
+    return [feed | {name: ~feed[name]} for name in bools if feed[name].size == 1]
+
+
+def zeroed_masks(feed: Feed) -> list[Feed]:
+    """The same feed with zeros where ``make_feed`` put ones, if it did: some masks mark padding and not tokens."""
+    masks = [name for name, x in feed.items() if x.dtype.kind in "iu" and x.size > 1 and bool((x == 1).all())]
+    return [feed | {name: np.zeros_like(feed[name]) for name in masks}] if masks else []
 
 
 def try_feed(session: Any, feed: Feed, source: str) -> None:
