@@ -16,8 +16,9 @@ Feed: TypeAlias = dict[str, Any]
 """Arrays by input name."""
 
 LENGTH = 16
-"""How long an axis is made that the model leaves open; a picture's sides are longer, see ``SIDE``."""
-SIDE = 224
+"""How long an axis is made that the model leaves open; a picture's sides are longer, see ``SIDES``."""
+SIDES = (224, 48, 32, 64, 96, 256)
+"""How long a picture's open sides are made: those that many models take, tried in this order."""
 LARGEST = 1 << 30
 """How many numbers an input is made up of at most."""
 NUMPY = {
@@ -67,7 +68,9 @@ def read_feeds(folder: Path, session: Any, sizes: Mapping[str, int], *, samples:
     return feeds
 
 
-def make_feed(session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int], *, seed: int) -> Feed:
+def make_feed(
+    session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int], *, seed: int, side: int = SIDES[0]
+) -> Feed:
     """Make up one batch of one sample.
 
     Floats are normal random numbers. Integers that choose rows of a table are random rows of it; others are ones,
@@ -79,6 +82,7 @@ def make_feed(session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int],
         bounds: for inputs that index a table, how many rows it has.
         sizes: what is known about open axes, by their names.
         seed: of the random numbers.
+        side: how long the open sides of pictures are.
 
     Raises:
         InputError: an input is of a type that cannot be made up.
@@ -86,7 +90,7 @@ def make_feed(session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int],
     rng = np.random.default_rng(seed)
     feed: Feed = {}
     for value in session.get_inputs():
-        shape, dtype = _shape(value, 1, sizes), _dtype(value)
+        shape, dtype = _shape(value, 1, sizes, side), _dtype(value)
         if math.prod(shape) > LARGEST:
             raise InputError(f"input {value.name} has the shape {list(shape)}; want at most {LARGEST} numbers")
         if np.issubdtype(dtype, np.floating):
@@ -95,6 +99,31 @@ def make_feed(session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int],
             feed[value.name] = rng.integers(0, bounds[value.name], shape).astype(dtype)
         else:
             feed[value.name] = np.ones(shape, dtype)
+    return feed
+
+
+def make_feed_that_runs(session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int], *, seed: int) -> Feed:
+    """As ``make_feed``, with the first of ``SIDES`` that the model runs on.
+
+    Raises:
+        InputError: it runs on none of them; what is said is of the first.
+    """
+    source = "inputs made up from its shapes; give --calibration-inputs FOLDER"
+    feed = make_feed(session, bounds, sizes, seed=seed)
+    try:
+        try_feed(session, feed, source)
+    except InputError:
+        shapes = {name: x.shape for name, x in feed.items()}
+        for side in SIDES[1:]:
+            other = make_feed(session, bounds, sizes, seed=seed, side=side)
+            if {name: x.shape for name, x in other.items()} == shapes:
+                break  # no side is open
+            try:
+                try_feed(session, other, source)
+            except InputError:
+                continue
+            return other
+        raise
     return feed
 
 
@@ -131,9 +160,9 @@ def _dtype(value: Any) -> Any:
     return NUMPY[value.type]
 
 
-def _shape(value: Any, batch: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def _shape(value: Any, batch: int, sizes: Mapping[str, int], side: int = SIDES[0]) -> tuple[int, ...]:
     picture = len(value.shape) == 4 and value.type.startswith("tensor(float") and not any(map(_is_past, value.shape))
-    size = SIDE if picture else LENGTH
+    size = side if picture else LENGTH
     return tuple(sizes.get(dim) or _size(dim, batch, axis, size) for axis, dim in enumerate(value.shape))
 
 

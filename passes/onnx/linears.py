@@ -4,6 +4,7 @@
 ``DynamicQuantizeMatMul`` and the group of ops that ``quantize_dynamic`` writes around ``MatMulInteger``.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -134,7 +135,10 @@ def _other_product(node: gs.Node, constants: dict[str, onnx.TensorProto]) -> lis
     weights = [proto for proto in stored_ if len(proto.dims) > 1]
     if not weights:
         return []
-    return [_left_out(node, max(weights, key=nbytes), f"the op {node.op} is left as it is")]
+    left = _left_out(node, largest := max(weights, key=nbytes), f"the op {node.op} is left as it is")
+    if "Conv" in node.op:  # [out, in, side, side]: a linear on the numbers that the window covers
+        left = replace(left, shape=(largest.dims[0], math.prod(largest.dims[1:])), dims=())
+    return [left]
 
 
 def _already_sparse(model: Model, node: gs.Node) -> LeftOut:

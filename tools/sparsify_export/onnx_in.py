@@ -25,7 +25,7 @@ from .report import LinearEntry, Report
 from .runtime import library_path
 from .runtime.benchmark import Row, compare_files
 from .runtime.child import Job, kills
-from .runtime.feeds import Feed, make_feed, read_feeds, switched, try_feed, zeroed_masks
+from .runtime.feeds import Feed, make_feed_that_runs, read_feeds, switched, try_feed, zeroed_masks
 from .runtime.machine import this_machine
 from .runtime.observe_onnx import observe
 from .runtime.session import open_session
@@ -187,8 +187,8 @@ def _feeds(model: Model, linears: Sequence[Linear], settings: Settings) -> tuple
         feeds = read_feeds(folder, session, head_sizes(model, linears), samples=settings.calibration.samples)
         try_feed(session, feeds[0], f"the first batch of {folder}")
         return feeds, [*feeds[:VERIFIED], *_others(session, feeds[0], made_up=False)]
-    feed = make_feed(session, index_bounds(model), head_sizes(model, linears), seed=settings.calibration.seed)
-    try_feed(session, feed, "inputs made up from its shapes; give --calibration-inputs FOLDER")
+    bounds, sizes = index_bounds(model), head_sizes(model, linears)
+    feed = make_feed_that_runs(session, bounds, sizes, seed=settings.calibration.seed)
     return [feed], [feed, *_others(session, feed, made_up=True)]
 
 

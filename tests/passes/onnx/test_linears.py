@@ -219,3 +219,10 @@ def test_a_deep_model_is_walked_without_recursion(tmp_path):
     nodes.append(node("MatMul", ["x3000", "w"], ["y"], name="fc"))
     proto = build(nodes, {"x0": [3, 16]}, ["y"], {"w": W})
     assert only(proto, tmp_path).path == "fc"
+
+
+def test_a_convolution_is_named_with_the_matrix_that_it_is(tmp_path):
+    proto = build([node("Conv", ["x", "w"], ["y"], name="c")], {"x": [1, 4, 8, 8]}, ["y"], {})
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones((6, 4, 3, 3), np.float32), "w"))
+    (entry,) = find(proto, tmp_path)[1]
+    assert (entry.path, entry.shape, entry.reason) == ("c", (6, 36), "the op Conv is left as it is")
