@@ -77,71 +77,12 @@ def verify_onnx(
         VerificationError: the result cannot be opened or run, is further from ``exact`` than ``compare_model`` allows,
             or returns nothing that can be compared.
     """
-    results, remark = _compare(name, whole, feeds, ways, _by_type, same_way=same_way)
+    results, remark = _judge(name, _run(whole, feeds, ways, same_way=same_way), _by_type)
     if linears is not None:
-        own, _ = _compare(name, linears, [_numbers(linears.result)], ways, _by_linear, "each linear")
-        results += [Verified(x.how + remark, x.closeness) for x in own]
+        alone = _run(linears, [_numbers(linears.result)], [(f"{how}, each linear", on) for how, on in ways])
+        results += [Verified(x.how + remark, x.closeness) for x in _judge(name, alone, _by_linear, drown=False)[0]]
     elif remark:
         raise VerificationError(f"{name} cannot be compared{remark}")
-    return results
-
-
-Comparison: TypeAlias = Callable[[Outputs, Outputs, Outputs | None], list[Closeness]]
-
-
-def _compare(
-    name: str,
-    sides: Sides,
-    feeds: Sequence[Feed],
-    ways: Sequence[tuple[str, bool]],
-    comparison: Comparison,
-    what: str = "",
-    *,
-    same_way: bool = False,
-) -> tuple[list[Verified], str]:
-    """The result of every way; and a remark where these outputs are not all of the proof."""
-    library = str(library_path())
-
-    def jobs(kernels: bool) -> tuple[Job, Job, Job]:
-        own, theirs = (library if on else "" for on in (kernels, kernels or not same_way))
-        return Job(str(sides.result), own), Job(str(sides.baseline), theirs), Job(str(sides.exact), theirs)
-
-    every = list(dict.fromkeys(job for _, kernels in ways for job in reversed(jobs(kernels))))
-    silent = Job(str(sides.silent), library) if sides.silent is not None else None
-    every += [silent] if silent is not None else []
-    # Once as a user opens it: not for its numbers, but some models do not survive ONNX Runtime's optimisations.
-    optimised = None if what else Job(str(sides.result), library if ways[0][1] else "", optimise=True)
-    every += [optimised] if optimised is not None else []
-    with tempfile.TemporaryDirectory(dir=sides.baseline.parent) as folder:
-        outcome = dict(zip(every, run_all(every, feeds, Path(folder)), strict=True))
-    if optimised is not None and isinstance(said := outcome[optimised][0], str):
-        raise VerificationError(f"{name} does not run with all optimisations of ONNX Runtime: {said}")
-    results: list[Verified] = []
-    remark = ""
-    if silent is not None and not _matters(outcome[silent], outcome[every[0]], outcome[every[1]], comparison):
-        remark = " (on these inputs the outputs do not depend on what was lowered, so they prove nothing)"
-    for how, kernels in ways:
-        shown = ", ".join(part for part in (how, what) if part)
-        found: list[Closeness] = []
-        unproven = ""
-        for one, base, exact in zip(*(outcome[job] for job in jobs(kernels)), strict=True):
-            if isinstance(base, str):
-                raise VerificationError(f"the dense model does not run: {base}")
-            if isinstance(one, str):
-                raise VerificationError(f"{name} does not run ({shown}): {one}")
-            if isinstance(exact, str):
-                unproven = f", against float32, as float64 does not run: {exact[:80]}"
-                found += comparison(one, base, None)
-                continue
-            moved = max(comparison(base, base, exact), key=_share, default=Closeness(0.0, 0.0))
-            if moved.ok or what:
-                found += comparison(one, base, exact)
-            else:
-                remark = f" (its rounding alone moves the outputs by {moved.error:.0%}, so they prove nothing)"
-        if not found and not remark:
-            raise VerificationError(f"{name} returns no finite number that could be compared ({shown})")
-        if found:
-            results.append(Verified(shown + unproven, max(found, key=_share)))
     for result in results:
         if result.closeness.error == float("inf"):
             raise VerificationError(
@@ -149,20 +90,102 @@ def _compare(
             )
         if not result.closeness.ok:
             raise VerificationError(f"{name} differs from the dense model ({result.how}): {result.closeness}")
+    return results
+
+
+Runs: TypeAlias = Sequence[Outputs | str]
+"""What came of every feed."""
+Comparison: TypeAlias = Callable[[Outputs, Outputs, Outputs | None], list[Closeness]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running the result, and what it is compared with.
+
+    Attributes:
+        how: what it is called.
+        got: of the result.
+        optimised: of the result as a user opens it, with all of ONNX Runtime's optimisations.
+        dense: of the baseline.
+        truth: of the exact form.
+        silent: of the silent form, or None.
+    """
+
+    how: str
+    got: Runs
+    optimised: Runs
+    dense: Runs
+    truth: Runs
+    silent: Runs | None
+
+
+def _run(sides: Sides, feeds: Sequence[Feed], ways: Sequence[tuple[str, bool]], *, same_way: bool = False) -> list[Way]:
+    """Run every side on every feed; what several ways have in common is run once."""
+    library = str(library_path())
+    jobs = []
+    for _, kernels in ways:
+        own, theirs = (library if on else "" for on in (kernels, kernels or not same_way))
+        result = Job(str(sides.result), own)
+        # Optimised not for its numbers: some models do not survive it. Once, as without kernels it unpacks everything.
+        optimised = Job(str(sides.result), library if ways[0][1] else "", optimise=True)
+        dense = [Job(str(side), theirs) for side in (sides.baseline, sides.exact)]
+        silent = [Job(str(sides.silent), library)] if sides.silent is not None else []
+        jobs.append([result, optimised, *dense, *silent])
+    every = list(dict.fromkeys(job for group in jobs for job in group))
+    with tempfile.TemporaryDirectory(dir=sides.baseline.parent) as folder:
+        outcome = dict(zip(every, run_all(every, feeds, Path(folder)), strict=True))
+    taken = []
+    for (how, _), group in zip(ways, jobs, strict=True):
+        got, optimised_, dense_, truth, *rest = (outcome[job] for job in group)
+        taken.append(Way(how, got, optimised_, dense_, truth, rest[0] if rest else None))
+    return taken
+
+
+def _judge(name: str, ways: Sequence[Way], comparison: Comparison, *, drown: bool = True) -> tuple[list[Verified], str]:
+    """The result of every way; and a remark where these outputs are not all of the proof.
+
+    Args:
+        name: what the result is called.
+        ways: what came out.
+        comparison: of one feed.
+        drown: leave out a feed on which the dense model is further from the truth than any result may be.
+    """
+    results: list[Verified] = []
+    remark = ""
+    for way in ways:
+        if way.silent is not None and not _matters(way, comparison):
+            remark = " (on these inputs the outputs do not depend on what was lowered, so they prove nothing)"
+        found: list[Closeness] = []
+        unproven = ""
+        for got, optimised, dense, exact in zip(way.got, way.optimised, way.dense, way.truth, strict=True):
+            if isinstance(dense, str):
+                raise VerificationError(f"the dense model does not run: {dense}")
+            if isinstance(got, str):
+                raise VerificationError(f"{name} does not run ({way.how}): {got}")
+            if isinstance(optimised, str):
+                raise VerificationError(f"{name} does not run with all optimisations of ONNX Runtime: {optimised}")
+            if isinstance(exact, str):
+                unproven = f", against float32, as float64 does not run: {exact[:80]}"
+                found += comparison(got, dense, None)
+                continue
+            moved = max(comparison(dense, dense, exact), key=_share, default=Closeness(0.0, 0.0))
+            if moved.ok or not drown:
+                found += comparison(got, dense, exact)
+            else:
+                remark = f" (its rounding alone moves the outputs by {moved.error:.0%}, so they prove nothing)"
+        if not found and not remark:
+            raise VerificationError(f"{name} returns no finite number that could be compared ({way.how})")
+        if found:
+            results.append(Verified(way.how + unproven, max(found, key=_share)))
     return results, remark
 
 
-def _matters(
-    silent: Sequence[Outputs | str],
-    truth: Sequence[Outputs | str],
-    dense: Sequence[Outputs | str],
-    comparison: Comparison,
-) -> bool:
+def _matters(way: Way, comparison: Comparison) -> bool:
     """Whether on any feed zeros for what was lowered would have been noticed."""
-    for without, exact, base in zip(silent, truth, dense, strict=True):
-        if isinstance(without, str) or isinstance(base, str):
+    for silent, dense, exact in zip(way.silent or (), way.dense, way.truth, strict=True):
+        if isinstance(silent, str) or isinstance(dense, str):
             return True  # it cannot be told; what does not run is reported elsewhere
-        found = comparison(without, base, None if isinstance(exact, str) else exact)
+        found = comparison(silent, dense, None if isinstance(exact, str) else exact)
         if any(not closeness.ok for closeness in found):
             return True
     return False

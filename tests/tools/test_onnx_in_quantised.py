@@ -213,9 +213,7 @@ def test_scales_of_zero_are_found_in_the_file_however_little_the_outputs_show(tm
         write(proto, *rest, **more)
 
     monkeypatch.setattr(onnx_in, "write_proto", damaged)
-    compare = verify_onnx._compare
-    monkeypatch.setattr(
-        verify_onnx, "_compare", lambda *a, **more: compare(*a, **more) if "each linear" in a else ([], "")
-    )
+    monkeypatch.setattr(verify_onnx, "_by_type", lambda got, dense, truth: [])
+    monkeypatch.setattr(verify_onnx, "_matters", lambda way, comparison: False)
     assert main([str(path), "--dtype", "int8", "--quiet", "-o", str(tmp_path / "o.onnx")]) == 4
     assert "each linear" in capsys.readouterr().err
