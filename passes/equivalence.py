@@ -151,6 +151,23 @@ def _half(dtype: torch.dtype) -> float:
     return math.sqrt(torch.finfo(dtype).eps)
 
 
+def grid_step(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """The largest step that a grid of ``bits`` takes in each row, whose largest entry it must reach: ``[N, 1]``."""
+    step: torch.Tensor = weight.abs().amax(dim=1, keepdim=True).double() / (2 ** (bits - 1) - 1)
+    return step
+
+
+def on_grid(rounded: torch.Tensor, weight: torch.Tensor, bits: int) -> bool:
+    """Whether no entry of a quantised weight is further from the weight than one step of the coarsest grid of its row.
+
+    Args:
+        rounded: ``[out_features, in_features]``, what the codes and scales say.
+        weight: the same before it was quantised.
+        bits: of a code.
+    """
+    return bool(((rounded.double() - weight.double()).abs() <= grid_step(weight, bits)).all())
+
+
 def compare_unproven(got: torch.Tensor, other: torch.Tensor) -> Closeness:
     """Compare two results of which neither is the truth, both rounded in the same places; see ``UNPROVEN``.
 

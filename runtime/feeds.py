@@ -1,5 +1,6 @@
 """Inputs for an ONNX model that nobody told us about: from ``.npz`` files, or made up from the shapes it declares."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,11 @@ Feed: TypeAlias = dict[str, Any]
 """Arrays by input name."""
 
 LENGTH = 16
-"""How long an axis is made that the model leaves open; a picture's sides are longer, see ``SIDE``."""
-SIDE = 224
+"""How long an axis is made that the model leaves open; a picture's sides are longer, see ``SIDES``."""
+SIDES = (224, 48, 32, 64, 96, 256)
+"""How long a picture's open sides are made: those that many models take, tried in this order."""
+LARGEST = 1 << 30
+"""How many numbers an input is made up of at most."""
 NUMPY = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -65,7 +69,13 @@ def read_feeds(folder: Path, session: Any, sizes: Mapping[str, int], *, samples:
 
 
 def make_feed(
-    session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int], *, seed: int, length: int | None = None
+    session: Any,
+    bounds: Mapping[str, int],
+    sizes: Mapping[str, int],
+    *,
+    seed: int,
+    length: int | None = None,
+    side: int = SIDES[0],
 ) -> Feed:
     """Make up one batch of one sample.
 
@@ -78,7 +88,8 @@ def make_feed(
         bounds: for inputs that index a table, how many rows it has.
         sizes: what is known about open axes, by their names.
         seed: of the random numbers.
-        length: of open axes; None: ``SIDE`` for those of a picture and ``LENGTH`` for all others.
+        length: of open axes; None: ``side`` for those of a picture and ``LENGTH`` for all others.
+        side: how long the open sides of pictures are.
 
     Raises:
         InputError: an input is of a type that cannot be made up.
@@ -86,7 +97,9 @@ def make_feed(
     rng = np.random.default_rng(seed)
     feed: Feed = {}
     for value in session.get_inputs():
-        shape, dtype = _shape(value, 1, sizes, length), _dtype(value)
+        shape, dtype = _shape(value, 1, sizes, length, side), _dtype(value)
+        if math.prod(shape) > LARGEST:
+            raise InputError(f"input {value.name} has the shape {list(shape)}; want at most {LARGEST} numbers")
         if np.issubdtype(dtype, np.floating):
             feed[value.name] = rng.standard_normal(shape).astype(dtype)
         elif value.name in bounds:
@@ -94,6 +107,43 @@ def make_feed(
         else:
             feed[value.name] = np.ones(shape, dtype)
     return feed
+
+
+def make_feed_that_runs(session: Any, bounds: Mapping[str, int], sizes: Mapping[str, int], *, seed: int) -> Feed:
+    """As ``make_feed``, with the first of ``SIDES`` that the model runs on.
+
+    Raises:
+        InputError: it runs on none of them; what is said is of the first.
+    """
+    source = "inputs made up from its shapes; give --calibration-inputs FOLDER"
+    feed = make_feed(session, bounds, sizes, seed=seed)
+    try:
+        try_feed(session, feed, source)
+    except InputError:
+        shapes = {name: x.shape for name, x in feed.items()}
+        for side in SIDES[1:]:
+            other = make_feed(session, bounds, sizes, seed=seed, side=side)
+            if {name: x.shape for name, x in other.items()} == shapes:
+                break  # no side is open
+            try:
+                try_feed(session, other, source)
+            except InputError:
+                continue
+            return other
+        raise
+    return feed
+
+
+def switched(session: Any, feed: Feed) -> list[Feed]:
+    """The same feed with every switch (an input that is one bool) the other way, one switch at a time."""
+    bools = [value.name for value in session.get_inputs() if value.type == "tensor(bool)"]
+    return [feed | {name: ~feed[name]} for name in bools if feed[name].size == 1]
+
+
+def zeroed_masks(feed: Feed) -> list[Feed]:
+    """The same feed with zeros where ``make_feed`` put ones, if it did: some masks mark padding and not tokens."""
+    masks = [name for name, x in feed.items() if x.dtype.kind in "iu" and x.size > 1 and bool((x == 1).all())]
+    return [feed | {name: np.zeros_like(feed[name]) for name in masks}] if masks else []
 
 
 def try_feed(session: Any, feed: Feed, source: str) -> None:
@@ -117,9 +167,11 @@ def _dtype(value: Any) -> Any:
     return NUMPY[value.type]
 
 
-def _shape(value: Any, batch: int, sizes: Mapping[str, int], length: int | None = None) -> tuple[int, ...]:
+def _shape(
+    value: Any, batch: int, sizes: Mapping[str, int], length: int | None = None, side: int = SIDES[0]
+) -> tuple[int, ...]:
     picture = len(value.shape) == 4 and value.type.startswith("tensor(float") and not any(map(_is_past, value.shape))
-    size = length or (SIDE if picture else LENGTH)
+    size = length or (side if picture else LENGTH)
     return tuple(sizes.get(dim) or _size(dim, batch, axis, size) for axis, dim in enumerate(value.shape))
 
 

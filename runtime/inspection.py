@@ -3,24 +3,26 @@
 Weights are read one at a time from the mapped file, so a file larger than memory can be inspected.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx_graphsurgeon as gs  # type: ignore[import-untyped]
 import onnx_ir as ir
 import torch
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from rich.table import Table
 from torch import Tensor
 
 from ..calibrate.patterns import NM, Unstructured, find_pattern
 from ..passes.dialect.packed import TENSORS, Packed
 from ..passes.errors import InputError, VerificationError
+from ..passes.onnx.linears import LeftOut, Linear, find_linears
 from ..passes.onnx.plugin import from_words
-from ..passes.onnx.protos import data_files
-from ..passes.onnx.quantised import dequantise
+from ..passes.onnx.protos import data_files, opened
+from ..passes.onnx.view import Model, read_model
 from .session import SPARSE_OPS, model_file
 
 
@@ -30,7 +32,7 @@ class LinearInfo:
 
     Attributes:
         path: name of its node; in our files the module path.
-        op: one of the dialect's (``linear_nm``, ``linear_bitmask_int4``, ...), ``MatMul`` or ``Gemm``.
+        op: one of the dialect's (``linear_nm``, ``linear_bitmask_int4``, ...), or what the file calls it.
         shape: ``(out_features, in_features)``; a batch of matrices has more axes in front.
         pattern: the pattern found in the weight, ``2:4`` or ``50.0% zeros``; None for a dense weight.
         reason: why it was left dense; "" where it was lowered.
@@ -67,7 +69,7 @@ class PatternCount:
 
 
 def inspect(path: Path) -> list[LinearInfo]:
-    """Every linear of an ONNX file, in the file's order: MatMul and Gemm with a constant weight, and our sparse ops.
+    """Every linear of an ONNX file, in the file's order: what the compiler reads or leaves, and our sparse ops.
 
     Raises:
         InputError: the file is missing, damaged, or not ONNX.
@@ -140,128 +142,96 @@ def _linears(path: Path, *, packed: bool) -> Iterator[tuple[LinearInfo, Tensor |
     """Every linear; its weight too where it was read (``packed``: unpack those of sparse ops as well)."""
     file = model_file(path)
     data_files(file)  # refuses what would be waited for, or lies elsewhere
-    try:
-        model = ir.load(file)
-        for node in ir.traversal.RecursiveGraphIterator(model.graph):
-            if node.domain == "sparsify" and node.op_type in SPARSE_OPS:
-                yield _sparse(node, packed)
-            elif node.domain == "" and node.op_type in ("MatMul", "Gemm"):
-                value, transposed, scaling = _constant(node.inputs[1])
-                if value is not None:
-                    yield _dense(node, value, transposed, scaling)
-    except (OSError, DecodeError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"cannot read {path}: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    model = read_model(file)
+    found, left = find_linears(model)
+    lowerable = {linear.place: linear for linear in found}
+    others: dict[str, list[LeftOut]] = {}
+    for entry in left:
+        others.setdefault(entry.path, []).append(entry)
+    for node in model.nodes():
+        if node.domain == "sparsify" and node.op in SPARSE_OPS:
+            yield _sparse(model, node, packed)
+        elif (linear := lowerable.get(model.places[id(node)])) is not None:
+            yield _dense(linear)
+        elif entries := others.get(str(node.name or node.outputs[0].name), []):
+            yield _left(entries.pop(0))
+    for entries in others.values():  # those inside functions
+        yield from (_left(entry) for entry in entries if entry.op not in SPARSE_OPS)
 
 
-def _constant(value: ir.Value | None) -> tuple[ir.Value | None, bool, ir.Node | None]:
-    """The initializer a weight is read from, and whether it is transposed on the way; None if it is computed.
-
-    The last is the DequantizeLinear behind it, or None.
-    """
-    transposed = False
-    while value is not None and value.const_value is None:
-        producer = value.producer()
-        if producer is not None and producer.op_type == "DequantizeLinear":
-            stored = all(given is None or given.const_value is not None for given in producer.inputs)
-            return (producer.inputs[0], transposed, producer) if stored else (None, False, None)
-        if producer is None or producer.op_type not in ("Transpose", "Identity", "Cast"):
-            return None, False, None
-        transposed ^= producer.op_type == "Transpose"
-        value = producer.inputs[0]
-    return value, transposed, None
-
-
-def _dense(
-    node: ir.Node, value: ir.Value, transposed: bool, scaling: ir.Node | None
-) -> tuple[LinearInfo, Tensor | None]:
-    """A standard op; MatMul wants ``[K, N]``, Gemm too unless transB says ``[N, K]``."""
-    tensor = value.const_value
-    assert tensor is not None
-    rows_first = transposed ^ bool(node.op_type == "Gemm" and node.attributes.get_int("transB", 0))
-    shape = tuple(tensor.shape.numpy())
-    if not rows_first:
-        shape = (*shape[:-2], *reversed(shape[-2:]))
-    pattern, weight = None, None
-    if len(shape) == 2:
-        stored = _torch(tensor) if scaling is None else _dequantised(scaling)
-        weight = stored if rows_first else stored.T
-        pattern = find_pattern(weight)
-    read = value if scaling is None else scaling.outputs[0]
-    others = sorted({user.op_type for user in read.consumers()} - {"MatMul", "Gemm", "Transpose"})
-    if len(shape) != 2:
-        reason = f"its weight has rank {len(shape)}"
-    elif pattern is None:
-        reason = "the weight is dense"
-    else:
-        reason = f"{others[0]} reads the same weight" if others else f"the file uses a plain {node.op_type}"
-    name = value.name or "?"
-    size = tensor.nbytes if scaling is None else sum(given.nbytes for given in _given(scaling))
-    info = LinearInfo(
-        node.name or name,
-        node.op_type,
-        shape,
+def _dense(linear: Linear) -> tuple[LinearInfo, Tensor]:
+    """A product that the compiler reads."""
+    weight = linear.weight.read()
+    pattern = find_pattern(weight)
+    return LinearInfo(
+        linear.path,
+        linear.op,
+        linear.weight.shape,
         _text(pattern),
-        reason,
-        4 * tensor.size,
-        size,
-        name,
-        int(tensor.dtype.bitwidth),
-    )
-    return info, weight
+        "the weight is dense" if pattern is None else f"the file uses a plain {linear.op}",
+        4 * weight.numel(),
+        linear.weight.stored_bytes,
+        linear.weight.name,
+        linear.weight.bits,
+    ), weight
 
 
-def _given(node: ir.Node) -> list[ir.TensorProtocol]:
-    """The stored tensors that a node reads."""
-    return [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+def _left(entry: LeftOut) -> tuple[LinearInfo, Tensor | None]:
+    """A product that the compiler leaves, and why."""
+    weight = entry.read()
+    pattern = None if weight is None else find_pattern(weight)
+    numbers = math.prod(entry.dims or entry.shape)
+    return LinearInfo(
+        entry.path,
+        entry.op,
+        entry.dims or entry.shape,
+        _text(pattern),
+        entry.reason,
+        4 * numbers,
+        entry.stored_bytes,
+        entry.weight or entry.path,
+        round(8 * entry.stored_bytes / numbers) if numbers else 0,
+    ), weight
 
 
-def _dequantised(node: ir.Node) -> Tensor:
-    """What DequantizeLinear makes of stored codes, in the type of its scale."""
-    parts = [torch.from_numpy(given.numpy().astype(np.float32)) for given in _given(node)]
-    axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
-    return dequantise(*parts, axis=axis, block_size=block).to(_torch(_given(node)[1]).dtype)
-
-
-def _sparse(node: ir.Node, packed: bool) -> tuple[LinearInfo, Tensor | None]:
+def _sparse(model: Model, node: gs.Node, packed: bool) -> tuple[LinearInfo, Tensor | None]:
     """One of our ops, from its packed tensors."""
-    names = TENSORS[node.op_type]
+    names = TENSORS[node.op]
     inputs = dict(zip(names, node.inputs[1 : 1 + len(names)], strict=False))
-    tensors = {name: value.const_value for name, value in inputs.items() if value is not None and value.const_value}
-    if len(tensors) != len(names):
+    protos = {name: model.constants[value.name] for name, value in inputs.items() if value.name in model.constants}
+    if len(protos) != len(names):
         raise InputError(f"{node.name}: the weight of a sparse op must be stored in the file")
-    attributes = {name: value.as_int() for name, value in node.attributes.items()}
-    values = tensors["values"].numpy()  # mapped, not read
-    pattern: NM | Unstructured
-    if "mask" in tensors:
-        rows, columns = tensors["row_start"].shape[0] - 1, attributes["in_features"]
-        mask = tensors["mask"].numpy()
-        if mask.dtype == np.int32:  # for the plugin of TensorRT
-            mask = from_words(mask, rows, columns)
-            tensors["mask"] = ir.Tensor(mask)
-        pattern = Unstructured(1 - int(np.bitwise_count(mask).sum()) / (rows * columns))
-    else:
-        pattern = NM(attributes["n"], attributes["m"])
-        rows, columns = values.shape[0], attributes.get("in_features", values.shape[1] * pattern.m // pattern.n)
-    weight = None
-    if packed:
-        stored = {name: _torch(tensor) for name, tensor in tensors.items()}
-        try:
-            weight = Packed(node.op_type, stored, attributes).unpack()
-        except ValueError as error:
-            raise InputError(f"{node.name}: {error}; the file is damaged") from error
+    tensors = {name: opened(proto, model.folder) for name, proto in protos.items()}
+    attributes = {name: value for name, value in node.attrs.items() if isinstance(value, int)}
+    try:
+        values = tensors["values"].numpy()  # mapped, not read
+        pattern: NM | Unstructured
+        if "mask" in tensors:
+            rows, columns = tensors["row_start"].shape.numpy()[0] - 1, attributes["in_features"]
+            mask = tensors["mask"].numpy()
+            if mask.dtype == np.int32:  # for the plugin of TensorRT
+                mask = from_words(mask, rows, columns)
+                tensors["mask"] = ir.Tensor(mask)
+            pattern = Unstructured(1 - int(np.bitwise_count(mask).sum()) / (rows * columns))
+        else:
+            pattern = NM(attributes["n"], attributes["m"])
+            rows, columns = values.shape[0], attributes.get("in_features", values.shape[1] * pattern.m // pattern.n)
+        weight = None
+        if packed:
+            stored = {name: _torch(tensor) for name, tensor in tensors.items()}
+            weight = Packed(node.op, stored, attributes).unpack()
+    except (ValueError, KeyError, IndexError, ZeroDivisionError, TypeError, OverflowError) as error:
+        raise InputError(f"{node.name}: {error or type(error).__name__}; the file is damaged") from error
     size = sum(tensor.nbytes for tensor in tensors.values())
-    name = inputs["values"].name
     info = LinearInfo(
         node.name or "?",
-        node.op_type,
+        node.op,
         (rows, columns),
         _text(pattern),
         "",
         4 * rows * columns,
         size,
-        name or "?",
+        inputs["values"].name,
         int(tensors["values"].dtype.bitwidth),
     )
     return info, weight

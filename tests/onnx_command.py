@@ -4,6 +4,9 @@ import json
 
 from sparsify_export.cli import main
 
+WAYS = ["kernels", "functions", "kernels, each linear", "functions, each linear"]
+"""How a result is compared with the model given."""
+
 
 def compiled(source, out, *flags):
     assert main([str(source), *map(str, flags), "--quiet", "-o", str(out)]) == 0

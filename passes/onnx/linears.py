@@ -4,12 +4,17 @@
 ``DynamicQuantizeMatMul`` and the group of ops that ``quantize_dynamic`` writes around ``MatMulInteger``.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import onnx
 import onnx_graphsurgeon as gs  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
 
-from .protos import TORCH, nbytes
+from ..dialect.packed import OPS, TENSORS
+from .protos import TORCH, graphs, nbytes, read_float
 from .view import STANDARD, Model, Place
 from .weights import NoWeight, Weight, blocks, integer, passes_on, plain, root, stored
 
@@ -66,6 +71,9 @@ class LeftOut:
         shape: ``(out_features, in_features)`` as far as it has such.
         stored_bytes: its constant in the file.
         reason: why not.
+        dims: of its constant, where that is no matrix: batches in front of ``shape``.
+        weight: the name of its constant; "" for one that is not known.
+        read: its weight ``[out_features, in_features]``, where it can be read.
     """
 
     path: str
@@ -73,6 +81,9 @@ class LeftOut:
     shape: tuple[int, int]
     stored_bytes: int
     reason: str
+    dims: tuple[int, ...] = ()
+    weight: str = ""
+    read: Callable[[], Tensor | None] = lambda: None
 
 
 def find_linears(model: Model) -> tuple[list[Linear], list[LeftOut]]:
@@ -81,15 +92,22 @@ def find_linears(model: Model) -> tuple[list[Linear], list[LeftOut]]:
     A linear whose weight is also read by something else, or by another linear the other way round, is left out: the
     file would hold the weight twice, and pruning it would change more than the linear.
     """
-    outputs, constants = model.outputs(), _constant_expressions(model)
+    outputs, constants, sparse = model.outputs(), _constant_expressions(model), _sparse_tensors(model)
     found: list[Linear] = []
     left: list[LeftOut] = []
     for node in model.nodes():
+        if node.domain == "sparsify" and node.op in OPS:
+            left.append(_already_sparse(model, node))
+            continue
         if not _is_product(node):
+            left += _other_product(node, constants)
             continue
         try:
             linear = _linear(model, node, outputs)
         except NoWeight as reason:
+            if any(x.name in sparse for x in node.inputs):
+                left.append(LeftOut(_path(node), node.op, (0, 0), 0, "its weight is stored as a sparse tensor"))
+                continue
             operands = [constants[x.name] for x in (node.inputs[1], node.inputs[0]) if x.name in constants]
             if operands:
                 left.append(_left_out(node, operands[0], str(reason)))
@@ -99,30 +117,48 @@ def find_linears(model: Model) -> tuple[list[Linear], list[LeftOut]]:
     return found, [*left, *shared, *_inside_functions(model)]
 
 
-def gives_output(linear: Linear, outputs: set[str]) -> bool:
-    """Whether a model's output is what the linear makes, but for a bias, a scale, a squashing function or a cast."""
-    tensors = [linear.y]
-    while tensors:
-        tensor = tensors.pop()
-        if tensor.name in outputs:
-            return True
-        for node in tensor.outputs:
-            if (node.domain or "") in STANDARD and node.op in _AFTER_THE_HEAD:
-                others = [x for x in node.inputs if x is not tensor]
-                if all(isinstance(x, gs.Constant) or (x.inputs and x.inputs[0].op == "Constant") for x in others):
-                    tensors += node.outputs
-    return False
+_CONTRIB = ("FusedMatMul", "MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+_OTHER_PRODUCTS = """
+    Attention Conv ConvInteger ConvTranspose DecoderAttention DynamicQuantizeLSTM Einsum FusedConv FusedGemm
+    FusedMatMulActivation GRU GemmFastGelu GemmFloat8 LSTM MatMulBnb4 MatMulFpQ4 MoE NhwcConv
+    QAttention QGemm QLinearConv QLinearMatMul QMoE QOrderedMatMul RNN SparseToDenseMatMul
+"""
+OTHER_PRODUCTS = frozenset(_OTHER_PRODUCTS.split())
+"""Ops that multiply with a weight and are not read: they are named, so that what is left is known."""
 
 
-_AFTER_THE_HEAD = ("Add", "Mul", "Div", "Cast", "Identity", "Tanh", "Sigmoid", "Softmax", "LogSoftmax")
+def _other_product(node: gs.Node, constants: dict[str, onnx.TensorProto]) -> list[LeftOut]:
+    """A product of another kind, if one of its operands is a constant with two axes or more."""
+    if node.op not in OTHER_PRODUCTS or (node.domain or "") not in (*STANDARD, MICROSOFT):
+        return []
+    stored_ = [constants[x.name] for x in node.inputs if x.name in constants]
+    weights = [proto for proto in stored_ if len(proto.dims) > 1]
+    if not weights:
+        return []
+    left = _left_out(node, largest := max(weights, key=nbytes), f"the op {node.op} is left as it is")
+    if "Conv" in node.op:  # [out, in, side, side]: a linear on the numbers that the window covers
+        left = replace(left, shape=(largest.dims[0], math.prod(largest.dims[1:])), dims=())
+    return [left]
+
+
+def _already_sparse(model: Model, node: gs.Node) -> LeftOut:
+    """One of our own ops, as in a file that we wrote."""
+    names = TENSORS[node.op]
+    inputs = zip(names, node.inputs[1:], strict=False)
+    protos = {name: model.constants[x.name] for name, x in inputs if x.name in model.constants}
+    shape = (0, 0)
+    if set(protos) == set(names) and protos["values"].dims:
+        rows = protos["row_start"].dims[0] - 1 if "row_start" in protos else protos["values"].dims[0]
+        n, m = node.attrs.get("n", 1), node.attrs.get("m", 1)
+        shape = rows, node.attrs.get("in_features", protos["values"].dims[-1] * m // max(1, n))
+    return LeftOut(_path(node), node.op, shape, sum(map(nbytes, protos.values())), "it is a sparse op already")
 
 
 def _is_product(node: gs.Node) -> bool:
     domain = node.domain or ""
     if domain in STANDARD:
         return node.op in ("MatMul", "Gemm", "MatMulInteger")
-    products = ("FusedMatMul", "MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
-    return domain == MICROSOFT and node.op in products
+    return domain == MICROSOFT and node.op in _CONTRIB
 
 
 def _linear(model: Model, node: gs.Node, outputs: set[str]) -> Linear:
@@ -237,10 +273,15 @@ def _with_add(model: Model, linear: Linear, outputs: set[str]) -> Linear:
 
 def _bias(model: Model, tensor: gs.Tensor, weight: Weight, factor: float) -> Bias | None:
     """A constant float bias: one number for each output, or one for all."""
+    origin = root(tensor)  # exporters let equal biases share one tensor through Identity
     try:
-        proto = stored(model, root(tensor).tensor)  # exporters let equal biases share one tensor through Identity
+        proto = stored(model, origin.tensor)
     except NoWeight:
         return None
+    if any(dtype.itemsize < torch.float32.itemsize for dtype in origin.casts) and proto.data_type in TORCH:
+        held = read_float(proto, model.folder)
+        if not torch.equal(origin.rounded(held), held):
+            return None  # a cast on the way rounds it
     rows = weight.shape[0]
     fits = list(proto.dims) in ([rows], [1, rows], [], [1], [1, 1])
     return Bias(tensor.name, proto, factor) if fits and proto.data_type in TORCH else None
@@ -281,8 +322,18 @@ def _without_shared(model: Model, linears: list[Linear], outputs: set[str]) -> t
         for linear in linears:
             reason = _other_reader(linear, readers, outputs)
             if reason:
-                bytes_, shape = linear.weight.stored_bytes, linear.weight.shape
-                left.append(LeftOut(linear.path, linear.op, shape, bytes_, reason))
+                weight = linear.weight
+                left.append(
+                    LeftOut(
+                        linear.path,
+                        linear.op,
+                        weight.shape,
+                        weight.stored_bytes,
+                        reason,
+                        weight=weight.name,
+                        read=weight.read,
+                    )
+                )
             else:
                 keep.append(linear)
         if len(keep) == len(linears):
@@ -302,6 +353,8 @@ def _other_reader(linear: Linear, linears: dict[int, Linear], outputs: set[str])
             if other is not None and other.weight.name == linear.weight.name:
                 if other.weight.rows_first != linear.weight.rows_first:
                     return f"{other.path} reads its weight the other way round"
+                if root(other.nodes[0].inputs[1]).casts != root(linear.nodes[0].inputs[1]).casts:
+                    return f"{other.path} reads its weight through other casts"
             elif passes_on(node) or (linear.weight.quantised and node.op == "DequantizeLinear"):
                 tensors += node.outputs
             else:
@@ -328,22 +381,34 @@ def _constant_expressions(model: Model) -> dict[str, onnx.TensorProto]:
     return found
 
 
+def _sparse_tensors(model: Model) -> set[str]:
+    """The names of constants that the format stores by their non-zeros."""
+    found = set()
+    for graph in graphs(model.proto.graph):
+        found |= {tensor.values.name for tensor in graph.sparse_initializer}
+        found |= {n.output[0] for n in graph.node if any(a.HasField("sparse_tensor") for a in n.attribute)}
+    return found
+
+
 def _left_out(node: gs.Node, constant: onnx.TensorProto, reason: str) -> LeftOut:
     if reason == "its weight is computed":
         right = node.inputs[1].inputs
         reason = f"its weight comes through {right[0].op}" if right else "its constant is the left operand"
     dims = [1, 1, *constant.dims]
-    return LeftOut(_path(node), node.op, (dims[-1], dims[-2]), nbytes(constant), reason)
+    shape = dims[-1], dims[-2]
+    whole = (*constant.dims[:-2], *shape) if len(constant.dims) > 2 else ()
+    return LeftOut(_path(node), node.op, shape, nbytes(constant), reason, whole, constant.name)
 
 
 def _inside_functions(model: Model) -> list[LeftOut]:
     """Products inside model-local functions: what they multiply with may differ from call to call."""
+    products = ("MatMul", "Gemm", *_CONTRIB, "MatMulInteger", *OTHER_PRODUCTS)
     return [
         LeftOut(f"{function.name}/{node.name or node.output[0]}", node.op_type, (0, 0), 0, "it is inside a function")
         for function in model.proto.functions
         if function.domain != "sparsify"
         for node in function.node
-        if node.domain in STANDARD and node.op_type in ("MatMul", "Gemm")
+        if node.domain in (*STANDARD, MICROSOFT) and node.op_type in products
     ]
 
 

@@ -38,20 +38,19 @@ def replace_linears(model: Model, sparse: Sequence[Sparse]) -> None:
     names = model.names()
     new: dict[Place, list[onnx.NodeProto]] = {}
     gone: set[Place] = set()
-    added: set[tuple[int, str]] = set()
-    renamed: dict[tuple[int, str], str] = {}
+    homes = {name: graph for graph in protos for name in _stored(graph)}
+    renamed: dict[str, str] = {}
     for entry in sparse:
         scope = entry.linear.place.graph
         parts = []
         for tensor in entry.packed:
-            key = (scope, tensor.name)
-            if key not in added:
-                added.add(key)
-                renamed[key] = _unused(tensor.name, names)
-                initializer = protos[scope].initializer.add()
+            if tensor.name not in renamed:
+                renamed[tensor.name] = _unused(tensor.name, names)
+                # Where the dense weight was: every linear that reads it, in whatever branch, sees this graph.
+                initializer = homes[entry.linear.weight.name].initializer.add()
                 initializer.CopyFrom(tensor)
-                initializer.name = renamed[key]
-            parts.append(renamed[key])
+                initializer.name = renamed[tensor.name]
+            parts.append(renamed[tensor.name])
         bias = _bias(model, protos[scope], entry.linear, names)
         places = [model.places[id(node)] for node in entry.linear.nodes]
         # At the last of its nodes: what made the bias may stand between the product and the Add.
@@ -60,7 +59,9 @@ def replace_linears(model: Model, sparse: Sequence[Sparse]) -> None:
     dead_nodes, dead_tensors = _unread(model, [entry.linear for entry in sparse])
     gone |= dead_nodes
     for scope, graph in enumerate(protos):
-        _rebuild(graph, scope, new, gone, dead_tensors)
+        _exchange_nodes(graph, scope, new, gone)
+    for graph in protos:  # when no branch inside it reads the old weights any more
+        _drop(graph, dead_tensors)
     _import_ops(model.proto, opset=model.opset)
 
 
@@ -168,8 +169,8 @@ def _unread(model: Model, linears: Sequence[Linear]) -> tuple[set[Place], set[st
     return places, dead
 
 
-def _rebuild(
-    graph: onnx.GraphProto, scope: int, new: Mapping[Place, list[onnx.NodeProto]], gone: set[Place], dead: set[str]
+def _exchange_nodes(
+    graph: onnx.GraphProto, scope: int, new: Mapping[Place, list[onnx.NodeProto]], gone: set[Place]
 ) -> None:
     for index in reversed(range(len(graph.node))):
         place = Place(scope, index)
@@ -177,6 +178,10 @@ def _rebuild(
             del graph.node[index]
         for node in reversed(new.get(place, [])):
             graph.node.insert(index, node)
+
+
+def _drop(graph: onnx.GraphProto, dead: set[str]) -> None:
+    """Remove what nothing reads any more, and what the model says about it."""
     read = {name for inner in graphs(graph) for node in inner.node for name in node.input}
     remove(graph.initializer, lambda tensor: tensor.name in dead and tensor.name not in read)
     remove(graph.value_info, lambda value: value.name in dead)
@@ -195,6 +200,14 @@ def _import_ops(proto: onnx.ModelProto, *, opset: int) -> None:
     proto.ir_version = max(proto.ir_version, IR_WITH_FUNCTIONS)
     if all(entry.domain != "sparsify" for entry in proto.opset_import):
         proto.opset_import.append(helper.make_opsetid("sparsify", 1))
+
+
+def _stored(graph: onnx.GraphProto) -> list[str]:
+    """The names of a graph's own constants."""
+    return [
+        *(tensor.name for tensor in graph.initializer),
+        *(n.output[0] for n in graph.node if n.op_type == "Constant"),
+    ]
 
 
 def _unused(name: str, names: set[str]) -> str:

@@ -16,12 +16,18 @@ from ..dialect.packed import Packed, pack, packed_bytes
 from ..dialect.storage import FLOATS, FP32, Storage
 from ..errors import InputError
 from ..recipe import Recipe
-from .linears import LeftOut, Linear, gives_output
+from .head import gives_output
+from .linears import LeftOut, Linear
 from .spool import Spool
-from .view import Model
+from .view import Model, Place
 
 BFLOAT16_SINCE = 13
 """The opset that brought Cast from and to bfloat16, which the bodies of our ops need."""
+
+LARGER = "packed it would take"
+"""How the reason begins where a packed weight would not be smaller."""
+WORTHWHILE = 0.05
+"""The share of the weights that shall be pruned which must get smaller by it; less is called no success."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,8 +69,8 @@ class Sparse:
         return self.linear.note
 
 
-def choose(model: Model, linears: Sequence[Linear], recipe: Recipe) -> dict[str, str]:
-    """Why each linear is not pruned, by path; "" for those that will be.
+def choose(model: Model, linears: Sequence[Linear], recipe: Recipe) -> dict[Place, str]:
+    """Why each linear is not pruned, by its place (names may repeat); "" for those that will be.
 
     What gives the model's output (the head) is left alone, as in every model that this tool prunes, unless there is
     nothing else.
@@ -76,11 +82,10 @@ def choose(model: Model, linears: Sequence[Linear], recipe: Recipe) -> dict[str,
         if not any(fnmatch.fnmatchcase(linear.path, glob) for linear in linears):
             known = f", e.g. {linears[0].path}" if linears else ""
             raise InputError(f"--skip {glob} matches none of the {len(linears)} linears{known}")
-    reasons = {linear.path: _why_not(linear, recipe) for linear in linears}
-    outputs = model.outputs()
-    heads = [linear.path for linear in linears if not reasons[linear.path] and gives_output(linear, outputs)]
+    reasons = {linear.place: _why_not(linear, recipe) for linear in linears}
+    heads = [linear.place for linear in linears if not reasons[linear.place] and gives_output(model, linear)]
     if len(heads) < sum(not reason for reason in reasons.values()):
-        reasons |= {path: "it gives the model's output, which is not pruned" for path in heads}
+        reasons |= {place: "it gives the model's output, which is not pruned" for place in heads}
     return reasons
 
 
@@ -102,6 +107,7 @@ def make_sparse(
     sparse_ops: bool,
     packed: Spool,
     dense: Spool,
+    known: Sequence[LeftOut] = (),
     worth: Worth | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> tuple[list[Sparse], list[LeftOut]]:
@@ -125,6 +131,7 @@ def make_sparse(
         sparse_ops: False keeps the ops and only sets weights to zero.
         packed: where packed tensors go.
         dense: where the same weights go unpacked.
+        known: what ``find_linears`` left out, for the sentence that says why nothing can be pruned.
         worth: asked for every weight that could be lowered, as in ``fx.rewrite``; None lowers all of them.
         progress: told about every weight.
 
@@ -137,7 +144,7 @@ def make_sparse(
             f"{model.path} uses ONNX opset {model.opset}, which cannot read bf16; "
             f"want {BFLOAT16_SINCE} or newer, or fp16"
         )
-    reasons = choose(model, linears, recipe) if recipe is not None else {linear.path: "" for linear in linears}
+    reasons = choose(model, linears, recipe) if recipe is not None else {linear.place: "" for linear in linears}
     groups: dict[str, list[Linear]] = {}
     for linear in linears:
         groups.setdefault(linear.weight.name, []).append(linear)
@@ -145,7 +152,7 @@ def make_sparse(
     left: list[LeftOut] = []
     for index, (name, group) in enumerate(groups.items()):
         progress("pruning" if recipe else "lowering", index, len(groups))
-        reason = next((reasons[linear.path] for linear in group if reasons[linear.path]), "")
+        reason = next((reasons[linear.place] for linear in group if reasons[linear.place]), "")
         if not reason:
             try:
                 made = _make(group, recipe, norms.get(name), storage, sparse_ops, packed, dense, worth)
@@ -157,9 +164,26 @@ def make_sparse(
                 done += made
         left += [LeftOut(x.path, x.op, x.weight.shape, x.weight.stored_bytes, reason) for x in group if reason]
     if recipe is not None and not done:
-        example = f"; {left[0].path}: {left[0].reason}" if left else ""
-        raise InputError(f"no linear of {model.path} can be pruned{example}")
+        raise InputError(f"no linear of {model.path} can be pruned{_reasons([*known, *left])}")
+    larger = [entry for entry in left if recipe is not None and entry.reason.startswith(LARGER)]
+    numbers = sum(x.linear.weight.shape[0] * x.linear.weight.shape[1] for x in done)
+    if numbers < WORTHWHILE * (numbers + sum(x.shape[0] * x.shape[1] for x in larger)):
+        raise InputError(
+            f"only {len(done)} of {len(done) + len(larger)} linears of {model.path} would get smaller{_reasons(larger)}"
+        )
     return done, left
+
+
+def _reasons(left: Sequence[LeftOut]) -> str:
+    """Every reason once, with an example and how many more there are."""
+    groups: dict[str, list[LeftOut]] = {}
+    for entry in left:
+        groups.setdefault(entry.reason, []).append(entry)
+    told = []
+    for reason, entries in sorted(groups.items(), key=lambda item: -len(item[1])):
+        others = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
+        told.append(f"{entries[0].path}{others}: {reason}")
+    return "; " + "; ".join(told) if told else ": it has no product with a constant weight"
 
 
 def _make(
@@ -179,10 +203,12 @@ def _make(
         raise ValueError("its weight holds NaN or infinity")
     retained = None
     pattern: Pattern | None
+    if not bool(weight.any()):
+        return "the weight is zero everywhere"
     if recipe is None:
         pattern = find_pattern(weight)
         if pattern is None:
-            return "the weight is dense" if bool(weight.any()) else "the weight is zero everywhere"
+            return "the weight is dense"
     else:
         score = _score(weight, norm, recipe)
         keep = _keep(score, recipe)
@@ -190,6 +216,13 @@ def _make(
         weight = torch.where(keep, weight, 0.0)  # literal +0.0, never -0.0
         pattern = recipe.pattern
         del score, keep
+        if not bool(weight.any()):
+            return "nothing of the weight would be left"
+    largest = float(weight.abs().max())
+    if largest * weight.shape[1] > torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"its weights reach {largest:.3g}, so that a sum of {weight.shape[1]} products overflows float32"
+        )
     sparsity = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
     name = _text(pattern)
     if not sparse_ops:
@@ -207,7 +240,9 @@ def _make(
     nonzeros = int(weight.count_nonzero())
     size = packed_bytes(rows, columns, nonzeros, pattern, used)
     if size >= source.stored_bytes:
-        return f"packed it would take {size} bytes, now {source.stored_bytes}"
+        wider = source.quantised and not storage.quantised
+        advice = "; --dtype int8 or int4 stores it as the model does" if wider else ""
+        return f"{LARGER} {size} bytes, now {source.stored_bytes}{advice}"
     if worth is not None and (slower := worth(pattern, rows, columns, nonzeros)):
         return slower
     by_alpha: dict[float, tuple[Packed, tuple[onnx.TensorProto, ...]]] = {}
@@ -225,11 +260,8 @@ def _make(
     result = []
     for linear in group:
         parts, protos = by_alpha[linear.alpha]
-        kept = onnx.TensorProto()
-        kept.CopyFrom(proto)
-        kept.name = linear.weight.value or f"{linear.path}.dense"
         result.append(
-            Sparse(linear, name, sparsity, retained, parts.op, used, parts.attributes, protos, kept, parts.nbytes)
+            Sparse(linear, name, sparsity, retained, parts.op, used, parts.attributes, protos, proto, parts.nbytes)
         )
     return result
 

@@ -1,9 +1,12 @@
-"""The dense model that a sparse one must equal: the file as it was given, with nothing but its weights exchanged.
+"""The dense model that a sparse one must equal: the user's own file, with nothing but its weights exchanged.
 
-It is built from the given file and not from the result, so a linear that was misread (a transposition, a factor, a
-bias) shows as a difference.
+It is built from the bytes of the file and not from the result, and finds its way by the number of a graph and the
+place in it, never by a name: whatever was misread (whose weight it is, a transposition, a factor, a bias) shows as a
+difference, since ONNX Runtime reads the names here by its own rules.
 """
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,90 +14,251 @@ from pathlib import Path
 import onnx
 import torch
 from onnx import helper
+from torch import Tensor
 
 from ..dialect.functions import QUANTISE_TOKENS
+from ..equivalence import grid_step, on_grid
+from ..errors import VerificationError
 from .functions import function_for
-from .protos import ONNX, TORCH, graphs, is_external, opened, remove
+from .protos import ONNX, TORCH, graphs, is_external, location, read_float, remove, tensors
 from .replace import IR_WITH_FUNCTIONS
 from .sparse_linears import Sparse
-from .view import Model, Place, read_model
+from .spool import Spool
+from .view import Model, Place
 
 DOUBLE, FLOAT, BFLOAT16 = onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
 
 
 @dataclass(frozen=True)
+class Stored:
+    """Where a weight is held: the number of a graph, and which of its initializers or else of its nodes gives it."""
+
+    graph: int
+    index: int
+    initializer: bool
+
+
+@dataclass(frozen=True)
 class Twin:
-    """One linear of the twin.
+    """One linear of the twin, by places in the file.
 
     Attributes:
-        first: where its product stands in the given file.
-        others: where the rest of it stands, the last one making its result.
+        first: its product.
+        others: the rest of it, the last one making its result.
+        x: a node that reads its input, and the number of that input.
+        weight: what gives its weight in float; None for a product of integers.
+        bias: the number of the input of ``first`` that is a bias; None for none.
         sparse: what became of it.
-        own_bias: the bias that a quantised product adds itself; "" for none.
     """
 
     first: Place
     others: tuple[Place, ...]
+    x: tuple[Place, int]
+    weight: Stored | None
+    bias: int | None
     sparse: Sparse
-    own_bias: str
+
+    @property
+    def last(self) -> Place:
+        """The node that makes its result."""
+        return (self.first, *self.others)[-1]
+
+
+@dataclass(frozen=True)
+class End:
+    """One linear of a model on its own, for ``alone``: the graph it is in, what it reads and what it makes there."""
+
+    graph: int
+    x: str
+    y: str
 
 
 def twins(model: Model, sparse: Sequence[Sparse]) -> list[Twin]:
     """Note down where every linear stands, before ``replace_linears`` takes the model apart."""
+    held: dict[str, Stored] = {}
+    for number, graph in enumerate(graphs(model.proto.graph)):
+        held |= {node.output[0]: Stored(number, i, False) for i, node in enumerate(graph.node)}
+        held |= {tensor.name: Stored(number, i, True) for i, tensor in enumerate(graph.initializer)}
     result = []
     for entry in sparse:
         first, *others = entry.linear.nodes
         bias = entry.linear.bias
-        own = bias.name if bias is not None and any(x.name == bias.name for x in first.inputs) else ""
+        own = None if bias is None else next((i for i, x in enumerate(first.inputs) if x.name == bias.name), None)
+        reader = next(node for node in entry.linear.x.outputs if id(node) in model.places)
+        x = model.places[id(reader)], next(i for i, x in enumerate(reader.inputs) if x is entry.linear.x)
         places = tuple(model.places[id(node)] for node in others)
-        result.append(Twin(model.places[id(first)], places, entry, own))
+        value = entry.linear.weight.value
+        result.append(Twin(model.places[id(first)], places, x, held[value] if value else None, own, entry))
     return result
 
 
-def dense_twin(path: Path, written: onnx.ModelProto, linears: Sequence[Twin], *, exact: bool) -> onnx.ModelProto:
+def link_data(proto: onnx.ModelProto, source: Path, folder: Path) -> None:
+    """Let ``folder`` hold the data files of the model in ``source``, by hard links where the disk has them."""
+    for name in {location(tensor)["location"] for tensor in tensors(proto) if is_external(tensor)}:
+        file, link = (source.parent / name).resolve(), folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        try:
+            os.link(file, link)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(file, link)
+
+
+def zeroed(path: Path, linears: Sequence[Twin], spool: Spool) -> dict[Stored, onnx.TensorProto]:
+    """The user's own weights with the zeros of ``linears``, by where they are held.
+
+    The numbers are read from the given file again, at that place, so that a weight that was taken for another shows;
+    only the zeros are ours, and the storage that they are rounded to. Weights that are integers in the given file are
+    those that the result holds; what the result holds in integers must be the given weights to a step of their grid.
+
+    Raises:
+        VerificationError: a quantised weight is not the given one, quantised.
+    """
+    proto = read_raw(path)
+    scopes = list(graphs(proto.graph))
+    values: dict[Stored, onnx.TensorProto] = {}
+    checked: set[str] = set()
+    for twin in linears:
+        stored, sparse, weight = twin.weight, twin.sparse, twin.sparse.linear.weight
+        if stored in values or sparse.dense.name in checked:
+            continue
+        ours = read_float(sparse.dense, spool.file.parent)
+        tensor = None if stored is None or weight.quantised else _tensor(scopes[stored.graph], stored)
+        if sparse.storage.quantised:
+            own = weight.read() if tensor is None else read_float(tensor, path.parent)
+            if tensor is not None and not weight.rows_first:
+                own = own.T
+            if not _quantised(ours if weight.rows_first else ours.T, own.float(), sparse):
+                raise VerificationError(f"{sparse.linear.path}: its quantised weight is not the weight of {path.name}")
+        if stored is None or tensor is None or sparse.storage.quantised:
+            checked.add(sparse.dense.name)
+            if stored is not None:
+                values[stored] = _beside(sparse.dense)
+            continue
+        own = read_float(tensor, path.parent)
+        rounded = own.to(sparse.storage.dtype).to(own.dtype) if sparse.packed else own
+        values[stored] = spool.add(tensor.name, torch.where(ours != 0, rounded, 0.0))
+    return values
+
+
+def _quantised(ours: Tensor, own: Tensor, sparse: Sparse) -> bool:
+    """Whether ``ours`` is ``own`` with zeros in it, on a grid: no more zeros than were made and than rounding makes."""
+    bits = 8 if sparse.storage.kind == "int8" else 4
+    small = int((own.abs() < grid_step(own, bits)).sum())
+    kept = round((1 - sparse.sparsity) * own.numel())
+    return int(ours.count_nonzero()) >= kept - small and on_grid(ours, torch.where(ours != 0, own, 0.0), bits)
+
+
+def _tensor(graph: onnx.GraphProto, stored: Stored) -> onnx.TensorProto | None:
+    """The stored weight; None where a DequantizeLinear makes it."""
+    tensor: onnx.TensorProto | None = None
+    if stored.initializer:
+        tensor = graph.initializer[stored.index]
+    elif graph.node[stored.index].op_type == "Constant":
+        tensor = graph.node[stored.index].attribute[0].t
+    return tensor
+
+
+def read_raw(path: Path) -> onnx.ModelProto:
+    """The file as it is, but that its initializers are no inputs (before IR 4 all had to be)."""
+    proto = onnx.load(str(path), load_external_data=False)
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    if proto.ir_version < 4:
+        remove(proto.graph.input, lambda value: value.name in stored)
+    return proto
+
+
+def ends(proto: onnx.ModelProto, linears: Sequence[Twin]) -> list[End]:
+    """What the linears are called in the user's own file."""
+    scopes = list(graphs(proto.graph))
+    result = []
+    for twin in linears:
+        reader, index = twin.x
+        x = scopes[reader.graph].node[reader.index].input[index]
+        y = scopes[twin.last.graph].node[twin.last.index].output[0]
+        result.append(End(twin.first.graph, x, y))
+    return result
+
+
+def dense_twin(
+    path: Path, linears: Sequence[Twin], values: Mapping[Stored, onnx.TensorProto], *, opset: int, exact: bool
+) -> onnx.ModelProto:
     """The given model with the weights of ``linears`` exchanged.
 
     Args:
         path: the given model.
-        written: the result, as written; tensors that both have are read from its file.
         linears: see ``twins``.
+        values: see ``zeroed``.
+        opset: of the given model.
         exact: compute these linears in float64; only their results are rounded. Otherwise activations are rounded
             where the ops round them (runtime/verify.py: expect says why).
 
     Returns:
-        A model to be stored beside the result and the spool of dense weights.
+        A model to be stored beside the spool of dense weights and what ``link_data`` linked.
     """
-    model = read_model(path)
-    proto = model.proto
-    moved = {t.name: t for graph in graphs(written.graph) for t in graph.initializer}
-    dense = {twin.sparse.dense.name: twin.sparse.dense for twin in linears if twin.sparse.packed}
-    at = {twin.first: twin for twin in linears}
-    dropped = {place for twin in linears if not twin.sparse.linear.weight.value for place in _scaling(twin)}
-    for scope, graph in enumerate(list(graphs(proto.graph))):
-        for index in reversed(range(len(graph.node))):
-            place, node = Place(scope, index), graph.node[index]
-            if place in dropped or (node.op_type in ("Constant", "DequantizeLinear") and node.output[0] in dense):
-                del graph.node[index]
-            elif place in at:
-                new = list(_product(node, at[place], exact=exact))
-                del graph.node[index]
-                for other in reversed(new):
-                    graph.node.insert(index, other)
-    for graph in graphs(proto.graph):
-        _exchange(graph, model.folder, moved, dense)
-    stored = {tensor.name for graph in graphs(proto.graph) for tensor in graph.initializer}
+    proto = read_raw(path)
     scopes = list(graphs(proto.graph))
-    for twin in linears:
-        name = twin.sparse.dense.name
-        if name in dense and name not in stored:
-            stored.add(name)
-            scopes[twin.first.graph].initializer.append(dense[name])
+    named = ends(proto, linears)
+    insert: dict[Place, list[onnx.NodeProto]] = {}
+    gone: set[Place] = set()
+    for twin, end in zip(linears, named, strict=True):
+        node = scopes[twin.first.graph].node[twin.first.index]
+        if twin.weight is None:
+            dense = _beside(twin.sparse.dense)
+            dense.name = f"sparsify.{twin.first.graph}.{twin.first.index}.weight"
+            scopes[twin.first.graph].initializer.append(dense)
+            insert[twin.first] = list(_in_floats(twin, end, node, dense.name, scopes, exact=exact))
+            gone.update((twin.first, *_scaling(twin)))
+            continue
+        if exact or _rounds(twin.sparse):
+            insert[twin.first] = list(_on_copies(node, twin.sparse, exact=exact))
+            gone.add(twin.first)
+    for stored, dense in values.items():
+        if stored.initializer:
+            tensor = scopes[stored.graph].initializer[stored.index]
+            name = tensor.name
+            tensor.CopyFrom(dense)
+        else:
+            gone.add(Place(stored.graph, stored.index))
+            name = scopes[stored.graph].node[stored.index].output[0]
+            tensor = scopes[stored.graph].initializer.add()
+            tensor.CopyFrom(dense)
+        tensor.name = name
+    for number in reversed(range(len(scopes))):
+        graph = scopes[number]
+        for index in reversed(range(len(graph.node))):
+            place = Place(number, index)
+            if place in gone:
+                del graph.node[index]
+            for new in reversed(insert.get(place, [])):
+                graph.node.insert(index, new)
     if any(twin.sparse.storage.quantised for twin in linears):
         for graph in graphs(proto.graph):  # exchanged weights are float32, whatever the model noted down
             remove(graph.value_info, lambda value: value.type.tensor_type.elem_type in TORCH)
         if not exact:
-            _add_quantiser(proto, opset=model.opset)
+            _add_quantiser(proto, opset=opset)
     return proto
+
+
+def mute(proto: onnx.ModelProto, linears: Sequence[End]) -> None:
+    """Let every linear of a twin give zeros: what its outputs are then, they are whatever the weights."""
+    scopes = list(graphs(proto.graph))
+    for end in linears:
+        nodes = scopes[end.graph].node
+        index = next(i for i, node in enumerate(nodes) if end.y in node.output)
+        loud = f"sparsify.{end.graph}.{end.y}.loud"
+        nodes[index].output[:] = [loud if name == end.y else name for name in nodes[index].output]
+        nodes.insert(index + 1, helper.make_node("Sub", [loud, loud], [end.y]))
+
+
+def _beside(dense: onnx.TensorProto) -> onnx.TensorProto:
+    """A tensor of the spool, found by a model that lies beside it."""
+    tensor = onnx.TensorProto()
+    tensor.CopyFrom(dense)
+    for entry in tensor.external_data:
+        if entry.key == "location":
+            entry.value = Path(entry.value).name
+    return tensor
 
 
 def _add_quantiser(proto: onnx.ModelProto, *, opset: int) -> None:
@@ -110,17 +274,6 @@ def _scaling(twin: Twin) -> tuple[Place, ...]:
     """The nodes that turn an integer product into floats; an Add of the bias stays."""
     kinds = [node.op for node in twin.sparse.linear.nodes[1:]]
     return tuple(place for place, kind in zip(twin.others, kinds, strict=True) if kind != "Add")
-
-
-def _product(node: onnx.NodeProto, twin: Twin, *, exact: bool) -> Iterator[onnx.NodeProto]:
-    """The same product on the exchanged weight."""
-    linear = twin.sparse.linear
-    if not linear.weight.value:
-        yield from _in_floats(twin, exact=exact)
-    elif exact or _rounds(twin.sparse):
-        yield from _on_copies(node, twin.sparse, exact=exact)
-    else:
-        yield node
 
 
 def _rounds(sparse: Sparse) -> bool:
@@ -141,27 +294,35 @@ def _copy(x: str, y: str, sparse: Sparse, *, exact: bool) -> Iterator[onnx.NodeP
         yield helper.make_node("Cast", [f"{y}.short"], [y], to=FLOAT)
 
 
-def _in_floats(twin: Twin, *, exact: bool) -> Iterator[onnx.NodeProto]:
+def _in_floats(
+    twin: Twin,
+    end: End,
+    product: onnx.NodeProto,
+    weight: str,
+    scopes: Sequence[onnx.GraphProto],
+    *,
+    exact: bool,
+) -> Iterator[onnx.NodeProto]:
     """Cast -> MatMul -> Cast (-> Add) for a product of integers; its weight is float32 ``[K, N]``."""
-    linear, weight = twin.sparse.linear, twin.sparse.dense.name
-    scaled = [node for node in linear.nodes[1:] if node.op != "Add"]
-    y = (scaled[-1] if scaled else linear.nodes[0]).outputs[0].name
-    kind = DOUBLE if exact else onnx.TensorProto.FLOAT
-    stem = f"{linear.path}.twin"
-    yield from _copy(linear.x.name, f"{stem}.x", twin.sparse, exact=exact)
-    yield from _after(linear.x.name, weight, f"{stem}.late")
+    scaled = _scaling(twin)
+    y = scopes[scaled[-1].graph].node[scaled[-1].index].output[0] if scaled else product.output[0]
+    kind = DOUBLE if exact else FLOAT
+    stem = f"sparsify.{twin.first.graph}.{twin.first.index}"
+    yield from _copy(end.x, f"{stem}.x", twin.sparse, exact=exact)
+    yield from _after(end.x, weight, f"{stem}.late")
     yield helper.make_node("Cast", [f"{stem}.late"], [f"{stem}.w"], to=kind)
     yield helper.make_node("MatMul", [f"{stem}.x", f"{stem}.w"], [f"{stem}.y"])
-    out = f"{stem}.rounded" if twin.own_bias else y
-    yield helper.make_node("Cast", [f"{stem}.y"], [out], to=ONNX[linear.weight.dtype])
-    if twin.own_bias:
-        yield helper.make_node("Add", [out, twin.own_bias], [y])
+    out = y if twin.bias is None else f"{stem}.rounded"
+    yield helper.make_node("Cast", [f"{stem}.y"], [out], to=ONNX[twin.sparse.linear.weight.dtype])
+    if twin.bias is not None:
+        yield helper.make_node("Add", [out, product.input[twin.bias]], [y])
 
 
 def _on_copies(node: onnx.NodeProto, sparse: Sparse, *, exact: bool) -> Iterator[onnx.NodeProto]:
     """MatMul, Gemm or FusedMatMul on float64 or float32 copies of its inputs."""
     kind = DOUBLE if exact else FLOAT
-    stem = f"{node.output[0]}.twin"
+    place = sparse.linear.place
+    stem = f"sparsify.{place.graph}.{place.index}"
     inputs = [f"{stem}.{index}" if name else "" for index, name in enumerate(node.input)]
     yield from _after(node.input[0], node.input[1], f"{stem}.late")
     yield from _copy(node.input[0], inputs[0], sparse, exact=exact)
@@ -197,21 +358,3 @@ def _after(x: str, weight: str, output: str) -> Iterator[onnx.NodeProto]:
     yield helper.make_node("Slice", [f"{output}.shape", f"{output}.zero", f"{output}.zero"], [f"{output}.none"])
     yield helper.make_node("Concat", [f"{output}.none", f"{output}.same"], [f"{output}.dims"], axis=0)
     yield helper.make_node("Reshape", [weight, f"{output}.dims"], [output])
-
-
-def _exchange(
-    graph: onnx.GraphProto, folder: Path, moved: Mapping[str, onnx.TensorProto], dense: Mapping[str, onnx.TensorProto]
-) -> None:
-    """Point initializers at the result's file or at the exchanged weights; drop those that nothing reads."""
-    read = {name for inner in graphs(graph) for node in inner.node for name in node.input}
-    read |= {value.name for value in graph.output}
-    remove(graph.initializer, lambda tensor: tensor.name not in read)
-    for tensor in graph.initializer:
-        if tensor.name in dense:
-            tensor.CopyFrom(dense[tensor.name])
-        elif tensor.name in moved:
-            tensor.CopyFrom(moved[tensor.name])
-        elif is_external(tensor):  # a bias or a scale, which the result holds in another form
-            raw = opened(tensor, folder).tobytes()
-            inline = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=raw)
-            tensor.CopyFrom(inline)

@@ -5,6 +5,7 @@ onnx-graphsurgeon shows who makes and who reads a tensor, subgraphs included. It
 what nobody touched cannot differ.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from onnx_graphsurgeon.logger import G_LOGGER  # type: ignore[import-untyped]
 from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException  # type: ignore[import-untyped]
 
 from ..errors import InputError
-from .protos import graphs, is_external, location, nbytes
+from .names import make_names_unique
+from .protos import graphs, is_external, location, nbytes, tensors
 
 G_LOGGER.severity = G_LOGGER.CRITICAL  # it tells about every type that numpy does not have
 STANDARD = ("", "ai.onnx")
@@ -37,7 +39,7 @@ class Model:
 
     Attributes:
         path: the file.
-        proto: what it holds; weights that lie beside it are not read.
+        proto: what it holds, every name made unique; weights that lie beside it are not read.
         opset: version of the standard ops.
         valid: whether ONNX's checker accepts it. ONNX Runtime runs some models that it does not.
         constants: every initializer, and every tensor that a Constant node holds, by name.
@@ -89,7 +91,7 @@ def read_model(path: Path) -> Model:
     opset = next((entry.version for entry in proto.opset_import if entry.domain in STANDARD), 0)
     if opset < 11:
         raise InputError(f"{path} uses ONNX opset {opset}; want 11 or newer (onnx.version_converter raises it)")
-    for tensor in external_tensors(proto):
+    for tensor in tensors(proto):
         _check_data(tensor, path)
     if proto.ir_version < 4:  # every initializer had to be listed as an input; since then that means "may be replaced"
         stored = {tensor.name for tensor in proto.graph.initializer}
@@ -97,17 +99,17 @@ def read_model(path: Path) -> Model:
         del proto.graph.input[:]
         proto.graph.input.extend(kept)
     try:
+        make_names_unique(proto)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    _check_nodes(proto, path)
+    try:
         root = gs.import_onnx(proto)
     except (OnnxGraphSurgeonException, UnicodeDecodeError, KeyError, ValueError) as error:
         raise InputError(f"cannot read {path}: onnx-graphsurgeon says {str(error).splitlines()[0]}") from error
     views = list(_views(root))
     places = {id(n): Place(g, i) for g, view in enumerate(views) for i, n in enumerate(view.nodes)}
     return Model(path, proto, opset, _valid(path), _constants(proto), views, places)
-
-
-def external_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """Every initializer that lies in a file of its own."""
-    return [t for graph in graphs(proto.graph) for t in graph.initializer if is_external(t)]
 
 
 def _views(view: gs.Graph) -> Iterator[gs.Graph]:
@@ -126,12 +128,18 @@ def _constants(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
             found[tensor.name] = tensor
         for node in graph.node:
             if node.op_type == "Constant" and node.domain in STANDARD and node.attribute[0].HasField("t"):
-                found[node.output[0]] = node.attribute[0].t
+                found[node.output[0]] = node.attribute[0].t  # _check_nodes saw that both are there
     return found
 
 
 def _check_data(tensor: onnx.TensorProto, path: Path) -> None:
     """Weights that lie outside the model's folder are refused: a file from somewhere must not read another."""
+    try:
+        size = nbytes(tensor)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if not is_external(tensor):
+        return
     where = location(tensor)
     name = where.get("location", "")
     file = path.parent / name
@@ -139,13 +147,35 @@ def _check_data(tensor: onnx.TensorProto, path: Path) -> None:
         raise InputError(f"{path}: {tensor.name} lies in {name!r}; want a file beside the model")
     if not file.is_file():
         raise InputError(f"{path} lacks its weights: {file} does not exist")
-    end = int(where.get("offset", 0)) + nbytes(tensor)
-    if (size := file.stat().st_size) < end:
-        raise InputError(f"{path} is damaged: {tensor.name} ends at byte {end} of {file}, which has {size}")
-    length = int(where.get("length", nbytes(tensor)))
-    if length != nbytes(tensor):
+    for key in ("offset", "length"):
+        if not re.fullmatch(r"[0-9]{1,18}", where.get(key, "0")):
+            raise InputError(f"{path} is damaged: the {key} of {tensor.name} is {where[key]!r}; want a number of bytes")
+    end = int(where.get("offset", 0)) + size
+    if (there := file.stat().st_size) < end:
+        raise InputError(f"{path} is damaged: {tensor.name} ends at byte {end} of {file}, which has {there}")
+    length = int(where.get("length", size))
+    if length != size:
         kind = ir.DataType(tensor.data_type).name
         raise InputError(f"{path} is damaged: {tensor.name} {kind} {list(tensor.dims)} does not take {length} bytes")
+
+
+_LEAST = {"MatMul": 2, "Gemm": 2, "MatMulInteger": 2, "Cast": 1, "Transpose": 1, "Identity": 1, "DequantizeLinear": 2}
+_LEAST |= {"FusedMatMul": 2, "MatMulNBits": 3, "MatMulIntegerToFloat": 4, "DynamicQuantizeMatMul": 3}
+_LEAST |= {"DynamicQuantizeLinear": 1, "Add": 2, "Mul": 2, "Gather": 2, "GroupQueryAttention": 5}
+"""How many inputs the ops that are looked into have at least; onnx-graphsurgeon does not ask."""
+
+
+def _check_nodes(proto: onnx.ModelProto, path: Path) -> None:
+    """What is looked into must have the parts that are looked at."""
+    for graph in graphs(proto.graph):
+        for node in graph.node:
+            name = f"{path}: {node.op_type} {node.name or (node.output[0] if node.output else '')!r}"
+            if not any(node.output):
+                raise InputError(f"{name} has no output; the file is damaged")
+            if len(node.input) < _LEAST.get(node.op_type, 0) and node.domain in (*STANDARD, "com.microsoft"):
+                raise InputError(f"{name} has {len(node.input)} inputs; want {_LEAST[node.op_type]} or more")
+            if node.domain in STANDARD and node.op_type in ("Constant", "Cast") and not node.attribute:
+                raise InputError(f"{name} has no attribute; the file is damaged")
 
 
 def _valid(path: Path) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_graphsurgeon as gs  # type: ignore[import-untyped]
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ class Weight:
         dtype: the float type that the linear sees.
         quantised: whether the values are stored as integers.
         stored_bytes: all parts in the file.
+        bits: of one stored number.
         read: reads ``[out_features, in_features]`` in the type of ``value``, float32 where there is none.
     """
 
@@ -43,6 +45,7 @@ class Weight:
     dtype: torch.dtype
     quantised: bool
     stored_bytes: int
+    bits: int
     read: Callable[[], Tensor]
 
 
@@ -53,24 +56,35 @@ class Root:
     Attributes:
         tensor: the first one.
         transposed: whether it was transposed on the way.
-        dtype: the last type it was cast to, or None.
+        casts: the float types it was cast to, in order.
     """
 
     tensor: gs.Tensor
     transposed: bool
-    dtype: int | None
+    casts: tuple[torch.dtype, ...]
+
+    def dtype(self, stored: int) -> torch.dtype:
+        """The type at the end, of a tensor stored as ``stored``."""
+        return self.casts[-1] if self.casts else TORCH[stored]
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """What the casts make of ``values``, in the type of ``values``: each may round."""
+        cast = values
+        for dtype in self.casts:
+            cast = cast.to(dtype)
+        return cast.to(values.dtype)
 
 
 def root(tensor: gs.Tensor) -> Root:
     """Follow Identity, Transpose of a matrix, and Cast between float types backwards."""
-    transposed, dtype = False, None
+    transposed, casts = False, list[torch.dtype]()
     while isinstance(tensor, gs.Variable) and len(tensor.inputs) == 1 and passes_on(tensor.inputs[0]):
         node = tensor.inputs[0]
         transposed ^= node.op == "Transpose"
-        if node.op == "Cast" and dtype is None:
-            dtype = int(node.attrs["to"])
+        if node.op == "Cast":
+            casts.insert(0, TORCH[int(node.attrs["to"])])
         tensor = node.inputs[0]
-    return Root(tensor, transposed, dtype)
+    return Root(tensor, transposed, tuple(casts))
 
 
 def passes_on(node: gs.Node) -> bool:
@@ -100,18 +114,19 @@ def plain(model: Model, tensor: gs.Tensor, *, rows_first: bool) -> Weight:
     proto = stored(model, origin.tensor)
     if proto.data_type not in TORCH:
         raise NoWeight(f"its weight holds {kind(proto)}")
-    dtype = TORCH[origin.dtype or proto.data_type]
+    dtype = origin.dtype(proto.data_type)
     if torch.float64 in (dtype, TORCH[proto.data_type]):
         raise NoWeight("its weight is double")
+    _check_casts(origin, TORCH[proto.data_type])
     lying = rows_first ^ origin.transposed
     shape = _matrix(proto, lying)
     name = origin.tensor.name
 
     def read() -> Tensor:
-        matrix = read_float(proto, model.folder)
+        matrix = origin.rounded(read_float(proto, model.folder))
         return matrix if lying else matrix.T.contiguous()
 
-    return Weight(name, name, shape, lying, dtype, False, nbytes(proto), read)
+    return Weight(name, name, shape, lying, dtype, False, nbytes(proto), _bits(proto), read)
 
 
 def _dequantised(model: Model, node: gs.Node, origin: Root, *, rows_first: bool) -> Weight:
@@ -123,16 +138,19 @@ def _dequantised(model: Model, node: gs.Node, origin: Root, *, rows_first: bool)
         raise NoWeight("its quantised weight is transposed before it is dequantised")
     if protos[1].data_type not in TORCH:
         raise NoWeight(f"its scale holds {kind(protos[1])}")
+    _check_casts(origin, TORCH[protos[1].data_type])
     axis, block = node.attrs.get("axis", 1), node.attrs.get("block_size", 0)
 
     def read() -> Tensor:
         parts = [read_float(proto, model.folder).float() for proto in protos]
-        matrix = dequantise(*parts, axis=axis, block_size=block).to(TORCH[protos[1].data_type])
+        matrix = origin.rounded(dequantise(*parts, axis=axis, block_size=block).to(TORCH[protos[1].data_type]))
         return matrix if rows_first else matrix.T.contiguous()
 
-    dtype = TORCH[origin.dtype or protos[1].data_type]
+    dtype = origin.dtype(protos[1].data_type)
     value = node.outputs[0].name
-    return Weight(tensors[0].name, value, shape, rows_first, dtype, True, sum(map(nbytes, protos)), read)
+    return Weight(
+        tensors[0].name, value, shape, rows_first, dtype, True, sum(map(nbytes, protos)), _bits(protos[0]), read
+    )
 
 
 def integer(model: Model, values: gs.Tensor, scale: gs.Tensor, zero_point: gs.Tensor | None) -> Weight:
@@ -151,7 +169,7 @@ def integer(model: Model, values: gs.Tensor, scale: gs.Tensor, zero_point: gs.Te
         parts = [read_float(proto, model.folder).float() for proto in protos]
         return dequantise(*parts, axis=1, block_size=0).T.contiguous()
 
-    return Weight(values.name, "", shape, False, torch.float32, True, sum(map(nbytes, protos)), read)
+    return Weight(values.name, "", shape, False, torch.float32, True, sum(map(nbytes, protos)), _bits(protos[0]), read)
 
 
 def blocks(model: Model, node: gs.Node) -> Weight:
@@ -178,7 +196,7 @@ def blocks(model: Model, node: gs.Node) -> Weight:
         return dequantise_blocks(*parts, shape=shape, bits=bits, block_size=block, packed_points=packed_points)
 
     dtype = TORCH[protos[1].data_type]
-    return Weight(tensors[0].name, "", shape, False, dtype, True, sum(map(nbytes, protos)), read)
+    return Weight(tensors[0].name, "", shape, False, dtype, True, sum(map(nbytes, protos)), bits, read)
 
 
 def stored(model: Model, tensor: gs.Tensor) -> onnx.TensorProto:
@@ -193,6 +211,21 @@ def stored(model: Model, tensor: gs.Tensor) -> onnx.TensorProto:
     if any(value.name == tensor.name for value in model.proto.graph.input):
         raise NoWeight("the caller may replace its weight, which is an input of the model")
     return proto
+
+
+def _check_casts(origin: Root, held: torch.dtype) -> None:
+    """What the casts make of a weight must be a number of the type it is stored in, where the zeros are put.
+
+    Raises:
+        NoWeight: float16 becomes bfloat16 on the way, or the other way round.
+    """
+    short = {dtype for dtype in (held, *origin.casts) if dtype.itemsize == 2}
+    if held.itemsize == 2 and len(short) > 1:
+        raise NoWeight("its weight is cast from one type of 16 bits to the other")
+
+
+def _bits(proto: onnx.TensorProto) -> int:
+    return int(ir.DataType(proto.data_type).bitwidth)
 
 
 def kind(proto: onnx.TensorProto) -> str:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import psutil  # type: ignore[import-untyped]
 
 from ..errors import InputError
-from .protos import external, graphs, is_external, nbytes, opened
+from .protos import external, graphs, is_external, nbytes, opened, tensors
 
 ALIGNMENT = 64  # a cache line, and the widest vector register; ONNX Runtime maps the file as it is
 INLINE = 1024  # smaller tensors stay in the model file, where shape inference can read them
@@ -62,11 +62,12 @@ def write_model(model: ir.Model, path: Path, functions: list[onnx.FunctionProto]
 def write_proto(proto: onnx.ModelProto, path: Path, *, base: Path, check: bool) -> None:
     """Write a model that another tool made, as ``path`` and its data file or neither; see ``write_model``.
 
-    Whatever the model holds besides its initializers is written as it is. Initializers of the main graph and of
-    subgraphs go into the data file; they are read one at a time, so the model may be larger than 2 GB and than memory.
+    Whatever the model holds besides its weights is written as it is. Initializers of the main graph and of subgraphs,
+    and tensors inside nodes that lay in a file of their own, go into the data file; they are read one at a time, so
+    the model may be larger than 2 GB and than memory.
 
     Args:
-        proto: the model; its initializers are pointed at the file.
+        proto: the model; its tensors are pointed at the file.
         path: the ``.onnx`` file; what is there is replaced.
         base: the folder that external data of ``proto`` is relative to.
         check: run ONNX's checker over the result. Some models that ONNX Runtime runs never pass it.
@@ -75,11 +76,13 @@ def write_proto(proto: onnx.ModelProto, path: Path, *, base: Path, check: bool) 
         InputError: the folder cannot be written, or its disk is full.
         onnx.checker.ValidationError: the result is not valid ONNX, which is our mistake.
     """
-    tensors = [tensor for graph in graphs(proto.graph) for tensor in graph.initializer]
+    stored = [tensor for graph in graphs(proto.graph) for tensor in graph.initializer]
+    ours = {id(tensor) for tensor in stored}
+    stored += [tensor for tensor in tensors(proto) if id(tensor) not in ours and is_external(tensor)]
 
     def write(data: Data) -> onnx.ModelProto:
         places = []
-        for tensor in tensors:
+        for tensor in stored:
             if tensor.data_type == onnx.TensorProto.STRING:
                 continue  # the format allows strings in the model file only
             if nbytes(tensor) >= INLINE:
@@ -91,7 +94,7 @@ def write_proto(proto: onnx.ModelProto, path: Path, *, base: Path, check: bool) 
             tensor.CopyFrom(external(tensor, data.name, offset, length))
         return proto
 
-    _publish(path, (nbytes(tensor) for tensor in tensors), write, check=check)
+    _publish(path, (nbytes(tensor) for tensor in stored), write, check=check)
 
 
 class Data:

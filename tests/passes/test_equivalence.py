@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparsify_export.passes.equivalence import CEILING, FLOOR, compare, compare_model, compare_unproven
+from sparsify_export.passes.equivalence import CEILING, FLOOR, compare, compare_model, compare_unproven, on_grid
 
 
 def product(seed: int = 0, rows: int = 16, dtype: torch.dtype = torch.float32):
@@ -133,3 +133,14 @@ def test_without_a_truth_more_is_allowed_but_no_wrong_result():
     assert not compare_unproven(other * 1.001, other).ok
     assert not compare_unproven(other.bfloat16() * 2, other.bfloat16()).ok
     assert not compare_unproven(other * torch.inf, other).ok
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_weight_lies_within_a_step_of_the_weight(bits):
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    step = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    rounded = (weight / step).round() * step
+    assert on_grid(rounded, weight, bits)
+    assert not on_grid(torch.zeros_like(weight), weight, bits)
+    assert not on_grid(rounded.roll(1, 0), weight, bits)
+    assert not on_grid(rounded * 1.2 if bits == 4 else rounded * 1.01, weight, bits)

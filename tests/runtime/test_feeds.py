@@ -4,9 +4,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
-from onnx_models import saved
+from onnx_models import build, dense, node, saved
 from sparsify_export.passes.errors import InputError
-from sparsify_export.runtime.feeds import make_feed, read_feeds, try_feed
+from sparsify_export.runtime.feeds import make_feed, make_feed_that_runs, read_feeds, try_feed
+from sparsify_export.runtime.session import open_session
 
 
 def session(tmp_path, **inputs):
@@ -74,3 +75,16 @@ def test_refusals(tmp_path):
     words = session(tmp_path, s=(TensorProto.STRING, [1]))
     with pytest.raises(InputError, match=r"input s is a tensor\(string\)"):
         make_feed(words, {}, {}, seed=0)
+
+
+def test_a_picture_is_made_as_large_as_the_model_takes_it(tmp_path):
+    """Text in pictures: 48 high, whatever the file declares."""
+    nodes = [node("Reshape", ["x", "shape"], ["r"]), node("MatMul", ["r", "w"], ["y"])]
+    weights = {"shape": np.array([-1, 3 * 48]), "w": dense(3 * 48, 8)}
+    path = saved(build(nodes, {"x": ["batch", 3, "?", 5]}, ["y"], weights), tmp_path)
+    feed = make_feed_that_runs(open_session(path), {}, {}, seed=0)
+    assert feed["x"].shape == (1, 3, 48, 5)
+    never = build([node("Reshape", ["x", "s"], ["y"])], {"x": [1, 3, "?", 5]}, ["y"], {"s": np.array([7])})
+    never = saved(never, tmp_path, "never.onnx")
+    with pytest.raises(InputError, match="give --calibration-inputs FOLDER"):
+        make_feed_that_runs(open_session(never), {}, {}, seed=0)

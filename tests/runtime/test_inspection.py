@@ -74,7 +74,7 @@ def test_tied_rank_3_and_computed_weights(onnx_file):
         experts=np.ones((3, 12, 16), np.float32),
     )
     tied, experts = inspect(path)
-    assert (tied.shape, tied.pattern, tied.reason) == ((16, 12), "2:4", "Gather reads the same weight")
+    assert (tied.shape, tied.pattern, tied.reason) == ((16, 12), "2:4", "Gather e reads the same weight")
     assert (experts.shape, experts.pattern, experts.reason) == ((3, 16, 12), None, "its weight has rank 3")
 
 
@@ -130,5 +130,64 @@ def test_refuses_damaged_files(tiny, tmp_path):
     with pytest.raises(InputError, match="cannot read"):
         inspect(path)
     path.write_bytes(tiny.path.read_bytes())
-    with pytest.raises(InputError, match="cannot read"):
-        inspect(path)  # its data is missing
+    with pytest.raises(InputError, match="lacks its weights"):
+        inspect(path)
+
+
+def quantised_model(kind=onnx.TensorProto.INT8):
+    """int8 or int4 codes behind DequantizeLinear, and what the compiler lists without reading."""
+    codes = np.where(np.arange(32)[:, None] % 4 < 2, RNG.integers(1, 7, (32, 16)), 0)
+    helper = onnx.helper
+    nodes = [
+        helper.make_node("DequantizeLinear", ["codes", "scale"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"], name="fc"),
+        helper.make_node("Einsum", ["x", "e"], ["z"], name="ein", equation="ij,jk->ik"),
+        helper.make_node("Constant", [], ["s"], sparse_value=sparse_tensor("")),
+        helper.make_node("MatMul", ["x", "s"], ["v"], name="sparse"),
+    ]
+    floats = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", floats, [3, 32])],
+        [helper.make_tensor_value_info(name, floats, [3, 16]) for name in "yzv"],
+        [
+            helper.make_tensor("codes", kind, codes.shape, codes.reshape(-1)),
+            helper.make_tensor("scale", floats, [], [0.5]),
+            onnx.numpy_helper.from_array(np.ones((32, 16), np.float32), "e"),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), codes
+
+
+def sparse_tensor(name):
+    values = onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [1], [2.0])
+    return onnx.helper.make_sparse_tensor(
+        values, onnx.helper.make_tensor("", onnx.TensorProto.INT64, [1], [5]), [32, 16]
+    )
+
+
+@pytest.mark.parametrize("kind", [onnx.TensorProto.INT8, onnx.TensorProto.INT4, onnx.TensorProto.FLOAT4E2M1])
+def test_what_the_compiler_reads_and_what_it_leaves_is_listed(tmp_path, kind):
+    """ "0 of 0" once: quantised forms, products of other kinds, weights that are stored as sparse tensors."""
+    proto, codes = quantised_model(kind)
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, path)
+    fc, ein, sparse = inspect(path)
+    assert (fc.path, fc.op, fc.shape, fc.pattern) == ("fc", "MatMul", (16, 32), "2:4")
+    assert fc.bits == (8 if kind == onnx.TensorProto.INT8 else 4)
+    assert fc.stored_bytes == 16 * 32 * fc.bits // 8 + 4
+    if kind != onnx.TensorProto.FLOAT4E2M1:  # which rounds
+        assert torch.equal(
+            dict((i.path, w) for i, w in sparse_weights(path))["fc"], torch.from_numpy(codes.T * 0.5).float()
+        )
+    assert (ein.path, ein.reason) == ("ein", "the op Einsum is left as it is")
+    assert (sparse.path, sparse.reason) == ("sparse", "its weight is stored as a sparse tensor")
+
+
+def test_sparse_initializers_are_listed(tmp_path):
+    proto, _ = quantised_model()
+    del proto.graph.node[3]
+    proto.graph.sparse_initializer.append(sparse_tensor("s"))
+    onnx.save(proto, tmp_path / "m.onnx")
+    assert [x.reason for x in inspect(tmp_path / "m.onnx")][-1] == "its weight is stored as a sparse tensor"

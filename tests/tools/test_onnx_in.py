@@ -7,7 +7,7 @@ import onnx
 import pytest
 from commands import names
 from onnx import TensorProto, helper
-from onnx_command import compiled, refused
+from onnx_command import WAYS, compiled, refused
 from onnx_models import build, dense, genai, mlp, node, rng, saved, sparse_kn
 from sparsify_export.cli import main
 from sparsify_export.passes.cost import Speed
@@ -28,7 +28,7 @@ def test_prune_lower_verify_and_inspect(given, tmp_path, capsys):
         ("fc1", "linear_nm", ""),
     ]
     assert report["stored_linear_bytes"] < 0.54 * report["dense_linear_bytes"]
-    assert [entry["how"] for entry in report["verified"]] == ["kernels", "functions"]
+    assert [entry["how"] for entry in report["verified"]] == WAYS
     assert all(entry["error"] <= entry["allowed"] for entry in report["verified"])
     assert report["latency"][0]["ratio"] > 0
     assert report["given_bytes"] == given.stat().st_size
@@ -69,7 +69,9 @@ def test_a_dense_model_comes_out_dense_and_what_came_out_goes_in_again(given, tm
     report = compiled(given, tmp_path / "dense.onnx")
     assert {e["op"] for e in report["linears"]} == {"MatMul"}
     compiled(given, tmp_path / "sparse.onnx", "--nm", "2:4")
-    compiled(tmp_path / "sparse.onnx", tmp_path / "again.onnx")
+    report = compiled(tmp_path / "sparse.onnx", tmp_path / "again.onnx")
+    assert {(e["op"], e["reason"]) for e in report["linears"]} == {("linear_nm", "it is a sparse op already")}
+    assert [(entry["how"], entry["error"]) for entry in report["verified"]] == [("kernels", 0), ("functions", 0)]
     first, again = (onnx.load(str(tmp_path / name)) for name in ("sparse.onnx", "again.onnx"))
     assert first.graph == again.graph
     assert first.functions == again.functions
@@ -128,6 +130,8 @@ def test_weights_behind_links_are_read(given, tmp_path):
     for name in ("m.onnx", "m.data"):
         (shown / name).symlink_to(Path("..") / "blobs" / name)
     compiled(shown / "m.onnx", tmp_path / "o.onnx", "--nm", "2:4")
+    (tmp_path / "hard.data").hardlink_to(blobs / "m.data")
+    compiled(shown / "m.onnx", tmp_path / "p.onnx", "--nm", "2:4")
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16])

@@ -6,9 +6,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
-from onnx_command import compiled
+from onnx_command import WAYS, compiled, refused
 from onnx_models import MICROSOFT, build, dense, node, rng, saved, sparse_kn
+from sparsify_export import onnx_in
 from sparsify_export.cli import main
+from sparsify_export.passes.onnx import sparse_linears
+from sparsify_export.runtime import verify_onnx
 
 
 def eights(k=64, n=32):
@@ -69,7 +72,9 @@ def test_sparse_quantised_weights_are_lowered_where_that_is_smaller(tmp_path, fo
     if form != "MatMulNBits":  # whose scales, one for every 32 numbers, take as much again
         report = compiled(path, tmp_path / "p.onnx")
         assert report["linears"][0]["op"] == entry_op(form)
-        assert report["linears"][0]["reason"] == "packed it would take 2176 bytes, now 2176"
+        assert report["linears"][0]["reason"] == (
+            "packed it would take 2176 bytes, now 2176; --dtype int8 or int4 stores it as the model does"
+        )
 
 
 def four_bits(n, seed):
@@ -87,7 +92,7 @@ def nbits_model(folder):
         node("Sigmoid", ["h"], ["g"]),
         node("Mul", ["h", "g"], ["m"]),
         node("MatMulNBits", ["m", "v", "t"], ["d"], name="down", N=32, **attributes),
-        node("Exp", ["d"], ["y"]),
+        node("Relu", ["d"], ["y"]),
     ]
     return saved(build(nodes, {"x": ["t", 64]}, ["y"], {"w": w, "s": s, "v": v, "t": t}), folder, "nbits.onnx")
 
@@ -102,8 +107,8 @@ def test_integer_storage(given, tmp_path, flags, pattern, capsys):
     report = compiled(given, out, *pattern, *flags)
     family = "linear_nm" if pattern[0] == "--nm" else "linear_bitmask"
     assert {e["op"] for e in report["linears"]} == {f"{family}_{flags[1]}"}
-    assert [entry["how"] for entry in report["verified"]] == ["kernels", "functions"]
-    errors = [entry["error"] for entry in report["verified"]]
+    assert [entry["how"] for entry in report["verified"]] == WAYS
+    errors = [entry["error"] for entry in report["verified"][:2]]
     assert errors[0] == pytest.approx(errors[1], rel=0.2)  # both round the activations
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
@@ -113,7 +118,7 @@ def test_integer_storage(given, tmp_path, flags, pattern, capsys):
 def test_weights_of_4_bits_stay_in_4_bits(tmp_path, capsys):
     path = nbits_model(tmp_path)
     assert main([str(path), "--nm", "1:8", "--dtype", "int4", "-o", str(tmp_path / "o.onnx")]) == 0
-    assert "quantised to 8 bits, each token by itself" in capsys.readouterr().out
+    assert "quantised to 8 bits" in capsys.readouterr().out
     report = json.loads((tmp_path / "o.onnx.report.json").read_text())
     assert {e["op"] for e in report["linears"]} == {"linear_nm_int4"}
     assert report["stored_linear_bytes"] < (64 + 32) * (32 + 8) / 2
@@ -126,7 +131,7 @@ def test_half_precision_weights_are_quantised_if_that_is_asked_for(tmp_path, fla
         node("Transpose", ["w"], ["wt"], perm=[1, 0]),
         node("Gemm", ["x", "wt"], ["h"], name="fc", transB=1, alpha=0.3),
         node("MatMul", ["h", "v"], ["m"], name="fc1"),
-        node("Exp", ["m"], ["y"]),
+        node("Relu", ["m"], ["y"]),
     ]
     proto = build(nodes, {"x": ["t", 64]}, ["y"], weights, kind=TensorProto.FLOAT16)
     report = compiled(saved(proto, tmp_path), tmp_path / "o.onnx", "--nm", "2:4", *flags)
@@ -152,3 +157,63 @@ def test_weights_scaled_in_two_ways_are_not_quantised(tmp_path):
     assert {e["reason"] for e in report["linears"]} == {
         "the linears that share its weight scale it differently, which int8 cannot store"
     }
+
+
+def test_what_does_not_get_smaller_names_the_storage_that_would(tmp_path, capsys):
+    """Of a file in 8 bits nothing gets smaller in fp32: the sentence names --dtype; one small linear is no success."""
+    scale = np.full(32, 2.0**-9, np.float32)
+    values = rng(3).integers(-100, 100, (64, 32)).astype(np.int8)
+    nodes = [
+        node("MatMul", ["x", "u"], ["h"], name="small"),
+        node("DequantizeLinear", ["w", "s"], ["v"]),
+        node("Gemm", ["x", "v"], ["g"], name="fc"),
+        node("Relu", ["g"], ["y"]),
+        node("Relu", ["h"], ["z"]),
+    ]
+    proto = build(nodes, {"x": ["t", 64]}, ["y", "z"], {"w": values, "s": scale, "u": dense(64, 1)})
+    path = saved(proto, tmp_path)
+    said = refused(capsys, tmp_path / "o.onnx", path, "--nm", "2:4")
+    assert "only 1 of 2 linears" in said
+    assert "fc: packed it would take" in said
+    assert "--dtype int8" in said
+    report = compiled(path, tmp_path / "o.onnx", "--nm", "2:4", "--dtype", "int8")
+    assert {e["path"]: e["op"] for e in report["linears"]}["fc"] == "linear_nm_int8"
+
+
+def test_scales_that_are_no_numbers_are_refused(tmp_path, capsys):
+    nodes, weights = quantised("DequantizeLinear")
+    weights["s"] = weights["s"] * np.nan
+    path = saved(build(nodes, {"x": ["t", 64]}, ["y"], weights), tmp_path)
+    assert "fc: its weight holds NaN or infinity" in refused(capsys, tmp_path / "o.onnx", path, "--nm", "2:4")
+
+
+def zero_scales(parts):
+    parts.tensors["scales"].zero_()
+    return parts
+
+
+@pytest.mark.parametrize("flags", INTEGERS, ids=["int8", "int4"])
+def test_scales_of_zero_are_found_where_they_are_made(given, tmp_path, flags, monkeypatch, capsys):
+    pack = sparse_linears.pack
+    monkeypatch.setattr(sparse_linears, "pack", lambda *arguments: zero_scales(pack(*arguments)))
+    assert main([str(given), "--nm", "2:4", *flags, "--quiet", "-o", str(tmp_path / "o.onnx")]) == 4
+    assert "fc0: its quantised weight is not the weight of given.onnx" in capsys.readouterr().err
+
+
+def test_scales_of_zero_are_found_in_the_file_however_little_the_outputs_show(tmp_path, monkeypatch, capsys):
+    """As if the outputs said nothing, which they do where rounding moves them a lot: the linears tell."""
+    nodes, weights = quantised("MatMulInteger")
+    path = saved(build(nodes, {"x": ["t", 64]}, ["y"], weights), tmp_path)
+    write = onnx_in.write_proto
+
+    def damaged(proto, *rest, **more):
+        for tensor in proto.graph.initializer:
+            if tensor.name.endswith(".scales"):
+                tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros(tensor.dims[0], np.float32), tensor.name))
+        write(proto, *rest, **more)
+
+    monkeypatch.setattr(onnx_in, "write_proto", damaged)
+    monkeypatch.setattr(verify_onnx, "_by_type", lambda got, dense, truth: [])
+    monkeypatch.setattr(verify_onnx, "_matters", lambda way, comparison: False)
+    assert main([str(path), "--dtype", "int8", "--quiet", "-o", str(tmp_path / "o.onnx")]) == 4
+    assert "each linear" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """The compiler for ``.onnx`` input: a model that another tool exported in, the same model with sparse ops out."""
 
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,27 +9,36 @@ from typing import Any
 import onnx
 from torch import Tensor
 
-from .passes.errors import InputError
+from .passes.errors import InputError, VerificationError
+from .passes.onnx.alone import alone
 from .passes.onnx.index_inputs import head_sizes, index_bounds
 from .passes.onnx.linears import LeftOut, Linear, find_linears
-from .passes.onnx.protos import data_files
+from .passes.onnx.protos import ONNX, data_files, graphs
 from .passes.onnx.replace import describe, exchange_weights, replace_linears
+from .passes.onnx.seeds import seed
 from .passes.onnx.sparse_linears import Sparse, choose, make_sparse
 from .passes.onnx.spool import Spool
-from .passes.onnx.twin import Twin, dense_twin, twins
+from .passes.onnx.twin import End, Twin, dense_twin, ends, link_data, mute, read_raw, twins, zeroed
 from .passes.onnx.view import Model, read_model
 from .passes.onnx.write import write_proto
 from .report import LinearEntry, Report
+from .runtime import library_path
 from .runtime.benchmark import Row, compare_files
-from .runtime.feeds import Feed, make_feed, read_feeds, try_feed
+from .runtime.child import Job, kills
+from .runtime.feeds import Feed, make_feed_that_runs, read_feeds, switched, try_feed, zeroed_masks
 from .runtime.machine import this_machine
 from .runtime.observe_onnx import observe
 from .runtime.session import open_session
 from .runtime.verify import Verified
-from .runtime.verify_onnx import verify_onnx
+from .runtime.verify_onnx import Sides, verify_onnx
 from .settings import SILENT, Console, Settings, plain
 from .stages import Stages
 from .target import Target, inputs_of
+
+TWINS = "twins"
+"""The folder of what the result is compared with, apart from the result: neither may find the other's weights."""
+VERIFIED = 4
+"""On how many of the given feeds the result is compared."""
 
 
 def compile_onnx(
@@ -63,13 +74,14 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
         _check_names(model, target)
         given_bytes = _given_bytes(model)
         linears, left = find_linears(model)
-        feeds = _feeds(model, linears, settings)
+        feeds, checked = _feeds(model, linears, settings)
     norms = _norms(model, linears, feeds, settings, stages, console)
     target.open()
     lowering = settings.ops == "sparse"
     machine = this_machine() if settings.lower_for is not None else None
     worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
-    packed, dense = Spool(target.stage / "packed", near=False), Spool(target.stage / "dense", near=lowering)
+    (target.stage / TWINS).mkdir()
+    packed, dense = (Spool(target.stage / name, near=False) for name in ("packed", f"{TWINS}/dense"))
     with stages.run("prune" if settings.recipe else "lower"):
         sparse, dense_still = make_sparse(
             model,
@@ -80,9 +92,13 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
             sparse_ops=lowering,
             packed=packed,
             dense=dense,
+            known=left,
             worth=worth,
             progress=console.progress,
         )
+    if not sparse:
+        there = sum(entry.lowered for entry in map(_entry, left))
+        console.note(f"nothing was to do: {there} linears are sparse ops already, no other weight is sparse")
     with stages.run("write"):
         console.progress("writing", 0, 0)
         beside = twins(model, sparse)
@@ -91,7 +107,7 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
     with stages.run("verify"):
         console.progress("verifying", 0, 0)
         ways = (("kernels", True), ("functions", False)) if lowering else (("standard ops", False),)
-        verified = _verify(path, target, written, beside, feeds[0], dense.file, ways)
+        verified = _verify(path, target, written, beside, model.opset, checked, ways)
     with stages.run("measure"):
         console.progress("measuring", 0, 0)
         latency = compare_files(target.model, path, feeds[0]) if sparse and lowering else ()
@@ -160,17 +176,35 @@ def _check_names(model: Model, target: Target) -> None:
         target.refuse_to_replace(file, f"holds weights of {model.path}")
 
 
-def _feeds(model: Model, linears: Sequence[Linear], settings: Settings) -> list[Feed]:
-    """What the model is observed, verified and timed on; it is run once to know that it can be."""
+def _feeds(model: Model, linears: Sequence[Linear], settings: Settings) -> tuple[list[Feed], list[Feed]]:
+    """What the model is observed and timed on, and what it is verified on; it is run to know that it can be."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if death := kills(Job(str(model.path.resolve()), str(library_path()), optimise=True), Path(scratch)):
+            raise InputError(f"cannot open {model.path}: {death}")
     session = open_session(model.path)
     folder = settings.calibration.inputs
     if folder is not None:
         feeds = read_feeds(folder, session, head_sizes(model, linears), samples=settings.calibration.samples)
         try_feed(session, feeds[0], f"the first batch of {folder}")
-        return feeds
-    feed = make_feed(session, index_bounds(model), head_sizes(model, linears), seed=settings.calibration.seed)
-    try_feed(session, feed, "inputs made up from its shapes; give --calibration-inputs FOLDER")
-    return [feed]
+        return feeds, [*feeds[:VERIFIED], *_others(session, feeds[0], made_up=False)]
+    bounds, sizes = index_bounds(model), head_sizes(model, linears)
+    feed = make_feed_that_runs(session, bounds, sizes, seed=settings.calibration.seed)
+    return [feed], [feed, *_others(session, feed, made_up=True)]
+
+
+def _others(session: Any, feed: Feed, *, made_up: bool) -> list[Feed]:
+    """The feed with switches the other way, and with zeros for ones, as far as the given model takes that.
+
+    Both branches are to be right; and a mask may mean the opposite of what was made up.
+    """
+    others = []
+    for other in [*switched(session, feed), *(zeroed_masks(feed) if made_up else [])]:
+        try:
+            try_feed(session, other, "")
+        except InputError:  # not a legal input of this model, or not with the others: nothing to compare
+            continue
+        others.append(other)
+    return others
 
 
 def _norms(
@@ -181,7 +215,7 @@ def _norms(
     if recipe is None or settings.calibration.inputs is None or recipe.score == "magnitude":
         return {}
     reasons = choose(model, linears, recipe)
-    chosen = [linear for linear in linears if not reasons[linear.path]]
+    chosen = [linear for linear in linears if not reasons[linear.place]]
     if inside := [linear.path for linear in chosen if linear.place.graph]:
         raise InputError(
             f"{inside[0]} is inside a branch or loop of {model.path}, where its input cannot be observed; "
@@ -214,19 +248,47 @@ def _verify(
     source: Path,
     target: Target,
     written: onnx.ModelProto,
-    beside: list[Twin],
-    feed: Feed,
-    dense: Path,
+    beside: Sequence[Twin],
+    opset: int,
+    checked: Sequence[Feed],
     ways: Sequence[tuple[str, bool]],
 ) -> list[Verified]:
-    files = {exact: target.stage / f"twin{int(exact)}.onnx" for exact in (False, True)}
+    """Compare with the user's own file, which gets the same zeros in a folder of its own."""
+    folder = target.stage / TWINS
+    given = read_raw(source)
+    values = zeroed(source, beside, Spool(folder / "zeroed", near=True))
+    link_data(given, source, folder)
+    twin = {exact: folder / f"twin{int(exact)}.onnx" for exact in (False, True)}
+    silent = folder / "silent.onnx"
+    own = {exact: folder / f"linears{int(exact)}.onnx" for exact in (False, True)}
+    result, ours, seeded = target.model, *(target.model.with_name(f".{name}.onnx") for name in ("linears", "seeded"))
+    features = [t.sparse.linear.weight.shape[1] for t in beside]
+    dtypes = [ONNX[t.sparse.linear.weight.dtype] for t in beside]
+    made = [End(t.first.graph, t.sparse.linear.x.name, t.sparse.linear.y.name) for t in beside]
+    ours_already = any(node.domain == "sparsify" for graph in graphs(given.graph) for node in graph.node)
     try:
-        for exact, file in files.items():
-            file.write_bytes(dense_twin(source, written, beside, exact=exact).SerializeToString())
-        return verify_onnx(target.model, files[False], files[True], feed, ways=ways)
+        for exact in (False, True):
+            proto = dense_twin(source, beside, values, opset=opset, exact=exact)
+            own[exact].write_bytes(alone(proto, ends(given, beside), features, dtypes).SerializeToString())
+            seed(proto)
+            twin[exact].write_bytes(proto.SerializeToString())
+        mute(proto, ends(given, beside))
+        silent.write_bytes(proto.SerializeToString())
+        ours.write_bytes(alone(written, made, features, dtypes).SerializeToString())
+        if seed(written):
+            result = seeded
+            result.write_bytes(written.SerializeToString())
+        whole = Sides(result, twin[False], twin[True], silent if beside else None)
+        each = Sides(ours, own[False], own[True]) if beside else None
+        return verify_onnx(target.model.name, whole, each, checked, ways=ways, same_way=ours_already)
+    except ValueError as error:  # a linear that does not begin where it was said to
+        if isinstance(error, InputError):
+            raise
+        raise VerificationError(f"{target.model.name} cannot be compared with {source}: {error}") from error
     finally:  # an artifact that is kept because it failed is kept without them
-        for file in (*files.values(), dense):
+        for file in (ours, seeded):
             file.unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _report(
@@ -257,12 +319,10 @@ def _report(
         )
         for entry in sparse
     ]
-    linears += [
-        LinearEntry(
-            x.path, x.shape, None, x.op, x.reason, None, None, None, 4 * x.shape[0] * x.shape[1], x.stored_bytes
-        )
-        for x in left
-    ]
+    # Linears that share a weight share its bytes; by its packed parts, which it has one of for each factor.
+    shared = {tuple(t.name for t in x.packed) or x.linear.place: e for x, e in zip(sparse, linears, strict=True)}
+    once = list(shared.values())
+    linears += [_entry(x) for x in left]
     return Report(
         source=source,
         settings=told(settings),
@@ -275,10 +335,15 @@ def _report(
         stages=tuple(stages.done),
         pruning_seconds={},
         file_bytes=sum(file.stat().st_size for file in (out, *data_files(out))),
-        dense_linear_bytes=sum(entry.dense_bytes for entry in linears if entry.lowered),
-        stored_linear_bytes=sum(entry.stored_bytes for entry in linears if entry.lowered),
+        dense_linear_bytes=sum(entry.dense_bytes for entry in once if entry.lowered),
+        stored_linear_bytes=sum(entry.stored_bytes for entry in once if entry.lowered),
         given_bytes=given_bytes,
     )
+
+
+def _entry(x: LeftOut) -> LinearEntry:
+    size = 4 * x.shape[0] * x.shape[1]
+    return LinearEntry(x.path, x.shape, None, x.op, x.reason, None, None, None, size, x.stored_bytes)
 
 
 def _given_bytes(model: Model) -> int:

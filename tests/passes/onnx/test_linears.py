@@ -5,7 +5,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import MICROSOFT, build, dense, mlp, node, rng, saved
-from sparsify_export.passes.onnx.linears import find_linears, gives_output
+from sparsify_export.passes.onnx.linears import find_linears
 from sparsify_export.passes.onnx.view import read_model
 
 W = dense(16, 8)  # [K, N]
@@ -180,17 +180,6 @@ def test_linears_in_branches_and_functions(tmp_path):
     assert [(x.path, x.reason) for x in left] == [("mine/inner", "it is inside a function")]
 
 
-def test_the_head_is_what_gives_an_output(tmp_path):
-    model = read_model(saved(mlp(dense(16, 8), dense(8, 4)), tmp_path))
-    found, _ = find_linears(model)
-    assert [gives_output(x, model.outputs()) for x in found] == [False, False]  # a Relu behind it is a layer
-    after = [node("Add", ["b", "y"], ["a"]), node("Mul", ["a", "s"], ["m"]), node("Softmax", ["m"], ["z"])]
-    weights = {"w": W, "b": W[0], "s": np.float32(2.0)}
-    model = read_model(saved(one("MatMul", weights=weights, after=after, out="z"), tmp_path))
-    found, _ = find_linears(model)
-    assert gives_output(found[0], model.outputs())
-
-
 def test_quantize_dynamic_is_recognised_and_its_neighbours_are_not(tmp_path):
     values = rng().integers(-100, 100, (16, 8)).astype(np.int8)
     scale = np.full(8, 0.01, np.float32)
@@ -230,3 +219,10 @@ def test_a_deep_model_is_walked_without_recursion(tmp_path):
     nodes.append(node("MatMul", ["x3000", "w"], ["y"], name="fc"))
     proto = build(nodes, {"x0": [3, 16]}, ["y"], {"w": W})
     assert only(proto, tmp_path).path == "fc"
+
+
+def test_a_convolution_is_named_with_the_matrix_that_it_is(tmp_path):
+    proto = build([node("Conv", ["x", "w"], ["y"], name="c")], {"x": [1, 4, 8, 8]}, ["y"], {})
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones((6, 4, 3, 3), np.float32), "w"))
+    (entry,) = find(proto, tmp_path)[1]
+    assert (entry.path, entry.shape, entry.reason) == ("c", (6, 36), "the op Conv is left as it is")
