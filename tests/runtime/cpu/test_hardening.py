@@ -153,6 +153,7 @@ try:
     done()
 except RuntimeError as error:
     print(error)
+leave(1000)
 _native.set_num_threads(2)
 done()
 """
