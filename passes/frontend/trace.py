@@ -117,13 +117,14 @@ def _plain(program: ExportedProgram) -> ExportedProgram:
         return program
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch's own tree utilities
-        return program.run_decompositions({})
+        plain: ExportedProgram = program.run_decompositions({})
+    return plain
 
 
 def _higher_order(program: ExportedProgram) -> str:
     """The name of the first op that takes a function, or ""."""
     found = (n.target for n in program.graph.nodes if isinstance(n.target, HigherOrderOperator))
-    return next((op.name() for op in found), "")
+    return next((str(op) for op in found), "")
 
 
 def _is_off(node: Any) -> bool:

@@ -98,8 +98,9 @@ def _compile(
         console.progress("tracing", 0, 0)
         example = example_for(settings)
         traced = trace(pretrained, example)
-        for name in traced.inputs if example is not None and traced.inputs[0] != "input_ids" else ():
-            console.note(f"the file takes {name} of {list(example[name].shape[1:])} a sample, and of no other size")
+        if example is not None and traced.inputs[0] != "input_ids":
+            for name in traced.inputs:
+                console.note(f"the file takes {name} of {list(example[name].shape[1:])} a sample, and of no other size")
         transposed = canonicalise(traced.program)
         parts = partition(traced.program)
     batches = batches_for(traced, pretrained, settings, windows)
