@@ -143,7 +143,10 @@ def compare_outputs(
         return Closeness(math.inf, 0.0)
     close = compare_model(*(torch.cat(side) for side in sides))
     exact_enough = rounded or not math.isfinite(close.budget)
-    return close if exact_enough else Closeness(close.error, min(close.budget, _half(sides[0][0].dtype)))
+    if exact_enough:
+        return close
+    coarsest = max((side[0].dtype for side in sides[:2]), key=lambda dtype: torch.finfo(dtype).eps)  # got may be widened
+    return Closeness(close.error, min(close.budget, _half(coarsest)))
 
 
 def _half(dtype: torch.dtype) -> float:
