@@ -16,11 +16,12 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.fx.node import map_arg
 
 from .dialect.storage import Storage
 from .errors import InputError
 from .frontend.batches import Batch
-from .fx.partition import Partition
+from .fx.partition import Part, Partition
 from .quantise import Gridded
 from .recipe import BlockReport, FoldReport, LinearReport, Recipe, TuneReport
 
@@ -177,7 +178,7 @@ def fingerprint(
         for place, x in enumerate((*batch.inputs, batch.token_mask))
         if x is not None
     ]
-    code = "" if partition is None else repr([(part.path, part.module.code) for part in partition.parts])
+    code = "" if partition is None else repr([(part.path, _operations(part)) for part in partition.parts])
     return {
         "format": FORMAT,
         "version": version("sparsify-export"),
@@ -213,6 +214,15 @@ def to_report(notes: Mapping[str, Any]) -> BlockReport:
         notes["error"],
         tuple(TuneReport(**{**half, "linears": tuple(half["linears"])}) for half in notes["tuned"]),
     )
+
+
+def _operations(part: Part) -> list[str]:
+    """The operations of a part and the numbers in them, sorted: models are traced in another order in every process."""
+    calls = []
+    for node in part.module.graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            calls.append(str((str(node.target), map_arg((node.args, dict(node.kwargs)), lambda argument: None))))
+    return sorted(calls)
 
 
 _PARTS = ("exact", "top", "strengths")
