@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..calibrate import masks
+from ..calibrate.choice import usable
 from ..calibrate.patterns import NM, Pattern, Unstructured, find_pattern, parse
 from .besa import Examples, learn_masks
 from .block import Block, mask, propagate, run_dense, score_linear
@@ -311,6 +312,10 @@ def _reasons(linears: Sequence[Linear], recipe: Recipe, given: Mapping[str, Tens
             reasons[linear.path] = f"{recipe.given.file.name} keeps all of it"
         elif isinstance(recipe.pattern, NM) and linear.in_features % recipe.pattern.m:
             reasons[linear.path] = f"in_features {linear.in_features} is not a multiple of {recipe.pattern.m}"
+        elif recipe.allocation and recipe.allocation.per == "pattern":
+            if not usable(recipe.allocation.patterns, linear.in_features):
+                names = ", ".join(str(pattern) for pattern in recipe.allocation.patterns)
+                reasons[linear.path] = f"in_features {linear.in_features} is no multiple that {names} can be had in"
     if all(reasons.values()):
         raise InputError(f"no linear is left to prune; {linears[0].path}: {reasons[linears[0].path]}")
     return reasons
