@@ -133,7 +133,7 @@ def _score(block: Block, key: str, weight: Tensor, norm: Tensor, inverse: Tensor
     if block.recipe.score == "wanda":
         return scores.wanda(weight, norm)
     power = block.recipe.ria_power  # RIA's column sums are those of one linear
-    return torch.cat([scores.ria(rows, norm, power) for rows in torch.split(weight, block.rows(key))])
+    return torch.cat([scores.ria(rows, norm, power) for rows in torch.split(weight, list(block.rows(key)))])
 
 
 def mask(block: Block, key: str, score: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def mask(block: Block, key: str, score: Tensor) -> Tensor:
         return block.given[key]
     group = GROUPS[block.recipe.score]
     return torch.cat(
-        [masks.keep_mask(rows, block.recipe.pattern, group) for rows in torch.split(score, block.rows(key))]
+        [masks.keep_mask(rows, block.recipe.pattern, group) for rows in torch.split(score, list(block.rows(key)))]
     )
 
 

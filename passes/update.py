@@ -127,7 +127,7 @@ def _update_rows(
     """`update` of each of the linears that a fused one is made of: their weights do not compete with each other."""
     new, keep = [], []
     begin = 0
-    for rows in torch.split(weight, block.rows(key)):
+    for rows in torch.split(weight, list(block.rows(key))):
         its = slice(begin, begin := begin + len(rows))
         own = RowCounts(target.pruned[its]) if isinstance(target, RowCounts) else target
         own = own[its] if isinstance(own, Tensor) else own

@@ -98,7 +98,7 @@ def _ranges(value: Node, size: int) -> set[tuple[int, int]] | None:
             if inner is None:
                 return None
             found |= inner
-        elif user.target in SPLITS and _axis(user, 2, last) == last:
+        elif user.target in SPLITS and made is not None and _axis(user, 2, last) == last:
             ends = list(accumulate(int(piece.shape[-1]) for piece in made))
             found |= set(zip([0, *ends[:-1]], ends, strict=True))
         elif user.target is aten.slice.Tensor and _axis(user, 1, last) == last and len(user.args) < 5:
