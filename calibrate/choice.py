@@ -20,6 +20,11 @@ def sparsities(patterns: Sequence[NM | None]) -> list[float]:
     return [0.0 if pattern is None else pattern.sparsity for pattern in patterns]
 
 
+def usable(patterns: Sequence[NM | None], in_features: int) -> list[NM | None]:
+    """The patterns that a linear can have; None is dense."""
+    return [pattern for pattern in patterns if pattern is None or in_features % pattern.m == 0]
+
+
 def start_near(patterns: Sequence[NM | None], rate: float, *, width: float = 0.25) -> Tensor:
     """Logits that are highest where a pattern's sparsity is next to ``rate``, float32 ``[1, D]``: a bell."""
     return -0.5 * ((torch.tensor([sparsities(patterns)]) - rate) / width) ** 2

@@ -130,7 +130,7 @@ def _learn_patterns(
     rate = block.target / _size(linears)
     candidates: dict[str, list[NM | None]] = {}
     for key, linear in linears.items():
-        candidates[key] = [p for p in learning.patterns if p is None or linear.in_features % p.m == 0]
+        candidates[key] = choice.usable(learning.patterns, linear.in_features)
     codes = {key: choice.keep_codes(score[key], candidates[key]) for key in linears}
     logits = {key: choice.start_near(candidates[key], rate) for key in linears}
 
@@ -175,7 +175,7 @@ def _learn(
         groups = [{"params": list(logits.values()), "lr": learning.step_size}]
         groups += [{"params": list(strengths.values()), "lr": STRENGTH_RATE}] if strengths else []
         optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
-    peaks = [group["lr"] for group in optimiser.param_groups]
+    peaks = [group.get("lr", 0.0) for group in optimiser.param_groups]  # Prodigy has none
     count = len(examples.states)
     steps = learning.steps(count)
     for step in range(steps):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..calibrate import masks, scores
@@ -66,6 +67,11 @@ class Block:
         state = {present for _, present in self.cache}
         return [name for name in self.part.outputs if name and name not in state]
 
+    def rows(self, key: str) -> tuple[int, ...]:
+        """Rows of a weight that are one linear, such as q, k and v of a fused one, if all that read it agree on it."""
+        found = {linear.rows for linear in self.pruned if linear.weight == key}
+        return found.pop() if len(found) == 1 else (next(x.out_features for x in self.pruned if x.weight == key),)
+
     def fitted_to(self, linear: Linear) -> str:
         """Whose second moments a linear is fitted to: the node it reads, or its own, for what attention makes of it."""
         return linear.node if linear.node in self.attended else linear.input
@@ -93,29 +99,54 @@ class Observed:
         return sum((self.hessians[node] for node in nodes[1:]), self.hessians[nodes[0]])
 
 
-def score_linear(block: Block, linear: Linear, params: Mapping[str, Tensor], observed: Observed) -> Tensor:
-    """The recipe's score of one linear's weight.
+def score_block(block: Block, params: Mapping[str, Tensor], observed: Observed) -> dict[str, Tensor]:
+    """The recipe's score of every weight to prune, by key; one that several linears share is scored for all they read.
 
     Raises:
-        InputError: the weight holds NaN, or its Hessian has no inverse.
+        InputError: a weight holds NaN, or a Hessian has no inverse.
     """
-    weight, norm = params[linear.weight], observed.norms[linear.input]
-    try:
-        if block.recipe.score == "magnitude":
-            return scores.magnitude(weight)
-        if block.recipe.score == "hessian":
-            inverse = damped_inverse(observed.hessians[linear.input], scores.HESSIAN_DAMPING).matrix
-            return scores.hessian(weight, inverse.diagonal())
-        if block.recipe.score == "wanda":
-            return scores.wanda(weight, norm)
-        return scores.ria(weight, norm, block.recipe.ria_power)
-    except ValueError as error:
-        raise InputError(f"{linear.path}: {error}") from error
+    readers: dict[str, list[Linear]] = {}
+    for linear in block.pruned:
+        readers.setdefault(linear.weight, []).append(linear)
+    inverses: dict[tuple[str, ...], Tensor] = {}
+    found = {}
+    for key, linears in readers.items():
+        inputs = tuple(dict.fromkeys(linear.input for linear in linears))
+        try:
+            if block.recipe.score == "hessian" and inputs not in inverses:
+                hessian = sum((observed.hessians[x] for x in inputs[1:]), observed.hessians[inputs[0]])
+                inverses[inputs] = damped_inverse(hessian, scores.HESSIAN_DAMPING).matrix.diagonal().clone()
+            norm = observed.norms[inputs[0]]
+            if len(inputs) > 1:  # over the tokens of all of them
+                norm = torch.stack([observed.norms[x].double() for x in inputs]).norm(dim=0).float()
+            found[key] = _score(block, key, params[key], norm, inverses.get(inputs))
+        except ValueError as error:
+            raise InputError(f"{linears[0].path}: {error}") from error
+    return found
+
+
+def _score(block: Block, key: str, weight: Tensor, norm: Tensor, inverse: Tensor | None) -> Tensor:
+    if block.recipe.score == "magnitude":
+        return scores.magnitude(weight)
+    if inverse is not None:
+        return scores.hessian(weight, inverse)
+    if block.recipe.score == "wanda":
+        return scores.wanda(weight, norm)
+    power = block.recipe.ria_power  # RIA's column sums are those of one linear
+    return torch.cat([scores.ria(rows, norm, power) for rows in torch.split(weight, list(block.rows(key)))])
 
 
 def mask(block: Block, key: str, score: Tensor) -> Tensor:
-    """The keep mask of one weight: the given one, or that of the best scores at the recipe's rate."""
-    return block.given[key] if block.given else masks.keep_mask(score, block.recipe.pattern, GROUPS[block.recipe.score])
+    """The keep mask of one weight: the given one, or that of the best scores at the recipe's rate.
+
+    Where all weights of a linear compete, they do in each of those that a fused one is made of.
+    """
+    if block.given:
+        return block.given[key]
+    group = GROUPS[block.recipe.score]
+    return torch.cat(
+        [masks.keep_mask(rows, block.recipe.pattern, group) for rows in torch.split(score, list(block.rows(key)))]
+    )
 
 
 def alike(block: Block, keys: Iterable[str]) -> dict[tuple[str, ...], list[str]]:

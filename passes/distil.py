@@ -17,7 +17,7 @@ from .fx.run import Rounding, Values, run_model, run_part, run_part_rounded, run
 from .quantise import STRENGTH_RATE, Gridded
 from .recipe import Distil, DistilReport, Progress
 from .trained import Trained
-from .tune import BETAS, hold_out, warm_up_and_cosine
+from .tune import BETAS, hold_out, shuffling, warm_up_and_cosine
 
 Output = Literal["logits", "values"]
 """What the model returns first: logits of the next token, or values such as hidden states."""
@@ -123,7 +123,7 @@ def _train(
     progress: Progress,
 ) -> None:
     """One epoch: every batch once, in random order; the loss of a step is that of all its tokens."""
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch)).tolist()
+    order = torch.randperm(len(batches), generator=shuffling(settings.seed, epoch)).tolist()
     tokens, size, gathered = 0, 0.0, 0
     for done, index in enumerate(order, 1):
         target = model.target(batches[index], dense)

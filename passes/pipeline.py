@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from ..calibrate import masks
+from ..calibrate.choice import usable
 from ..calibrate.patterns import NM, Pattern, Unstructured, find_pattern, parse
 from .besa import Examples, learn_masks
-from .block import Block, mask, propagate, run_dense, score_linear
+from .block import Block, mask, propagate, run_dense, score_block
 from .checkpoint import Checkpoint, from_grids, to_grids, to_report
 from .errors import InputError
 from .frontend.batches import Batch
@@ -196,7 +197,7 @@ def _prune_block(
     with timings.stage("observe"):
         observed = observe(block, params, states, batches)
     with timings.stage("score"):
-        score = {linear.weight: score_linear(block, linear, params, observed) for linear in block.pruned}
+        score = score_block(block, params, observed)
         before = {key: masks.retained(s, mask(block, key, s)) for key, s in score.items()}
     folds = permute(block, params, score, observed, check)
     grids: dict[str, Gridded] = {}
@@ -311,6 +312,15 @@ def _reasons(linears: Sequence[Linear], recipe: Recipe, given: Mapping[str, Tens
             reasons[linear.path] = f"{recipe.given.file.name} keeps all of it"
         elif isinstance(recipe.pattern, NM) and linear.in_features % recipe.pattern.m:
             reasons[linear.path] = f"in_features {linear.in_features} is not a multiple of {recipe.pattern.m}"
+        elif not _has_pattern(recipe, linear.in_features):
+            names = ", ".join(str(pattern) for pattern in recipe.allocation.patterns) if recipe.allocation else ""
+            reasons[linear.path] = f"in_features {linear.in_features} is not a multiple of the groups of {names}"
     if all(reasons.values()):
         raise InputError(f"no linear is left to prune; {linears[0].path}: {reasons[linears[0].path]}")
     return reasons
+
+
+def _has_pattern(recipe: Recipe, in_features: int) -> bool:
+    """Whether one of the patterns to learn from, if patterns are learned, fits."""
+    learning = recipe.allocation
+    return learning is None or learning.per != "pattern" or bool(usable(learning.patterns, in_features))

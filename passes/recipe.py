@@ -31,12 +31,14 @@ class Tune:
         epochs: passes over the calibration batches at most.
         rate: peak learning rate; a step of so much moves the output by about this fraction of the error there is.
         tokens_per_step: batches are gathered until a step of the optimiser has seen so many tokens.
+        seed: of the order of the batches.
     """
 
     scope: Literal["halves", "block"] = "halves"
     epochs: int = 4
     rate: float = 0.08
     tokens_per_step: int = 1024
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Distil:
         rate: peak learning rate, as a fraction of the root mean square of each weight's non-zeros; on a grid
             half of it.
         tokens_per_step: batches are gathered until a step of the optimiser has seen so many tokens.
+        seed: of the order of the batches.
     """
 
     epochs: int = 3
     rate: float = 0.0015
     tokens_per_step: int = 1024
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def sparsify(
     quantised: dict[str, Gridded] = {}
     patterns: dict[str, Pattern] = {}
     dense = dict(params) if recipe.distil else {}
-    kept = Checkpoint.open(checkpoint, fingerprint(recipe, params, batches)) if checkpoint else None
+    kept = Checkpoint.open(checkpoint, fingerprint(recipe, params, batches, partition)) if checkpoint else None
     late = _trains_before_the_grid(recipe)
     blocks = prune(
         partition,

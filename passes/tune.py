@@ -157,7 +157,7 @@ def tune_part(
     epoch = waited = 0
     while epoch < settings.epochs and waited < PATIENCE:
         seen = 0
-        for step in _steps(train, settings.tokens_per_step, seed=epoch):
+        for step in _steps(train, settings.tokens_per_step, shuffling(settings.seed, epoch)):
             for sample in step:
                 live = trained.live(learn=True)
                 errors = _errors(sample, run_part_with_grad(part, sample.inputs, live, names, rounded))
@@ -234,9 +234,14 @@ def hold_out(samples: Sequence[T]) -> tuple[list[T], list[T]]:
     return [sample for index, sample in enumerate(samples) if index % every != every - 1], held_out
 
 
-def _steps(samples: Sequence[Sample], tokens: int, *, seed: int) -> list[list[Sample]]:
+def shuffling(seed: int, epoch: int) -> torch.Generator:
+    """Of the order of the batches in one epoch."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
+
+
+def _steps(samples: Sequence[Sample], tokens: int, generator: torch.Generator) -> list[list[Sample]]:
     """The samples in random order, gathered until a step has so many tokens."""
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(samples), generator=generator).tolist()
     steps: list[list[Sample]] = []
     count = tokens
     for index in order:

@@ -98,7 +98,7 @@ def _update_alike(
         directions = inputs.directions if directions is None else directions
         for key in [key for key in weights if key not in done]:
             weight = weights[key].float()
-            new, own = update(weight, inputs, targets[key], per=GROUPS[recipe.score], cautious=damping != first)
+            new, own = _update_rows(block, key, weight, inputs, targets[key], cautious=damping != first)
             if not bool(new.isfinite().all()) or cost(new, weight, hessian) > cost(masked[key], weight, hessian):
                 continue
             why = "" if damping == first else f"made its layer worse below a damping of {damping:g}"
@@ -113,6 +113,28 @@ def _update_alike(
         if its.refused:
             block.note(f"{paths[key]}: its update {its.refused}")
     return {key: done[key] for key in weights}
+
+
+def _update_rows(
+    block: Block,
+    key: str,
+    weight: Tensor,
+    inputs: Inputs,
+    target: Pattern | RowCounts | Tensor,
+    *,
+    cautious: bool,
+) -> tuple[Tensor, Tensor]:
+    """`update` of each of the linears that a fused one is made of: their weights do not compete with each other."""
+    new, keep = [], []
+    begin = 0
+    for rows in torch.split(weight, list(block.rows(key))):
+        its = slice(begin, begin := begin + len(rows))
+        own = RowCounts(target.pruned[its]) if isinstance(target, RowCounts) else target
+        own = own[its] if isinstance(own, Tensor) else own
+        done = update(rows, inputs, own, per=GROUPS[block.recipe.score], cautious=cautious)
+        new.append(done[0])
+        keep.append(done[1])
+    return torch.cat(new), torch.cat(keep)
 
 
 def _prepare(block: Block, path: str, hessian: Tensor, damping: float) -> Inputs:

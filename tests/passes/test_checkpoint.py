@@ -1,10 +1,17 @@
 """A run that is stopped and goes on is the run that was never stopped, to the bit."""
 
+import contextlib
 import json
+import os
+import resource
 from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sparsify_export.calibrate.besa import Learning
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.passes.checkpoint import Checkpoint, fingerprint, to_report
@@ -12,6 +19,7 @@ from sparsify_export.passes.dialect.storage import Storage
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.batches import Batch
 from sparsify_export.passes.fx.partition import partition
+from sparsify_export.passes.given_masks import GivenMasks
 from sparsify_export.passes.recipe import Distil, Quantise, Recipe, Tune
 from sparsify_export.passes.sparsify import sparsify
 from toys import export, stack, weights
@@ -135,15 +143,59 @@ def test_stopped_on_the_grid_and_twice(tmp_path):
 def test_another_run_is_refused(tmp_path):
     toy, kept = Toy(), tmp_path / "kept"
     toy.run(BALANCED, kept)
-    why = f"^{kept} holds a run of another model, recipe or text; give another folder"
-    with pytest.raises(InputError, match=why):
-        toy.run(RECIPES["sweep"], kept)
-    with pytest.raises(InputError, match=why):
-        toy.run(BALANCED, kept, batches=inputs(seed=4))
+    for differs, recipe, options in (
+        (r"the recipe \(quantise\)", RECIPES["sweep"], {}),
+        (r"the recipe \(mask_from, damping\)", replace(BALANCED, mask_from="score", damping=0.5), {}),
+        ("the calibration text", BALANCED, {"batches": inputs(seed=4)}),
+        ("the calibration text", BALANCED, {"batches": inputs()[::-1]}),
+    ):
+        with pytest.raises(InputError, match=f"^{kept} holds another run: other are {differs}; give another folder$"):
+            toy.run(recipe, kept, **options)
     key = "model.layers.1.down.weight"
     toy.dense[key] = toy.dense[key] + 1
-    with pytest.raises(InputError, match=why):
+    with pytest.raises(InputError, match="other are the weights;"):
         toy.run(BALANCED, kept)
+
+
+def test_what_values_alone_do_not_tell_apart_is_another_run(tmp_path):
+    """Masks and weights that changed places, and a number in the graph that no weight shows."""
+    toy = Toy()
+    up, down = ("model.layers.0.up.weight", "model.layers.1.up.weight")
+    keep = torch.rand(96, 48, generator=torch.Generator().manual_seed(1)) < 0.5
+
+    def given(*paths):
+        masks = GivenMasks(tmp_path / "masks", {path: keep for path in paths})
+        return Recipe(Unstructured(0.5), permute="none", given=masks)
+
+    toy.run(given("layers.0.up"), tmp_path / "masks")
+    with pytest.raises(InputError, match="other are the masks;"):
+        toy.run(given("layers.1.up"), tmp_path / "masks")
+    toy.run(BALANCED, tmp_path / "weights")
+    whole = dict(toy.dense)
+    toy.dense |= {up: whole[down], down: whole[up]}
+    with pytest.raises(InputError, match="other are the weights;"):
+        toy.run(BALANCED, tmp_path / "weights")
+    toy.dense = whole
+    for part in toy.parts.parts:
+        for node in part.module.graph.nodes:
+            if node.target is torch.ops.aten.relu.default:
+                node.target = torch.ops.aten.tanh.default
+        part.module.recompile()
+    with pytest.raises(InputError, match="other are the model's graph;"):
+        toy.run(BALANCED, tmp_path / "weights")
+
+
+def test_another_version_says_which(tmp_path):
+    toy = Toy()
+    toy.run(BALANCED, tmp_path / "kept")
+    file = tmp_path / "kept" / "run.json"
+    run = json.loads(file.read_text())
+    assert run["format"] == 2
+    file.write_text(json.dumps({**run, "version": "0.0.1", "format": 1}))
+    here = version("sparsify-export")
+    why = rf"the format of checkpoints \(1 there, 2 here\), the version of sparsify-export \(0.0.1 there, {here} here\)"
+    with pytest.raises(InputError, match=why):
+        toy.run(BALANCED, tmp_path / "kept")
 
 
 def test_folders_that_are_no_checkpoints_are_refused(tmp_path):
@@ -152,9 +204,23 @@ def test_folders_that_are_no_checkpoints_are_refused(tmp_path):
         Checkpoint.open(tmp_path, {})
     with pytest.raises(InputError, match="cannot hold a checkpoint"):
         Checkpoint.open(tmp_path / "mine.txt", {})
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(InputError, match="cannot hold a checkpoint"):
-        Checkpoint.open(tmp_path, {})
+    for damaged in ("{", "[1]", "[" * 100_000):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(InputError, match="cannot hold a checkpoint"):
+            Checkpoint.open(tmp_path, {})
+
+
+def test_a_folder_is_refused_before_any_work(tmp_path):
+    Checkpoint.check(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+    Checkpoint.check(tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=f"^{tmp_path} is not empty and holds no checkpoint"):
+        Checkpoint.check(tmp_path)
+    with pytest.raises(InputError, match=r"mine.txt is no folder that can be written"):
+        Checkpoint.check(tmp_path / "mine.txt" / "below")
+    (tmp_path / "run.json").write_text("{}")
+    Checkpoint.check(tmp_path)
 
 
 def test_what_a_killed_run_was_writing_is_no_obstacle_and_goes_at_the_end(tmp_path):
@@ -175,6 +241,88 @@ def test_a_damaged_step_is_named(tmp_path):
         toy.run(BALANCED, kept)
     file.unlink()
     assert_same(toy.run(BALANCED, kept), toy.run(BALANCED))
+
+
+def tensors_of(file):
+    with safe_open(file, framework="pt") as stored:
+        names = stored.keys()
+        return {name: stored.get_tensor(name) for name in names}, stored.metadata()
+
+
+def test_a_step_with_one_wrong_bit_anywhere_is_refused(tmp_path):
+    kept = Checkpoint.open(tmp_path, {"a": 1})
+    kept.save("step", {"x": torch.arange(6.0).reshape(2, 3), "y": torch.ones(3)}, {"n": 1.5, "text": "abc"})
+    file = tmp_path / "step.checkpoint.safetensors"
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        for bit in (0, 3, 7):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            file.write_bytes(damaged)
+            with contextlib.suppress(InputError):  # but for the blanks that fill up the header
+                tensors, notes = kept.load("step")
+                assert notes == {"n": 1.5, "text": "abc"}
+                assert torch.equal(tensors["x"], torch.arange(6.0).reshape(2, 3))
+                assert torch.equal(tensors["y"], torch.ones(3))
+                assert tensors.keys() == {"x", "y"}
+
+
+def test_a_step_that_is_zeroed_has_no_notes_or_is_of_another_run_or_place_is_refused(tmp_path):
+    toy, kept = Toy(), tmp_path / "kept"
+    toy.run(BALANCED, kept)
+    first, second = (kept / f"block-{i}.checkpoint.safetensors" for i in (0, 1))
+    whole = first.read_bytes()
+    tensors, metadata = tensors_of(first)
+    save_file(tensors, tmp_path / "bare")
+    save_file(tensors, tmp_path / "notes", metadata={**metadata, "notes": "{"})
+    toy.run(replace(BALANCED, damping=0.5), tmp_path / "other")
+    for damaged in (
+        whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2),
+        (tmp_path / "bare").read_bytes(),
+        (tmp_path / "notes").read_bytes(),
+        (tmp_path / "other" / first.name).read_bytes(),
+        second.read_bytes(),
+    ):
+        first.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"block-0.* cannot be read: .*; remove it to do that step again"):
+            toy.run(BALANCED, kept)
+
+
+def test_a_step_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    did, sync, rename = [], os.fsync, Path.replace
+
+    def synced(descriptor):
+        did.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", lambda self, to: did.append(("rename", to.name)) or rename(self, to))
+    kept = Checkpoint.open(tmp_path / "kept", {})
+    did.clear()
+    kept.save("step", {"x": torch.ones(2)}, {})
+    name = "step.checkpoint.safetensors"
+    assert did == [("fsync", f".partial-{name}.{os.getpid()}"), ("rename", name), ("fsync", "kept")]
+
+
+def test_what_is_written_is_not_copied_and_any_reader_reads_it(tmp_path):
+    kept = Checkpoint.open(tmp_path, {})
+    shared = torch.arange(12.0)
+    tensors = {
+        "whole": shared,
+        "part": shared[3:7],
+        "turned": shared.reshape(3, 4).T,
+        "half": shared.bfloat16(),
+        "flags": shared > 3,
+        "none": torch.zeros(0, 5, dtype=torch.int64),
+    }
+    kept.save("step", tensors, {})
+    found = load_file(tmp_path / "step.checkpoint.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
+    large = {f"{i}": torch.ones(1 << 20) for i in range(32)}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kept.save("large", large, {})
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10  # KiB: a quarter of 128 MiB
 
 
 def test_removing_leaves_what_is_not_ours(tmp_path):
@@ -199,7 +347,8 @@ def test_reports_survive_json():
         assert to_report(json.loads(json.dumps(asdict(block)))) == block
 
 
-def test_a_fingerprint_tells_types_and_shapes_apart():
+def test_a_fingerprint_tells_types_shapes_and_names_apart():
+    assert fingerprint(BALANCED, {"a": torch.ones(2)}, []) != fingerprint(BALANCED, {"b": torch.ones(2)}, [])
     zeros = [torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), torch.zeros(8, dtype=torch.half)]
     found = {fingerprint(BALANCED, {"w": zero}, [])["weights"] for zero in zeros}
     assert len(found) == len(zeros)

@@ -37,6 +37,21 @@ BESA = [*HALF, "--allocate", "besa-row"]
         (["--nm", "2:4", "--skip", "*.no_such_layer"], "matches none of the 14 linears"),
         (["--nm", "3:7"], "64 is not a multiple of 7"),
         (["--score", "wanda"], "has no effect without --nm"),
+        (["--ria-power", "0.3"], "--ria-power has no effect without --nm"),
+        (["--calibration", "self"], "--calibration has no effect without --nm"),
+        (["--nm", "2:4", "--score", "magnitude"], "--score magnitude does not choose what goes: --update alps does"),
+        (["--nm", "2:4", "--dtype", "int8", "--ops", "standard"], "--dtype int8 has no effect with --ops standard"),
+        (["--dtype", "bf16", "--ops", "standard"], "--dtype bf16 has no effect with --ops standard"),
+        (["--nm", "2:4", "--window", "64"], "--window 64 has no effect without --eval"),
+        (["--nm", "2:4", "--windows", "2"], "--windows 2 has no effect without --eval"),
+        (
+            ["--nm", "2:4", "--calibration-inputs", "x", "--calibration", "y.txt"],
+            "--calibration y.txt has no effect beside --calibration-inputs",
+        ),
+        (
+            ["--nm", "2:4", "--calibration-inputs", "x", "--seq-len", "9"],
+            "--seq-len 9 has no effect beside --calibration-inputs",
+        ),
         (["--nm", "2:4", "--group", "64"], "--group 64 has no effect without --dtype int4"),
         (["--nm", "2:4", "--dtype", "int8", "--group", "64"], "--group 64 has no effect without --dtype int4"),
         (["--nm", "2:4", "--dtype", "int4", "--group", "16"], "16"),
@@ -71,7 +86,8 @@ BESA = [*HALF, "--allocate", "besa-row"]
     ],
 )
 def test_bad_flags(folder, tmp_path, capsys, flags, why):
-    assert why in refused(capsys, tmp_path / "model.onnx", folder, *flags, *SHORT[: 0 if "--samples" in flags else 4])
+    short = [] if "--samples" in flags else SHORT[:2] if "--seq-len" in flags else SHORT[:4]
+    assert why in refused(capsys, tmp_path / "model.onnx", folder, *flags, *short)
 
 
 def test_missing_model(tmp_path, capsys):

@@ -32,12 +32,14 @@ def test_an_onnx_file_is_scored_and_masked():
 @pytest.mark.parametrize(
     ("flag", "changed"),
     [
-        ({"score": "wanda"}, {}),
+        ({"score": "wanda", "mask_from": "score"}, {}),
+        ({"score": "wanda", "mask_from": "update"}, {}),
         ({"permute": "none"}, {}),
         ({"damping": 0.02}, {}),
         ({"hessian": "inputs"}, {}),
         ({"skip": ("*.up",)}, {}),
-        ({"ria_power": 1.0}, {}),
+        ({"ria_power": 1.0, "mask_from": "update"}, {}),
+        ({"ria_power": 1.0, "effort": "fast"}, {"update": "none", "mask_from": "score"}),
         ({"mask_from": "score"}, {}),
         ({"update": "sparsegpt"}, {}),
         ({"update": "cg"}, {"mask_from": "score"}),
@@ -46,7 +48,44 @@ def test_an_onnx_file_is_scored_and_masked():
 )
 def test_a_flag_that_is_given_changes_only_itself(flag, changed):
     default = vars(recipe())
-    assert vars(recipe(**flag)) == {**default, **flag, **changed}
+    given = {name: value for name, value in flag.items() if name != "effort"}
+    assert vars(recipe(**flag)) == {**default, **given, **changed}
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (
+            {"score": "wanda"},
+            "^--score wanda does not choose what goes: --update alps does; give --mask-from score to prune by it, or "
+            "--mask-from update to have it rank channel orders only$",
+        ),
+        ({"score": "ria", "update": "admm"}, "--score ria does not choose what goes: --update admm does"),
+        ({"ria_power": 0.0}, "--ria-power 0.0 does not choose what goes: --update alps does"),
+        ({"score": "wanda", "permute": "none"}, "give --mask-from score to prune by it$"),
+        ({"score": "wanda", "permute": "none", "mask_from": "update"}, "no effect with --mask-from update"),
+        ({"score": "wanda", "pattern": Unstructured(0.5)}, "give --mask-from score to prune by it$"),
+        (
+            {"score": "wanda", "mask_from": "score", "ria_power": 0.3},
+            "--ria-power 0.3 has no effect with --score wanda",
+        ),
+        ({"permute": "fold", "pattern": Unstructured(0.5)}, "--permute fold has no effect with zeros anywhere"),
+        ({"ria_power": float("nan")}, "--ria-power nan is negative"),
+    ],
+)
+def test_a_score_that_chooses_nothing_is_refused(flags, why):
+    with pytest.raises(InputError, match=why):
+        recipe(**flags)
+
+
+def test_scores_that_learned_rates_begin_from_are_taken():
+    flags = {"allocate": "besa-row", "score": "ria", "ria_power": 0.3}
+    assert recipe(pattern=Unstructured(0.5), **flags).ria_power == 0.3
+
+
+def test_the_seed_goes_where_batches_are_shuffled():
+    made = recipe(seed=7, tune="halves", distil=2)
+    assert (made.tune.seed, made.distil.seed) == (7, 7)
 
 
 HALF = Unstructured(0.5)
@@ -111,7 +150,8 @@ def test_fast_with_an_update_is_that_update():
 
 def test_best_is_balanced_and_distillation():
     assert recipe(effort="best") == Recipe(TWO_OF_FOUR, update="alps", mask_from="update", distil=Distil())
-    learned = Recipe(HALF, score="wanda", allocation=Learning(), update="alps", mask_from="update", distil=Distil())
+    updated = {"update": "alps", "mask_from": "update", "distil": Distil(), "permute": "none"}
+    learned = Recipe(HALF, score="wanda", allocation=Learning(), **updated)
     assert recipe(effort="best", pattern=HALF) == learned
     assert recipe(effort="best", pattern=HALF, allocate="none").allocation is None
     assert recipe(effort="best", pattern=HALF, score="ria", besa_epochs=2).allocation == Learning(epochs=2)

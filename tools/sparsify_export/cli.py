@@ -109,7 +109,7 @@ def compile_command(
     sparsity: float | None = None,
     effort: Literal["fast", "balanced", "best"] | None = None,
     score: Literal["ria", "wanda", "magnitude", "hessian"] | None = None,
-    ria_power: float = 0.5,
+    ria_power: float | None = None,
     permute: Literal["fold", "none"] | None = None,
     skip: tuple[str, ...] = (),
     mask: Path | None = None,
@@ -129,7 +129,7 @@ def compile_command(
     tune_lr: float | None = None,
     distil: int | None = None,
     distil_lr: float | None = None,
-    calibration: str = "self",
+    calibration: str | None = None,
     calibration_inputs: Path | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -146,7 +146,7 @@ def compile_command(
     context: int | None = None,
     workspace: int | None = None,
     eval_: Annotated[Path | None, Parameter(name="--eval")] = None,
-    window: int = 2048,
+    window: int | None = None,
     windows: int | None = None,
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
@@ -166,8 +166,9 @@ def compile_command(
             default, is fold and the best update of the weights without gradients; best, which takes several times as
             long, trains all blocks together after that, and of --sparsity learns what each row loses (--allocate
             besa-row, --score wanda). An .onnx file has fast only.
-        score: what ranks the weights; default ria, of an .onnx file without calibration inputs from weights alone.
-        ria_power: exponent of the activation norms in RIA.
+        score: what ranks the weights where no update chooses (--mask-from); default ria, of an .onnx file without
+            calibration inputs from weights alone.
+        ria_power: exponent of the activation norms in RIA; default 0.5.
         permute: fold channel orders into neighbouring weights where the graph allows it; default fold, and none for an
             .onnx file, which cannot be folded.
         skip: glob of module paths that stay dense; may be repeated.
@@ -200,7 +201,7 @@ def compile_command(
             joint it is done twice: as floats, and then on the grid.
         distil_lr: peak learning rate, as a fraction of the root mean square of each weight; default 0.0015. On a grid
             half of it.
-        calibration: text file, JSONL with a text field, or self: text the model writes itself.
+        calibration: text file, JSONL with a text field, or self, the default: text the model writes itself.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
             is also verified and timed on them.
         samples: calibration windows; default 128 of a file, 32 of the model's own text.
@@ -225,7 +226,7 @@ def compile_command(
         context: tokens of a text at most that an engine takes; default what the model takes, up to 2048.
         workspace: MiB of memory that a tactic of an engine may use; default as TensorRT decides.
         eval_: text file to measure perplexity on, before and after; exact answers are counted as well.
-        window: tokens in an evaluation window.
+        window: tokens in an evaluation window; default 2048.
         windows: evaluation windows at most.
         trust_remote_code: run Python code that comes with the checkpoint.
         overwrite: replace what is at OUT.
@@ -267,10 +268,18 @@ def compile_command(
         raise InputError(f"--seed {seed} is out of range; want 0 to 2^63 - 1")
     positive("--window", window, least=2)
     positive("--windows", windows)
+    for flag, value in {"--window": window, "--windows": windows}.items():
+        if value is not None and eval_ is None and not model.endswith(".onnx"):
+            raise InputError(f"{flag} {value} has no effect without --eval")
+    for flag, text in {"--calibration": calibration, "--seq-len": seq_len}.items():
+        if text is not None and calibration_inputs is not None and not model.endswith(".onnx"):
+            raise InputError(f"{flag} {text} has no effect beside --calibration-inputs, whose batches are as they are")
     if group is not None and dtype != "int4":
         raise InputError(f"--group {group} has no effect without --dtype int4")
     if quantise is not None and ops == "standard" and engine is None:
         raise InputError(f"--quantise {quantise} has no effect with --ops standard, which writes floats")
+    if dtype != "fp32" and ops == "standard" and engine is None:
+        raise InputError(f"--dtype {dtype} has no effect with --ops standard, which writes the weights as they are")
     codes = engine.codes if engine else None
     if codes is None:
         assert dtype != "fp8"  # which was refused without an engine
@@ -290,6 +299,7 @@ def compile_command(
         _refuse_ignored(
             {
                 "--score": score,
+                "--ria-power": ria_power,
                 "--permute": permute,
                 "--skip": skip or None,
                 "--effort": effort,
@@ -310,6 +320,7 @@ def compile_command(
                 "--distil": distil,
                 "--distil-lr": distil_lr,
                 "--quantise": None if quantise == "rtn" else quantise,  # which packing does by itself
+                "--calibration": None if is_onnx else calibration,
                 "--samples": None if is_onnx else samples,
                 "--seq-len": seq_len,
                 "--checkpoint": checkpoint,
@@ -340,6 +351,7 @@ def compile_command(
         distil_lr=distil_lr,
         quantise=quantise,
         storage=on_grid,
+        seed=seed,
     )
     recipe = make_recipe(pattern, flags, onnx=is_onnx) if pattern or given else None
     check_codes(codes, recipe)
@@ -349,8 +361,8 @@ def compile_command(
         raise InputError(f"--lower-for {lower_for} has no effect without --lower auto")
     positive("--lower-for", lower_for)
     tokens = (lower_for or 1) if lower == "auto" else None
-    source = Calibration(calibration, calibration_inputs, samples, seq_len, seed)
-    settings = Settings(recipe, source, storage, ops, tokens, eval_, window, windows, engine, bos)
+    source = Calibration(calibration or "self", calibration_inputs, samples, seq_len, seed)
+    settings = Settings(recipe, source, storage, ops, tokens, eval_, window or Settings.window, windows, engine, bos)
     with ProgressBar(quiet) as console:
         if not quiet:
             chosen = effort_of(flags, onnx=is_onnx) if recipe else None

@@ -10,6 +10,7 @@ from .calibration_data import batches_for, calibration_text, example_for, probes
 from .engine import Pruned, finish_engine
 from .evaluation import evaluate_onnx, evaluate_torch
 from .onnx_in import compile_onnx
+from .passes.checkpoint import Checkpoint
 from .passes.dialect.packed import Packed
 from .passes.distil import Output
 from .passes.errors import InputError
@@ -69,6 +70,8 @@ def compile_model(
         return compile_onnx(
             source, out, settings, trust_remote_code=trust_remote_code, overwrite=overwrite, console=console
         )
+    if checkpoint is not None:
+        Checkpoint.check(checkpoint)
     target = Target.check(out, overwrite=overwrite, inputs=inputs_of(source, settings, checkpoint))
     with target.guarded():
         return _compile(

@@ -23,7 +23,7 @@ class Flags:
 
     effort: Effort | None = None
     score: Score | None = None
-    ria_power: float = 0.5
+    ria_power: float | None = None
     permute: Literal["fold", "none"] | None = None
     skip: tuple[str, ...] = field(default=())
     update: Update | None = None
@@ -45,6 +45,7 @@ class Flags:
     distil_lr: float | None = None
     quantise: Quantiser | None = None
     storage: Storage = FP32
+    seed: int = 0
 
 
 def effort_of(flags: Flags, *, onnx: bool) -> Effort:
@@ -65,7 +66,7 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
         _check_given(pattern, flags, onnx=onnx)
         pattern = pattern or flags.given.pattern
     assert pattern is not None
-    if flags.ria_power < 0:
+    if flags.ria_power is not None and not flags.ria_power >= 0:
         raise InputError(f"--ria-power {flags.ria_power:g} is negative; want 0 or more")
     if flags.damping is not None and not 0 <= flags.damping <= 1:
         raise InputError(f"--damping {flags.damping:g} is out of range; want 0 to 1")
@@ -92,21 +93,28 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
     if allocation is not None and update == "sparsegpt" and flags.mask_from == "update":
         why = "--update sparsegpt chooses its mask over all rows, which undoes --allocate; want --mask-from score"
         raise InputError(why)
+    score = flags.score or ("wanda" if best else "ria")
+    choosing = ("admm", "admm-cg", "alps") + (("sparsegpt",) if allocation is None else ())
+    chooses = update in choosing and flags.given is None and counts
+    mask_from = flags.mask_from or ("update" if chooses else "score")
+    permute = _permute(pattern, flags, onnx=onnx)
+    if flags.ria_power is not None and score != "ria":
+        raise InputError(f"--ria-power {flags.ria_power:g} has no effect with --score {score}")
+    if mask_from == "update" and update != "none" and allocation is None:
+        _check_score(flags, update, folds=permute == "fold")
     tune, distil = _tune(flags, onnx=onnx), _distil(flags, onnx=onnx)
     quantise = _quantise(flags, onnx=onnx, learns=bool(tune or distil or allocation))
     if flags.hessian is not None and update == "none" and (quantise is None or quantise.method == "rtn"):
         raise InputError(f"--hessian {flags.hessian} has no effect without an update of the weights or a sweep")
-    choosing = ("admm", "admm-cg", "alps") + (("sparsegpt",) if allocation is None else ())
-    chooses = update in choosing and flags.given is None and counts
     return Recipe(
         pattern=pattern,
-        score=flags.score or ("wanda" if best else "ria"),
-        ria_power=flags.ria_power,
-        permute=flags.permute or ("none" if onnx or flags.given else "fold"),
+        score=score,
+        ria_power=Recipe.ria_power if flags.ria_power is None else flags.ria_power,
+        permute=permute,
         skip=flags.skip,
         allocation=allocation,
         update=update,
-        mask_from=flags.mask_from or ("update" if chooses else "score"),
+        mask_from=mask_from,
         hessian=flags.hessian or "attended",
         damping=flags.damping,
         given=flags.given,
@@ -116,6 +124,31 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
     )
 
 
+def _permute(pattern: Pattern, flags: Flags, *, onnx: bool) -> Literal["fold", "none"]:
+    """Orders are folded where they can help: in N:M patterns of traced models."""
+    if flags.permute == "fold" and isinstance(pattern, Unstructured):
+        raise InputError(
+            "--permute fold has no effect with zeros anywhere, which no order of channels helps; want --nm"
+        )
+    return flags.permute or ("none" if onnx or flags.given or isinstance(pattern, Unstructured) else "fold")
+
+
+def _check_score(flags: Flags, update: Update, *, folds: bool) -> None:
+    """Refuse a score where the update chooses the mask, unless it was said that it is for the channel orders only."""
+    given = {"--score": flags.score, "--ria-power": flags.ria_power}
+    for flag, value in given.items():
+        if value is None:
+            continue
+        if flags.mask_from != "update":
+            orders = ", or --mask-from update to have it rank channel orders only" if folds else ""
+            raise InputError(
+                f"{flag} {value} does not choose what goes: --update {update} does; give --mask-from score to prune "
+                f"by it{orders}"
+            )
+        if not folds:
+            raise InputError(f"{flag} {value} has no effect with --mask-from update")
+
+
 def _check_given(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> None:
     """Refuse what given masks leave without effect, and what would not go with them."""
     if onnx:
@@ -123,6 +156,7 @@ def _check_given(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> None:
     if flags.permute == "fold":
         raise InputError("--permute fold would move the weights away from their --mask; leave it out")
     idle = {"--sparsity": isinstance(pattern, Unstructured), "--score": flags.score is not None}
+    idle["--ria-power"] = flags.ria_power is not None
     idle[f"--allocate {flags.allocate}"] = flags.allocate not in (None, "none")
     idle["--mask-from update"] = flags.mask_from == "update"
     for flag, was_given in idle.items():
@@ -140,7 +174,7 @@ def _tune(flags: Flags, *, onnx: bool) -> Tune | None:
         raise InputError(f"--tune-epochs {flags.tune_epochs} is too few; want 1 or more")
     if flags.tune_lr is not None and not 0 < flags.tune_lr <= 1:
         raise InputError(f"--tune-lr {flags.tune_lr:g} is out of range; want above 0, at most 1")
-    return Tune(flags.tune, flags.tune_epochs or Tune.epochs, flags.tune_lr or Tune.rate)
+    return Tune(flags.tune, flags.tune_epochs or Tune.epochs, flags.tune_lr or Tune.rate, seed=flags.seed)
 
 
 def _distil(flags: Flags, *, onnx: bool) -> Distil | None:
@@ -156,7 +190,7 @@ def _distil(flags: Flags, *, onnx: bool) -> Distil | None:
         return None
     if flags.distil_lr is not None and not 0 < flags.distil_lr <= 1:
         raise InputError(f"--distil-lr {flags.distil_lr:g} is out of range; want above 0, at most 1")
-    return Distil(epochs, flags.distil_lr or Distil.rate)
+    return Distil(epochs, flags.distil_lr or Distil.rate, seed=flags.seed)
 
 
 def _quantise(flags: Flags, *, onnx: bool, learns: bool) -> Quantise | None:

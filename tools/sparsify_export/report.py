@@ -54,6 +54,8 @@ class LinearEntry:
         error_before: relative error of its output with the original weights under the score's mask; None where no
             weights were updated. See ``passes.recipe.LinearReport``.
         error_after: the same with the weights as pruned.
+        refused: why its update was not taken, or with more damping only; "" where all is well.
+        directions: how many directions its inputs have been seen in; None where that is not known.
         quantiser: how it was quantised, or None.
         error_quantised: the same error with the weights as quantised; None where it was not measured.
     """
@@ -70,6 +72,8 @@ class LinearEntry:
     stored_bytes: int
     error_before: float | None = None
     error_after: float | None = None
+    refused: str = ""
+    directions: int | None = None
     quantiser: str | None = None
     error_quantised: float | None = None
 
@@ -162,6 +166,8 @@ def build_report(
                 stored_bytes=entry.stored_bytes,
                 error_before=linear.error_before if linear else None,
                 error_after=linear.error_after if linear else None,
+                refused=linear.refused if linear else "",
+                directions=linear.directions if linear else None,
                 quantiser=linear.quantiser if linear else None,
                 error_quantised=linear.error_quantised if linear else None,
             )
