@@ -145,7 +145,9 @@ def compare_outputs(
     exact_enough = rounded or not math.isfinite(close.budget)
     if exact_enough:
         return close
-    coarsest = max((side[0].dtype for side in sides[:2]), key=lambda dtype: torch.finfo(dtype).eps)  # got may be widened
+    coarsest = max(
+        (side[0].dtype for side in sides[:2]), key=lambda dtype: torch.finfo(dtype).eps
+    )  # got may be widened
     return Closeness(close.error, min(close.budget, _half(coarsest)))
 
 

@@ -36,17 +36,22 @@ class Published:
 
 
 def put_weights(model: Any, params: Mapping[str, Tensor], transposed: frozenset[str]) -> None:
-    """Give a model the weights of its program.
+    """Give a model the weights of its program, in parameters of its own.
+
+    The program holds the parameters that the model was traced with: changed in place, they would change what is exported,
+    and the model would be compared with itself.
 
     Args:
-        model: changed in place.
+        model: its modules get other parameters.
         params: weights by their key in the canonical program.
         transposed: the keys that ``canonicalise`` transposed.
     """
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, _ in list(model.named_parameters(remove_duplicate=False)):
         key = PREFIX + name
         if key in params:
-            parameter.data = params[key].t() if key in transposed else params[key]
+            value = params[key].t() if key in transposed else params[key]
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
 def ask(model: Any, traced: Traced, batch: Batch) -> Published:
