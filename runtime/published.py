@@ -38,8 +38,8 @@ class Published:
 def put_weights(model: Any, params: Mapping[str, Tensor], transposed: frozenset[str]) -> None:
     """Give a model the weights of its program, in parameters of its own.
 
-    The program holds the parameters that the model was traced with: changed in place, they would change what is exported,
-    and the model would be compared with itself.
+    The program holds the parameters that the model was traced with: changed in place, they would change what is
+    exported, and the model would be compared with itself.
 
     Args:
         model: its modules get other parameters.
