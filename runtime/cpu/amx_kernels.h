@@ -5,11 +5,14 @@
 
 namespace sparsify { namespace {
 
-constexpr int64_t kFewTokens = 2;  // up to here memory is the limit, and vectors read it faster
+// Up to here memory is the limit, and vectors read it faster; 4-bit codes take longer to expand. As measured.
+constexpr int64_t kFewTokens = 2, kFewTokensI4 = 8;
 
 template <class Weight>
 bool on_tiles(const Weight& w, int64_t tokens) {
-  return tokens > kFewTokens && w.rows > 0 && w.type != DType::f32 && w.type != DType::f16;
+  if (w.rows == 0 || w.type == DType::f32 || w.type == DType::f16) return false;
+  const bool has_decode = is_24(w) || std::is_same_v<Weight, BitmaskWeight>;
+  return tokens > (w.type == DType::i4 && has_decode ? kFewTokensI4 : kFewTokens);
 }
 
 inline void linear_nm(const NmWeight& w, const float* x, int64_t tokens, const float* bias, float* y, const Parallel& parallel) {

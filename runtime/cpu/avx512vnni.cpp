@@ -1,6 +1,7 @@
 // Quantised weights on processors with AVX-512 VBMI, VBMI2 and VNNI; everything else as on any AVX-512.
 #include "decode_bits_i4.h"
 #include "decode_i8.h"
+#include "panel_i4.h"
 #include "panel_i8.h"
 #include "row_tasks.h"
 
@@ -58,10 +59,11 @@ void panels(const NmWeight& w, const float* x, int64_t tokens, const float* bias
   Scratch<float> steps = scratch<float>(tokens);
   auto measure = [&](int64_t token) { steps[token] = token_step<Avx512>(x + token * w.cols, w.cols); };
   parallel_for(parallel, tokens, measure);
-  const PanelI8 element{x, w.cols, steps.get()};
+  const PanelI8 codes{x, w.cols, steps.get()};
   Scratch<char> packed = scratch<char>(panel_layout<PanelI8>(tokens, w.cols).bytes());
-  pack_panels(element, tokens, w.cols, packed.get(), parallel);
-  linear_panels(element, w, packed.get(), tokens, bias, y, parallel);
+  pack_panels(codes, tokens, w.cols, packed.get(), parallel);
+  if (w.type == DType::i8) return linear_panels(codes, w, packed.get(), tokens, bias, y, parallel);
+  linear_panels(PanelI4{codes}, w, packed.get(), tokens, bias, y, parallel);
 }
 
 void linear_nm(const NmWeight& w, const float* x, int64_t tokens, const float* bias, float* y, const Parallel& parallel) {
@@ -69,8 +71,9 @@ void linear_nm(const NmWeight& w, const float* x, int64_t tokens, const float* b
   if (w.n == 2 && w.m == 4 && w.type == DType::i8)
     return tokens <= kDecodeTokens24 ? decode_24<DType::i8>(w, x, tokens, bias, y, parallel)
                                      : panels(w, x, tokens, bias, y, parallel);
-  if (w.n == 2 && w.m == 4 && w.type == DType::i4 && tokens <= kDecodeTokens)
-    return decode_24<DType::i4>(w, x, tokens, bias, y, parallel);
+  if (w.n == 2 && w.m == 4 && w.type == DType::i4)
+    return tokens <= kDecodeTokens ? decode_24<DType::i4>(w, x, tokens, bias, y, parallel)
+                                   : panels(w, x, tokens, bias, y, parallel);
   kAvx512.linear_nm(w, x, tokens, bias, y, parallel);
 }
 

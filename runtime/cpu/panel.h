@@ -9,7 +9,8 @@
 // three ports that permutes and multiply-adds share: 1.5 pairs a cycle, each worth 2 C dense multiply-adds. Weights and
 // places are unpacked once for a block of columns and kPanelTokenBlock tokens. Sums over the lanes come last.
 //
-// E, the element, is one of the structs of panel_bf16.h and panel_i8.h.
+// E, the element, is one of the structs of panel_bf16.h, panel_i8.h and panel_i4.h; E::Block may hold more than weights and
+// places.
 #pragma once
 #include <immintrin.h>
 
@@ -48,7 +49,7 @@ struct alignas(64) PanelBlock {
 
 // sums[r * kPairTokens + t] (+)= a block of weights x 4 tokens; x is [steps][4][64 bytes].
 template <class E>
-void panel_block(const PanelBlock& block, int64_t steps, const char* x, __m512i* sums, bool first) {
+void panel_block(const typename E::Block& block, int64_t steps, const char* x, __m512i* sums, bool first) {
   typename E::Sum sum[kPairs][kPairTokens];
   unrolled<kPairs>([&](auto r) SPARSIFY_INLINE {
     unrolled<kPairTokens>([&](auto t) SPARSIFY_INLINE {
@@ -64,7 +65,7 @@ void panel_block(const PanelBlock& block, int64_t steps, const char* x, __m512i*
     unrolled<kPairTokens>([&](auto t) SPARSIFY_INLINE {
       const __m512i token = _mm512_load_si512(x + t * 64);
       unrolled<kPairs>([&](auto r) SPARSIFY_INLINE {
-        sum[r][t] = E::multiply_add(sum[r][t], E::permute(places[r], token), weights[r]);
+        sum[r][t] = E::multiply_add(sum[r][t], E::permute(places[r], token), weights[r], block, s, r);
       });
     });
   }
@@ -110,11 +111,11 @@ void linear_panels(const E& element, const NmWeight& w, const char* packed, int6
   int64_t chunk = kPanelChunk;  // small layers get small chunks so that every thread has work
   while (chunk > kPanelRows && (w.rows + chunk - 1) / chunk < 16) chunk /= 2;
   auto task = [&](int64_t index) {
-    thread_local KeptScratch<PanelBlock> block_room;
+    thread_local KeptScratch<typename E::Block> block_room;
     thread_local KeptScratch<__m512i> sums_room;
     const int64_t row = index * chunk, row_last = row + chunk < w.rows ? row + chunk : w.rows;
     const auto rows = element.rows(w, row, row_last);
-    PanelBlock& block = *block_room.get(1);
+    typename E::Block& block = *block_room.get(1);
     for (int64_t start = 0; start < tokens; start += kPanelTokenBlock) {
       const int64_t last = start + kPanelTokenBlock < tokens ? start + kPanelTokenBlock : tokens;
       const int64_t groups = (last - start + kPairTokens - 1) / kPairTokens;

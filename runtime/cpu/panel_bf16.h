@@ -7,6 +7,7 @@ namespace sparsify { namespace {
 struct PanelBf16 {
   static constexpr int64_t kColumns = 32;
   using Sum = __m512;
+  using Block = PanelBlock;
   static Sum zero() { return _mm512_setzero_ps(); }
   static Sum from_bits(__m512i v) { return _mm512_castsi512_ps(v); }
   static __m512i to_bits(Sum v) { return _mm512_castps_si512(v); }
@@ -16,7 +17,9 @@ struct PanelBf16 {
   int64_t cols;
 
   static __m512i permute(__m512i places, __m512i v) { return _mm512_permutexvar_epi16(places, v); }
-  static Sum multiply_add(Sum sum, __m512i x, __m512i w) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w); }
+  static Sum multiply_add(Sum sum, __m512i x, __m512i w, const Block&, int64_t, int) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
+  }
 
   __m512i pack(int64_t token, int64_t k, int64_t count) const {
     const float* at = x + token * cols + k;

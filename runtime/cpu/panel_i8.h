@@ -8,6 +8,7 @@ namespace sparsify { namespace {
 struct PanelI8 {
   static constexpr int64_t kColumns = 64;
   using Sum = __m512i;
+  using Block = PanelBlock;
 
   const float* x;
   int64_t cols;
@@ -18,7 +19,9 @@ struct PanelI8 {
   static __m512i to_bits(Sum v) { return v; }
   static __m512i add(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
   static __m512i permute(__m512i places, __m512i v) { return _mm512_permutexvar_epi8(places, v); }
-  static Sum multiply_add(Sum sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); }
+  static Sum multiply_add(Sum sum, __m512i x, __m512i w, const Block&, int64_t, int) {
+    return _mm512_dpbusd_epi32(sum, x, w);
+  }
 
   __m512i pack(int64_t token, int64_t k, int64_t count) const {
     const float* at = x + token * cols + k;
