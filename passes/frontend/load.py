@@ -21,6 +21,7 @@ from ..files import LARGEST_JSON, check_regular, read_json
 from .forms import check_files, check_quantiser, custom_code
 from .unread import check_gguf, check_unread
 
+TENSOR_COUNT_AT = 8  # bytes into a GGUF file: behind magic and version, 8 bytes, little endian
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHARDS = "model.safetensors.index.json"
 MOST = {re.compile(r"labels$"): 1_000_000, re.compile(r"(layers?|blocks?|depths?|experts)$"): 10_000}
@@ -70,6 +71,7 @@ def load(source: str, *, trust_remote_code: bool = False) -> Pretrained:
         if getattr(config, "transformers_weights", None) is not None:  # another way to name an index, or a pickle
             raise InputError(f"{source}: its configuration names the file of its weights; want model.safetensors")
         check_quantiser(source, config)
+        _check_layers(source, config, options)
         auto = _model_class(config)
         use = {} if "gguf_file" in options else {"use_safetensors": True}
         # Handing the config over spares a GGUF file two more readings of its vocabulary. The reader of GGUF draws a
@@ -194,6 +196,22 @@ def _left_out(model: PreTrainedModel) -> list[str]:
     return [f"only the text model of {type(model).__name__} is compiled; images or sound cannot be given to the file"]
 
 
+def _check_layers(source: str, config: Any, options: dict[str, Any]) -> None:
+    """Refuse a GGUF file with fewer tensors than layers, before a model of that size is made.
+
+    Raises:
+        InputError: it has.
+    """
+    if "gguf_file" not in options:
+        return
+    with Path(source).open("rb") as file:
+        file.seek(TENSOR_COUNT_AT)
+        tensors = int.from_bytes(file.read(8), "little")
+    layers = config.get_text_config().num_hidden_layers
+    if layers > tensors:
+        raise InputError(f"{source} is damaged: it names {layers} layers and holds {tensors} tensors")
+
+
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
     """The first argument and the options that ``from_pretrained`` wants for this source."""
     path = Path(source)
@@ -202,6 +220,9 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
             with path.open("rb") as file:
                 if (magic := file.read(4)) != b"GGUF":
                     raise InputError(f"{source} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
+                file.seek(TENSOR_COUNT_AT)
+                if not any(file.read(8)):  # transformers would make up a whole model of a size that it makes up too
+                    raise InputError(f"{source} holds no tensors")
             return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
         if path.suffix == ".onnx":
             raise InputError(f"{source} is an ONNX model; this version compiles Hugging Face folders and .gguf files")

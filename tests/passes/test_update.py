@@ -243,5 +243,5 @@ def test_text_that_shows_too_little_is_told_once():
     assert told.startswith("calibration shows 3 of the 128 directions that the inputs of layers.0.down have")
     notes.clear()
     enough = prune(partition(program), weights(program), recipe, inputs(width=64, tokens=100), note=notes.append)
-    assert enough[0].linears[0].directions == 64
+    assert enough[0].linears[0].directions in (63, 64)  # a norm takes the mean off; rounding may put the last one back
     assert not notes

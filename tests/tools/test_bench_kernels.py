@@ -184,7 +184,7 @@ def test_the_tool_measures_every_row_against_every_opponent():
         *("--shape", "64x128", "--tokens", "1", "32", "--seconds", "0.01", "--megabytes", "0.2", "--threads", "1")
     )
     assert printed["threads"] == 1
-    assert printed["isa"] in ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
+    assert printed["isa"] in ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
     rows = printed["results"]
     assert [(row["format"], row["tokens"]) for row in rows] == [
         ("nm", 1),

@@ -322,7 +322,7 @@ def test_an_engine_takes_the_tokenizer_that_is_named_or_lies_beside_it(written, 
 
 def test_what_is_there_is_not_replaced(written, folder, capsys):
     assert main([str(folder), "--quiet", "-o", str(written)]) == 2
-    assert "model.trt.onnx exists already; remove it or give --overwrite" in capsys.readouterr().err
+    assert "exists already; remove it or give --overwrite" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_float_ops_refuse_scales(nm, bitmask):
 def test_quantised_nm_refuses_sizes_that_disagree(quantised_nm):
     kept = quantised_nm["values"].shape[1]
     fewer = np.ascontiguousarray(quantised_nm["values"][:, 1:])
-    with pytest.raises(ValueError, match=rf"(values|indices|scales|x) must have shape .*got \[.*({kept - 1}|5|76)"):
+    with pytest.raises(ValueError, match=rf"must have shape .*got \[.*({kept - 1}|5|76)|padding bits"):
         _native.linear_nm(**{**quantised_nm, "values": fewer})
     with pytest.raises(ValueError, match=r"must have shape|must be a multiple of m = 4, got 75"):
         _native.linear_nm(**{**quantised_nm, "x": np.ones((2, 75), np.float32)})
