@@ -5,6 +5,7 @@
     python -P tools/bench_kernels.py --rows required            # the kernel rows of the issue's table, pass or fail
     python -P tools/bench_kernels.py --plot speedup.png         # over tokens and over sparsity; needs matplotlib
     python -P tools/bench_kernels.py --pack --type all          # how long packing 1 GB of fp32 weights takes
+    python -P tools/bench_kernels.py --read A.json B.json       # a table of what --json printed, by machine
 
 Opponents: dense (ONNX Runtime, float32 MatMul), int8 (its DynamicQuantizeLinear and MatMulIntegerToFloat, a scale for
 each column), int4-32 and int4-128 (its MatMulNBits, accuracy level 4, with blocks of 32 and 128), and with
@@ -15,7 +16,8 @@ each column), int4-32 and int4-128 (its MatMulNBits, accuracy level 4, with bloc
 
 Ours runs before every run of an opponent, so that both see the same disturbances; a speed-up is the median of the
 ratios of such neighbours. Our result is compared with numpy's before it is timed. Up to 16 tokens every contestant runs
-as many layers as make 200 MB of its own weights, so that they come from memory as they do in a model; times are those
+as many layers as make 200 MB of its own weights, or more than the last level of cache where that is larger, so that
+they come from memory as they do in a model; times are those
 of one layer. With --threads 1 processor time is taken, which other processes on the machine do not stretch (they still
 share memory and caches).
 
@@ -36,6 +38,7 @@ from sparsify_export import _native
 sys.path.append(str(Path(__file__).parent))  # behind the installed package, whose source folder is there as well
 
 from kernel_bench import report
+from kernel_bench.machine import about, last_level_cache
 from kernel_bench.measure import Bench, Result
 from kernel_bench.packing import measure_packing, packing_table
 from kernel_bench.rows import OPPONENTS, TYPES, Row, over_sparsity, over_tokens, required
@@ -48,6 +51,10 @@ USELESS = {
     "rows": ("format", "type", "tokens", "nm", "sparsity", "group", "gigabytes"),
     "plot": ("format", "type", "tokens", "nm", "sparsity", "group", "gigabytes"),
     "pack": ("tokens", "against", "deepsparse", "seconds", "megabytes"),
+    "read": (
+        *("format", "type", "tokens", "shape", "nm", "sparsity", "group"),
+        *("against", "deepsparse", "seconds", "megabytes", "gigabytes"),
+    ),
     "": ("gigabytes",),
 }
 DEFAULTS = {
@@ -58,7 +65,7 @@ DEFAULTS = {
     "sparsity": [0.5],
     "group": [32],
     "seconds": 2.0,
-    "megabytes": 200.0,
+    "megabytes": max(200.0, 1.25 * last_level_cache() / 1e6),
     "gigabytes": 1.0,
 }
 
@@ -70,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     what = made.add_mutually_exclusive_group()
     what.add_argument("--rows", choices=["required"], help="the rows of the issue's table, and whether they pass")
     what.add_argument("--plot", type=Path, metavar="FILE.png", help="fp32 over M and over sparsity, as a picture too")
+    what.add_argument("--read", type=Path, nargs="+", metavar="FILE.json", help="print tables of what --json printed")
     what.add_argument("--pack", action="store_true", help="time the packing of fp32 weights instead")
     add("--format", nargs="+", choices=["nm", "bitmask"], help="default both")
     add("--type", nargs="+", choices=[*TYPES, "all"], help="default f32")
@@ -82,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     add("--deepsparse", metavar="PYTHON", help="an interpreter that has DeepSparse 1.8.0")
     add("--threads", type=int, default=2, help="of every contestant (default 2)")
     add("--seconds", type=float, help="for each row (default 2)")
-    add("--megabytes", type=float, help="of weights to cycle through (default 200; less leaves them in a cache)")
+    add("--megabytes", type=float, help="of weights to cycle through (less than the cache holds stays there)")
     add("--gigabytes", type=float, help="of --pack (default 1)")
     output = made.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
@@ -94,7 +102,7 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked, with the defaults filled in."""
     made = parser()
     args = made.parse_args(line)
-    mode = "rows" if args.rows else "plot" if args.plot else "pack" if args.pack else ""
+    mode = "rows" if args.rows else "plot" if args.plot else "pack" if args.pack else "read" if args.read else ""
     for name in USELESS[mode]:
         if getattr(args, name) is not None:
             made.error(f"--{name} has no effect with --{mode}" if mode else f"--{name} needs --pack")
@@ -102,6 +110,8 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
 
+    if args.read and (args.json or args.markdown):
+        made.error("--read prints markdown, and nothing else")
     if "all" in args.type:
         args.type = list(TYPES)
     chosen = SHAPES if args.shape == ["all"] else args.shape or (SHAPES[:2] if args.rows else SHAPES[:1])
@@ -141,6 +151,10 @@ def chosen_rows(args: argparse.Namespace) -> list[Row]:
 def main() -> None:
     """Measure and print."""
     args = parse()
+    if args.read:
+        for document in (json.loads(path.read_text(encoding="utf-8")) for path in args.read):
+            sys.stdout.write(report.markdown(report.saved_table(document), report.saved_title(document)) + "\n")
+        return
     if args.pack:
         args.tokens = [1]
         packed = [measure_packing(row, args.gigabytes, args.threads) for row in chosen_rows(args)]
@@ -185,8 +199,7 @@ def main() -> None:
 def show(args: argparse.Namespace, tables: list[tuple[str, list[list[str]]]], document: dict) -> None:
     """Print as the options say."""
     if args.json:
-        about = {"isa": _native.isa(), "threads": args.threads, "onnxruntime": onnxruntime.__version__}
-        json.dump({**about, **document}, sys.stdout, indent=1)
+        json.dump({**about(args.threads), **document}, sys.stdout, indent=1)
         return
     for title, lines in tables:
         if args.markdown:

@@ -1,13 +1,14 @@
 // y = x W^T on tiles, for any format: the kept values are expanded to dense tiles in cache, once for all tokens.
 //
-//   a    32 rows of W by one step of columns         two tiles, expanded (amx_expand.h), from the level 1 cache
+//   a    32 rows of W by one step of columns         two tiles, expanded (amx_expand.h), from the caches
 //   b    one step of columns by 32 tokens            two tiles, laid out once (amx_pack.h), from the level 2 cache
 //   c    32 rows by 32 tokens                        four tiles of sums
 //
 // Zeros are multiplied too: a tile product makes 16,384 (bfloat16: 8,192) multiply-adds in 16 cycles, four to eight times
 // what vector instructions do, which no skipping of half of them makes up for. What is saved by sparsity is memory.
 //
-// A strip of rows goes through the columns block by block; between blocks the sums wait in memory.
+// A strip of rows goes through the columns block by block; between blocks the sums wait in memory. While a block is
+// multiplied the next one is expanded, and what the one after it needs is fetched.
 #pragma once
 #include <thread>
 #include <utility>
@@ -97,20 +98,20 @@ void multiply_strip(const Expand& expand, const Finish& finish, const Weight& w,
                     const char* packed, int64_t row, int64_t row_last, int64_t tokens, const float* bias, float* y) {
   thread_local KeptScratch<uint64_t> words_room;
   thread_local KeptScratch<char> tiles_room, sums_room;
-  const int64_t pairs = (row_last - row + kStripRows32 - 1) / kStripRows32, count = pairs * layout.blocks();
+  const int64_t pairs = (row_last - row + kBlockRows - 1) / kBlockRows, count = pairs * layout.blocks();
   const int64_t sums_bytes = 2 * layout.tiles * kTileBytes;  // of 32 rows
   const int64_t stride = expanded_stride(layout.block, Expand::kParts);
-  char* a = tiles_room.get(2 * kStripRows32 * stride);
-  char* a_next = a + kStripRows32 * stride;
+  char* a = tiles_room.get(2 * kBlockRows * stride);
+  char* a_next = a + kBlockRows * stride;
   char* const sums = sums_room.get(pairs * sums_bytes);
   ExpandRow rows[kMostStripRows];
-  begin_rows(w, row, row_last, words_room.get(pairs * kStripRows32 * made_words(w)), rows, pairs * kStripRows32);
+  begin_rows(w, row, row_last, words_room.get(pairs * kBlockRows * made_words(w)), rows, pairs * kBlockRows);
 
   // The blocks of 32 rows and some steps, one after another, those of the same columns first; while one is multiplied,
   // the next one is expanded. Behind the last one comes one without steps.
   const auto block = [&](int64_t i) {
     const int64_t step = i / pairs * layout.block;
-    return BlockOfRows{rows + i % pairs * kStripRows32, step, i < count ? layout.in_block(step) : 0, w.cols};
+    return BlockOfRows{rows + i % pairs * kBlockRows, step, i < count ? layout.in_block(step) : 0, w.cols};
   };
   using Expander = ExpandBlock<Expand, two_of_four>;
   const int64_t block_values = kept_in_all(w) / w.rows / layout.blocks();
@@ -119,7 +120,7 @@ void multiply_strip(const Expand& expand, const Finish& finish, const Weight& w,
     return Expander(expand, block(i), to, stride, later, pairs == 1 ? block_values : 0);
   };
   expander(0, a).rest();
-  const int64_t token_pairs = (layout.tiles + 1) / 2, portion = (kStripRows32 + token_pairs - 1) / token_pairs;
+  const int64_t token_pairs = (layout.tiles + 1) / 2, portion = (kBlockRows + token_pairs - 1) / token_pairs;
   {
     const Tiles tiles;
     for (int64_t i = 0; i < count; ++i) {
@@ -138,7 +139,7 @@ void multiply_strip(const Expand& expand, const Finish& finish, const Weight& w,
   for (int64_t t = 0; t < layout.tiles; ++t)  // neighbours in y one after another
     for (int64_t p = 0; p < pairs; ++p)
       for (int64_t half = 0; half < 2; ++half)
-        write_tile(finish, sums + p * sums_bytes + (2 * t + half) * kTileBytes, row + p * kStripRows32 + half * kTileRows,
+        write_tile(finish, sums + p * sums_bytes + (2 * t + half) * kTileBytes, row + p * kBlockRows + half * kTileRows,
                    w.rows, t * kTileTokens, tokens, bias, y);
 }
 
@@ -152,7 +153,7 @@ template <class Multiply, class Expand, class Finish, class Weight>
 void multiply_rows(const Expand& expand, const Finish& finish, const Weight& w, const TokenLayout& layout,
                    const char* packed, int64_t tokens, const float* bias, float* y, const Parallel& parallel) {
   int64_t strip = kMostStripRows;
-  while (strip > kStripRows32 && (strip * layout.tiles * kTileTokens > kStripSums ||
+  while (strip > kBlockRows && (strip * layout.tiles * kTileTokens > kStripSums ||
                                   (w.rows + strip - 1) / strip < 4 * cores()))
     strip /= 2;
   auto task = [&](int64_t index) {

@@ -19,7 +19,7 @@
 
 namespace sparsify { namespace {
 
-constexpr int64_t kStripRows32 = 2 * kTileRows;  // rows that are multiplied together
+constexpr int64_t kBlockRows = 2 * kTileRows;  // rows that are multiplied together
 constexpr int64_t kMostBlockSteps = 128;         // that are expanded before they are multiplied
 
 constexpr int64_t expanded_stride(int64_t steps, int64_t parts) { return steps * parts * kTileRowBytes + 64; }
@@ -179,11 +179,11 @@ class ExpandBlock {
  public:
   // Written to `to`, `stride` bytes a row. Values of the later block begin `skip` further than its rows stand now.
   ExpandBlock(const Expand& expand, const BlockOfRows& block, char* to, int64_t stride, const BlockOfRows& later, int64_t skip)
-      : expand_(expand), block_(block), later_(later), to_(to), stride_(stride), skip_(skip), row_(block.steps ? 0 : kStripRows32) {}
+      : expand_(expand), block_(block), later_(later), to_(to), stride_(stride), skip_(skip), row_(block.steps ? 0 : kBlockRows) {}
 
   // At most `steps` more steps of rows.
   SPARSIFY_INLINE void some(int64_t steps) {
-    while (steps > 0 && row_ < kStripRows32) {
+    while (steps > 0 && row_ < kBlockRows) {
       ExpandRow& row = block_.rows[row_];
       if (done_ == 0) begin_row(row);
       const int64_t run = block_.steps - done_ < steps ? block_.steps - done_ : steps;
@@ -204,7 +204,7 @@ class ExpandBlock {
       done_ = 0;
     }
   }
-  void rest() { some(kStripRows32 * block_.steps); }
+  void rest() { some(kBlockRows * block_.steps); }
 
  private:
   void begin_row(const ExpandRow& row) {

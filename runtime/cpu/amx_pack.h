@@ -7,12 +7,13 @@
 #pragma once
 #include <atomic>
 
-#include "codes_i8.h"
 #include "amx_expand.h"
+#include "codes_i8.h"
 
 namespace sparsify { namespace {
 
 constexpr int64_t kTileTokens = 16;
+
 struct TokenLayout {
   int64_t tiles, steps;  // of 16 tokens, of 64 bytes of columns
   int64_t block;         // of steps

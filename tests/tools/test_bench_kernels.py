@@ -11,6 +11,7 @@ import pytest
 import torch
 from sparsify_export.calibrate.patterns import NM
 from sparsify_export.passes.dialect import linear_bitmask, linear_nm
+from sparsify_export.runtime.machine import this_machine
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
 sys.path.append(str(TOOLS))  # behind the installed package, as the tool does it
@@ -179,12 +180,22 @@ def test_requirements_say_pass_fail_stretch_and_not_measured():
     assert report.requirement_table(failing)[1][-1] == "FAIL"
 
 
-def test_the_tool_measures_every_row_against_every_opponent():
+def test_the_tool_measures_every_row_against_every_opponent(tmp_path):
     printed = run_tool(
         *("--shape", "64x128", "--tokens", "1", "32", "--seconds", "0.01", "--megabytes", "0.2", "--threads", "1")
     )
     assert printed["threads"] == 1
     assert printed["isa"] in ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
+    assert printed["processor"] == this_machine().key["processor"]
+    assert set(printed["features"]) <= set(Path("/proc/cpuinfo").read_text().split())
+    assert (printed["isa"] == "amx") <= ("amx_int8" in printed["features"])
+    (tmp_path / "saved.json").write_text(json.dumps(printed))
+    tool = [sys.executable, "-P", str(TOOLS / "bench_kernels.py")]
+    table = subprocess.run([*tool, "--read", str(tmp_path / "saved.json")], capture_output=True, text=True, check=True)
+    title, _, head, _, *lines = table.stdout.strip().splitlines()
+    assert title.startswith(printed["processor"])
+    assert head.endswith("| against dense | against int8 | against int4-32 | against int4-128 |")
+    assert len(lines) == len(printed["results"])
     rows = printed["results"]
     assert [(row["format"], row["tokens"]) for row in rows] == [
         ("nm", 1),

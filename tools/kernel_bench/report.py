@@ -104,6 +104,35 @@ def record(result: Result) -> dict:
     return {**row, "nm": f"{row['nm'][0]}:{row['nm'][1]}", "kernel": result.row.kernel, **fields}
 
 
+def saved_table(document: dict) -> list[list[str]]:
+    """What ``--json`` once printed, as a head and one line for each row."""
+    names = list(dict.fromkeys(name for row in document["results"] for name in row["against"]))
+    lines = [["N x K", "kernel", "M", "us", "best us", "of floor", *(f"against {name}" for name in names)]]
+    for row in document["results"]:
+        there = [row["against"].get(name) for name in names]
+        lines.append(
+            [
+                f"{row['rows']}x{row['cols']}",
+                row["kernel"],
+                str(row["tokens"]),
+                f"{row['us']:,.0f}",
+                f"{row['best_us']:,.0f}",
+                f"{row['fraction_of_floor']:.2f}",
+                *(f"{each['speedup']:.2f}x" if each else "-" for each in there),
+            ]
+        )
+    return lines
+
+
+def saved_title(document: dict) -> str:
+    """Which machine it was, in one line."""
+    features = " ".join(document["features"])
+    return (
+        f"{document['processor']} ({features}; {document['cache_mb']:.0f} MB of cache), kernels {document['isa']}, "
+        f"{document['threads']} threads, ONNX Runtime {document['onnxruntime']}"
+    )
+
+
 def plot(path: Path, over_tokens: list[Result], over_sparsity: list[Result], title: str) -> None:
     """Draw speed-up over tokens (left) and over sparsity (right) as a PNG; matplotlib is needed only here."""
     import matplotlib

@@ -173,7 +173,7 @@ def test_a_pruned_column_does_not_see_what_is_not_finite(pack, dtype, tokens, ba
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_many_blocks_of_columns_rows_and_tokens(pack, dtype):
     rng = np.random.default_rng(0)
-    for tokens, rows, cols in [(40, 70, 8740), (600, 600, 1540), (530, 33, 2056)]:
+    for tokens, rows, cols in [(40, 70, 8740), (136, 33, 4104), (600, 600, 1540), (530, 33, 2056)]:
         x = rng.standard_normal((tokens, cols), np.float32)
         values, indices, dense = pack.nm(rng, rows, cols, 2, 4, dtype)
         assert_close_sampled(_native.linear_nm(x, values, indices, 2, 4), x, dense, dtype)

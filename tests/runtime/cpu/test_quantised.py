@@ -94,7 +94,7 @@ def test_the_largest_sums_are_exact(dtype, group, tokens):
 @pytest.mark.parametrize(("dtype", "group"), STORED)
 def test_many_blocks_of_columns_rows_and_tokens(pack, dtype, group):
     rng = np.random.default_rng(0)
-    for tokens, rows, cols in [(40, 70, 17476), (600, 600, 1540), (530, 33, 4104)]:
+    for tokens, rows, cols in [(40, 70, 17476), (136, 33, 4104), (600, 600, 1540), (530, 33, 4104)]:
         x = rng.standard_normal((tokens, cols), np.float32)
         at, those = [0, tokens // 2, tokens - 1], [0, rows // 2, rows - 1]
         weight, dense = pack.quantised_nm(rng, rows, cols, 2, 4, dtype, group)
