@@ -152,7 +152,10 @@ def main() -> None:
     """Measure and print."""
     args = parse()
     if args.read:
-        for document in (json.loads(path.read_text(encoding="utf-8")) for path in args.read):
+        for path in args.read:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if not {"processor", "results"} <= document.keys():
+                sys.exit(f"{path} is not what --json prints of a measurement")
             sys.stdout.write(report.markdown(report.saved_table(document), report.saved_title(document)) + "\n")
         return
     if args.pack:
