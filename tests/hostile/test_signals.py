@@ -13,6 +13,17 @@ STAGES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Nothing is ignored, whoever started the tests: nohup ignores SIGHUP, a shell's background SIGINT and SIGQUIT."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number in STOPPING:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
 def test_a_signal_in_every_stage_of_onnx_input(given, tmp_path, monkeypatch, capsys, number):
     before = signal.getsignal(number)

@@ -105,7 +105,9 @@ def test_damaged_gguf(tmp_path, capsys):
     (tmp_path / "a.gguf").write_bytes(b"nonsense")
     (tmp_path / "b.gguf").write_bytes(b"GGUF" + bytes(20))
     assert "is not a GGUF file" in refused(capsys, tmp_path / "m.onnx", tmp_path / "a.gguf")
-    assert "cannot load" in refused(capsys, tmp_path / "m.onnx", tmp_path / "b.gguf")
+    assert "holds no tensors" in refused(capsys, tmp_path / "m.onnx", tmp_path / "b.gguf")
+    (tmp_path / "c.gguf").write_bytes(b"GGUF" + bytes([3, 0, 0, 0, 1, 0, 0, 0]) + bytes(12))
+    assert "cannot load" in refused(capsys, tmp_path / "m.onnx", tmp_path / "c.gguf")
 
 
 @pytest.fixture
