@@ -10,8 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-FACTOR = 4.0
-"""How many times as wrong as float32 a whole model may be: ONNX Runtime sums in blocks of its own."""
+FACTOR = 8.0
+"""How many times as wrong as float32 torch a whole model may be.
+
+torch adds up a product in 16 or more partial sums, a kernel may add one term after another: over K terms that grows as
+sqrt(K) where 16 sums grow as sqrt(K / 16), which makes 4; and the order of a sum is luck on both sides, which makes 2.
+(SmolLM2 at 2:4 in float32: kernels 6.5 times as wrong as torch, ONNX Runtime's own products 1.4 times.)
+"""
 
 FLOOR = 32.0
 """Rounding steps of float32 at the size of a model's output that are always allowed; in 16 bits, two of its own.
@@ -90,7 +95,7 @@ def compare_model(got: torch.Tensor, baseline: torch.Tensor, exact: torch.Tensor
     r"""As ``compare``, for what a whole model or a layer returns: with a floor and a ceiling.
 
     .. math:: \max|got - exact| \le
-        \min(\max(4 \max|baseline - exact| + \epsilon s, 32 \epsilon s), s / 4), \quad s = \max|exact|
+        \min(\max(8 \max|baseline - exact| + \epsilon s, 32 \epsilon s), s / 4), \quad s = \max|exact|
 
     Where the budget is cut by the ceiling, ``baseline`` itself may be outside: then nothing can be said about ``got``
     by these numbers, and it is not ok.
