@@ -255,14 +255,15 @@ def _write(file: Path, write: Callable[[Path], object]) -> None:
     partial = file.with_name(f"{PARTIAL}{file.name}.{os.getpid()}")
     try:
         write(partial)
-        _sync(partial)
+        sync_to_disk(partial)
         partial.replace(file)
-        _sync(file.parent)
+        sync_to_disk(file.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, have reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -32,7 +32,7 @@ PADDED = ((17, 10), (23, 14, 5))
 """And of two and of three texts at once."""
 
 CROSSED = 640
-"""Tokens of a text at most that is made to cross a sliding window; the report names those that are longer."""
+"""Tokens of a text at most that is made to cross a sliding window; longer windows are not crossed."""
 
 
 def calibration_text(

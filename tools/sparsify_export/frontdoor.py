@@ -10,6 +10,7 @@ from .passes.errors import InputError
 from .passes.frontend.batches import read_windows
 from .passes.frontend.first_token import first_token, tokens_of
 from .passes.frontend.load import context_of, load, load_tokenizer, tokenizer_beside
+from .passes.frontend.positions import longest
 from .passes.frontend.trace import trace
 from .passes.fx.canonical import canonicalise, parameter_names
 from .passes.fx.linears import find_linears
@@ -53,7 +54,7 @@ def evaluate(
         pretrained = load(model, trust_remote_code=trust_remote_code)
         if pretrained.kind != "causal":
             raise InputError(f"{model} is not a causal language model, so it has no perplexity")
-        logits, words, limit = torch_logits(pretrained.model), pretrained.tokenizer, context_of(pretrained.model.config)
+        logits, words, limit = torch_logits(pretrained.model), pretrained.tokenizer, longest(pretrained.model)
         if tokenizer is not None:
             words = load_tokenizer(tokenizer)
     if words is None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .passes.checkpoint import sync_to_disk
 from .passes.errors import InputError
 from .passes.onnx.protos import data_files
 from .passes.onnx.write import DIGITS
@@ -79,7 +80,7 @@ def publish_folder(stage: Path, out: Path, report: str) -> None:
     if out.exists():
         out.rename(aside)
     stage.rename(out)
-    _sync_names(out.parent)
+    sync_to_disk(out.parent)
     _remove(aside, report)
 
 
@@ -113,12 +114,12 @@ def publish_files(stage: Path, folder: Path, *, model: str, report: str, stale: 
     try:
         for name in data:
             (stage / name).replace(folder / name)
-        _sync_names(folder)
+        sync_to_disk(folder)
         for name in (report, *stale):
             if os.path.lexists(folder / name):
                 (folder / name).rename(stage / OLDER / name)
         (stage / model).replace(folder / model)
-        _sync_names(folder)
+        sync_to_disk(folder)
     finally:
         _settle(stage, folder, journal)
 
@@ -138,7 +139,7 @@ def _settle(stage: Path, folder: Path, journal: Mapping[str, Any]) -> None:
         for name in journal["data"]:
             if is_data(name, model) and name not in used:
                 (folder / name).unlink(missing_ok=True)
-    _sync_names(folder)
+    sync_to_disk(folder)
     shutil.rmtree(stage)
 
 
@@ -194,14 +195,6 @@ def _alive(stage: Path) -> bool:
 def _sync(stage: Path) -> None:
     """Every file of a folder, and its names, to the disk."""
     for name in files_below(stage):
-        _sync_names(stage / name)
+        sync_to_disk(stage / name)
     for folder in (stage, *(file for file in stage.rglob("*") if file.is_dir())):
-        _sync_names(folder)
-
-
-def _sync_names(path: Path) -> None:
-    held = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(held)
-    finally:
-        os.close(held)
+        sync_to_disk(folder)
