@@ -116,3 +116,47 @@ def test_a_first_token_outside_the_vocabulary(short, tmp_path, capsys):
     (path / "config.json").write_text(json.dumps(told))
     said = refused(capsys, tmp_path / "o.onnx", path, "--nm", "2:4", "--samples", "2", "--seq-len", "8")
     assert "begins a text with token 50256; the model knows 0 to 98" in said
+
+
+@pytest.fixture(scope="module")
+def passages(tmp_path_factory):
+    """A collection of 40 passages that are findable by the words they share with their query."""
+    path = tmp_path_factory.mktemp("collection")
+    (path / "qrels").mkdir()
+    texts = [" ".join(f"w{(7 * i + j) % 90}" for j in range(8)) for i in range(40)]
+    (path / "corpus.jsonl").write_text("\n".join(json.dumps({"_id": f"p{i}", "text": t}) for i, t in enumerate(texts)))
+    queries = [{"_id": f"q{i}", "text": t[:11]} for i, t in enumerate(texts)]
+    (path / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    (path / "qrels" / "test.tsv").write_text("\n".join(f"q{i}\tp{i}\t1" for i in range(40)))
+    return path
+
+
+def test_a_folder_finds_passages_as_its_model_does(sentences, folder, passages, tmp_path, capsys):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (sentences / name).write_bytes((folder / name).read_bytes())
+    torch.manual_seed(0)
+    transformers.BertModel(random_model("bert").config).save_pretrained(sentences)
+    assert main([str(sentences), "--quiet", "-o", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    found = []
+    for model in (sentences, tmp_path / "out"):
+        assert main(["eval", str(model), "--retrieval", str(passages), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert found[0]["pooling"]["length"] == 64
+    assert 0.3 < found[0]["retrieval"]["ndcg"] < 1  # chance is 0.11
+    assert main(["eval", str(tmp_path / "out"), "--retrieval", str(passages)]) == 0
+    assert "over 40 queries and 40 passages\npooled by mean, 64 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--text", "x"], "--text has no effect with --retrieval"),
+        (["--no-bos"], "--no-bos has no effect with --retrieval"),
+        ([], "is not an encoder of texts"),
+    ],
+)
+def test_what_finds_no_passages_is_refused(folder, passages, flags, message, capsys):
+    assert main(["eval", str(folder), "--retrieval", str(passages), *flags]) == 2
+    assert message in capsys.readouterr().err

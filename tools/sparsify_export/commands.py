@@ -18,6 +18,7 @@ def eval_command(
     *,
     text: Path | None = None,
     exact: Annotated[bool, Parameter(negative="")] = False,
+    retrieval: Path | None = None,
     window: int | None = None,
     windows: int | None = None,
     tokenizer: str | None = None,
@@ -26,12 +27,14 @@ def eval_command(
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
     log_file: Path | None = None,
 ) -> None:
-    """Perplexity of a model or an exported file over non-overlapping windows of a text, and exact answers.
+    """Perplexity of a model or an exported file over windows of a text, exact answers, or how well it finds passages.
 
     Args:
         model: an .onnx file, an engine, a folder this tool wrote, a Hugging Face folder, hub id or .gguf file.
         text: plain text, or JSONL with a text field, to measure perplexity on.
         exact: count exactly right answers to small problems: copying, brackets, arithmetic.
+        retrieval: folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/test.tsv): nDCG@10 and recall@10 of an
+            embedding model, pooled as modules.json beside it says, else by the mean, normalised.
         window: tokens in a window; default 2048, or what the model takes if that is less.
         windows: windows at most; default all of the text.
         tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
@@ -48,8 +51,21 @@ def eval_command(
 
     positive("--window", window, least=2)
     positive("--windows", windows)
+    if retrieval is not None:
+        without = {"--text": text, "--exact": exact, "--window": window, "--windows": windows, "--no-bos": not bos}
+        if unread := [flag for flag, value in without.items() if value]:
+            raise InputError(f"{unread[0]} has no effect with --retrieval, which embeds texts")
+        with ProgressBar(quiet=json) as console:
+            found, embedder = frontdoor.evaluate_retrieval(
+                model, retrieval, tokenizer=tokenizer, trust_remote_code=trust_remote_code, progress=console.progress
+            )
+        if json:
+            terminal.print_json(dumps({"retrieval": asdict(found), "pooling": asdict(embedder.pooling)}))
+        else:
+            terminal.print(f"{found}\n{embedder.pooling}", highlight=False)
+        return
     if text is None and not exact:
-        raise InputError("there is nothing to evaluate; give --text FILE, --exact, or both")
+        raise InputError("there is nothing to evaluate; give --text FILE, --exact, both, or --retrieval FOLDER")
     with ProgressBar(quiet=json) as console:
         result, answers = frontdoor.evaluate(
             model,

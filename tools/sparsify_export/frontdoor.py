@@ -15,12 +15,14 @@ from .passes.frontend.trace import trace
 from .passes.fx.canonical import canonicalise, parameter_names
 from .passes.fx.linears import find_linears
 from .runtime.artifact import causal, open_artifact
+from .runtime.embedding import Embedder, onnx_hidden, pooling_of, torch_hidden
 from .runtime.evaluate import Perplexity, onnx_logits, perplexity, torch_logits
 from .runtime.exact import ExactAnswers, exact_answers
 from .runtime.generate import Generation
 from .runtime.generate import generate as run_generate
 from .runtime.inspection import weights as file_weights
-from .runtime.session import model_file
+from .runtime.retrieval import Retrieval, read_collection, retrieve
+from .runtime.session import model_file, open_session
 from .runtime.tensorrt.session import is_plan
 from .simulator import Cycles
 from .simulator import simulate as run_simulator
@@ -70,6 +72,38 @@ def evaluate(
     if exact:
         answers = exact_answers(logits, words, limit=limit, bos=bos, progress=progress)
     return found, answers
+
+
+def evaluate_retrieval(
+    model: str,
+    collection: Path,
+    *,
+    tokenizer: str | None,
+    trust_remote_code: bool,
+    progress: Callable[[str, int, int], None],
+) -> tuple[Retrieval, Embedder]:
+    """How well an exported file or a pretrained model finds passages, and how it was made to embed them.
+
+    Raises:
+        InputError: see ``load``, ``open_session``, ``pooling_of``, ``read_collection`` and ``retrieve``; or it is no
+            encoder of texts in a folder of its own.
+    """
+    texts = read_collection(collection)
+    if is_export(Path(model)):
+        hidden, names = onnx_hidden(session := open_session(Path(model))), [i.name for i in session.get_inputs()]
+        words, folder = tokenizer_of(Path(model), tokenizer), _folder(Path(model))
+    else:
+        pretrained, folder = load(model, trust_remote_code=trust_remote_code), Path(model)
+        if pretrained.kind != "encoder" or pretrained.inputs[0] != "input_ids":
+            raise InputError(f"{model} is not an encoder of texts, so it finds no passages")
+        if not folder.is_dir():  # how texts are pooled lies beside the weights
+            raise InputError(f"--retrieval wants a model in a folder, or an exported one; got {model}")
+        hidden, names = torch_hidden(pretrained.model), list(pretrained.inputs)
+        words = pretrained.tokenizer if tokenizer is None else load_tokenizer(tokenizer)
+    if words is None:
+        raise InputError(f"{model} has no tokenizer; give --tokenizer")
+    embedder = Embedder(hidden, names, words, pooling_of(folder))
+    return retrieve(embedder, texts, progress=progress), embedder
 
 
 def generate(
