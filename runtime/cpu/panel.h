@@ -114,12 +114,12 @@ void linear_panels(const E& element, const NmWeight& w, const char* packed, int6
     thread_local KeptScratch<typename E::Block> block_room;
     thread_local KeptScratch<__m512i> sums_room;
     const int64_t row = index * chunk, row_last = row + chunk < w.rows ? row + chunk : w.rows;
-    const auto rows = element.rows(w, row, row_last);
     typename E::Block& block = *block_room.get(1);
     for (int64_t start = 0; start < tokens; start += kPanelTokenBlock) {
       const int64_t last = start + kPanelTokenBlock < tokens ? start + kPanelTokenBlock : tokens;
       const int64_t groups = (last - start + kPairTokens - 1) / kPairTokens;
       constexpr int64_t kTile = kPairs * kPairTokens;
+      auto rows = element.rows();
       __m512i* const sums = sums_room.get((chunk / kPanelRows) * groups * kTile);
       int64_t step = 0;
       do {  // at least once, so that there are sums when there are no columns

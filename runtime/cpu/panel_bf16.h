@@ -30,7 +30,7 @@ struct PanelBf16 {
   }
 
   struct Rows {};
-  Rows rows(const NmWeight&, int64_t, int64_t) const { return {}; }
+  Rows rows() const { return {}; }
 
   static __m512i places(uint64_t codes) {
     alignas(64) static constexpr uint16_t piece[32] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
@@ -44,7 +44,7 @@ struct PanelBf16 {
     return _mm512_ternarylogic_epi32(_mm512_load_si512(start), code, _mm512_set1_epi16(3), 0xf8);  // start | (code & 3)
   }
 
-  void unpack(const NmWeight& w, const Rows&, int64_t, int64_t r, int64_t row_last, int64_t step, int64_t count,
+  void unpack(const NmWeight& w, Rows&, int64_t, int64_t r, int64_t row_last, int64_t step, int64_t count,
               PanelBlock& block) const {
     const int64_t kept = w.kept_per_row(), index_bytes = w.index_bytes_per_row(), ahead = kPanelRows * kept * 2;
     const int64_t whole = w.cols / kColumns - step < count ? w.cols / kColumns - step : count;

@@ -31,45 +31,72 @@ struct PanelI4 {
   __m512i pack(int64_t token, int64_t k, int64_t count) const { return codes.pack(token, k, count); }
 
   struct Rows {};
-  Rows rows(const NmWeight&, int64_t, int64_t) const { return {}; }
+  Rows rows() const { return {}; }
 
-  // A row of W in one step: 32 codes, their positions, and the scales of the step's halves. Of a row that does not exist
-  // nothing is valid.
-  struct HalfStep {
-    __m128i nibbles = _mm_setzero_si128();
-    uint64_t positions = 0;
-    uint32_t valid = 0;
-    float scale[2] = {};
+  // A row of W from step `step` on: 16 bytes of codes to a step, and the scales of kScaled steps at a time. A row that does
+  // not exist has scales of zero.
+  static constexpr int64_t kScaled = 8;
+  struct HalfRow {
+    const uint8_t* values = reinterpret_cast<const uint8_t*>(kZeros);
+    const uint8_t* codes = kNoCodes;
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(kZeros);
+    int64_t groups = 0;
 
-    HalfStep(const NmWeight& w, int64_t row, int64_t row_last, int64_t step) {
+    HalfRow(const NmWeight& w, int64_t row, int64_t row_last, int64_t step) {
       if (row >= row_last) return;
-      const int64_t left = w.kept_per_row() - step * 32, kept = left < 32 ? left : 32, groups = (w.cols + w.group - 1) / w.group;
-      const uint8_t* values = static_cast<const uint8_t*>(w.values) + row * w.value_bytes_per_row() + step * 16;
-      nibbles = _mm_maskz_loadu_epi8(__mmask16((1 << (kept + 1) / 2) - 1), values);
-      positions = load_bits(w.indices + row * w.index_bytes_per_row() + step * 8, (kept + 3) / 4);
-      valid = kept == 32 ? ~uint32_t(0) : (uint32_t(1) << kept) - 1;
-      for (int half = 0; half < 2; ++half) {
-        const int64_t column = step * kColumns + half * 32;
-        if (column < w.cols) scale[half] = group_scale(w.scales, row * groups + column / w.group);
-      }
+      groups = (w.cols + w.group - 1) / w.group;
+      values = static_cast<const uint8_t*>(w.values) + row * w.value_bytes_per_row() + step * 16;
+      codes = w.indices + row * w.index_bytes_per_row() + step * 8;
+      scales = static_cast<const uint16_t*>(w.scales) + row * groups;
+    }
+    // Those of the 16 groups from `group` on.
+    __m512 scales_from(int64_t group) const {
+      const int64_t left = groups - group;
+      const __mmask16 valid = left <= 0 ? 0 : left >= 16 ? __mmask16(0xffff) : __mmask16((1 << left) - 1);
+      return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, scales + group));
     }
   };
 
-  void unpack(const NmWeight& w, const Rows&, int64_t, int64_t r, int64_t row_last, int64_t step, int64_t count,
+  void unpack(const NmWeight& w, Rows&, int64_t, int64_t r, int64_t row_last, int64_t step, int64_t count,
               Block& block) const {
-    for (int64_t p = 0; p < kPairs; ++p)
-      for (int64_t s = 0; s < count; ++s) {
-        const HalfStep low(w, r + p, row_last, step + s), high(w, r + p + kPairs, row_last, step + s);
-        const __m512i all = from_nibbles(_mm256_inserti128_si256(_mm256_castsi128_si256(low.nibbles), high.nibbles, 1));
-        const __m512i weights = _mm512_maskz_mov_epi8(uint64_t(high.valid) << 32 | low.valid, all);
-        block.weights[s][p] = weights;
-        block.places[s][p] = PanelI8::places(low.positions, high.positions);
-        const __m512i shifted = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(int8_t(-128)), weights);
-        block.start[s][p] = _mm512_sub_epi32(_mm512_setzero_si512(), shifted);
-        const __m512 lower = _mm512_mask_blend_ps(0x00f0, _mm512_set1_ps(low.scale[0]), _mm512_set1_ps(low.scale[1]));
-        const __m512 upper = _mm512_mask_blend_ps(0xf000, _mm512_set1_ps(high.scale[0]), _mm512_set1_ps(high.scale[1]));
-        block.scale[s][p] = _mm512_mask_blend_ps(0xff00, lower, upper);
+    const int64_t kept = w.kept_per_row(), ahead = kPanelRows * w.value_bytes_per_row();
+    const __m512i half = _mm512_set_epi32(1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0);  // of the step's columns
+    const __m512i other_row = _mm512_set_epi32(16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m128i halves = _mm_cvtsi32_si128(w.group == 128 ? 2 : w.group == 64 ? 1 : 0);  // half steps to a group, log2
+    for (int64_t p = 0; p < kPairs; ++p) {
+      const HalfRow low(w, r + p, row_last, step), high(w, r + p + kPairs, row_last, step);
+      for (int64_t begin = 0; begin < count; begin += kScaled) {
+        const int64_t group = (step + begin) * kColumns / w.group;
+        const __m512 low_scales = low.scales_from(group), high_scales = high.scales_from(group);
+        const int64_t end = begin + kScaled < count ? begin + kScaled : count;
+        for (int64_t s = begin; s < end; ++s) {
+          const int64_t left = kept - (step + s) * 32;
+          __m512i weights;
+          if (left >= 32) {
+            if (s % 4 == 0) prefetch(low.values + ahead + s * 16);
+            if (s % 4 == 0) prefetch(high.values + ahead + s * 16);
+            const __m128i nibbles = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low.values + s * 16));
+            const __m128i others = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high.values + s * 16));
+            weights = from_nibbles(_mm256_inserti128_si256(_mm256_castsi128_si256(nibbles), others, 1));
+            block.places[s][p] = PanelI8::places(load_bits(low.codes + s * 8, 8), load_bits(high.codes + s * 8, 8));
+          } else {  // the last step of a row
+            const __mmask16 bytes = __mmask16((1 << (left + 1) / 2) - 1);
+            const __m128i nibbles = _mm_maskz_loadu_epi8(bytes, low.values + s * 16);
+            const __m128i others = _mm_maskz_loadu_epi8(bytes, high.values + s * 16);
+            const uint64_t valid = (uint64_t(1) << left) - 1;
+            const __m512i all = from_nibbles(_mm256_inserti128_si256(_mm256_castsi128_si256(nibbles), others, 1));
+            weights = _mm512_maskz_mov_epi8(valid << 32 | valid, all);
+            block.places[s][p] = PanelI8::places(load_bits(low.codes + s * 8, (left + 3) / 4),
+                                                 load_bits(high.codes + s * 8, (left + 3) / 4));
+          }
+          block.weights[s][p] = weights;
+          block.start[s][p] = _mm512_sub_epi32(_mm512_setzero_si512(), PanelI8::shift(_mm512_setzero_si512(), weights));
+          const __m512i halves_on = _mm512_add_epi32(half, _mm512_set1_epi32(int(2 * (s - begin))));
+          const __m512i from = _mm512_or_si512(_mm512_srl_epi32(halves_on, halves), other_row);
+          block.scale[s][p] = _mm512_permutex2var_ps(low_scales, from, high_scales);
+        }
       }
+    }
   }
 
   __m256 finish(const NmWeight&, const Rows&, int64_t, __m256i sums, int64_t token, int64_t, __mmask8, __m256 bias) const {

@@ -35,24 +35,12 @@ struct PanelI8 {
     return _mm512_maskz_mov_epi8(valid, _mm512_xor_si512(all, _mm512_set1_epi8(int8_t(-128))));  // + 128
   }
 
-  // 128 times the sum of each row's weights, what the shift of x adds.
+  // 128 times the sum of each row's weights, what the shift of x adds: summed up while they are unpacked, since a loop of
+  // its own would wait for memory with nothing to compute.
   struct Rows {
     alignas(32) int32_t shifted[kPanelChunk];
   };
-  Rows rows(const NmWeight& w, int64_t row, int64_t row_last) const {
-    Rows result = {};
-    const int64_t kept = w.kept_per_row();
-    for (int64_t r = row; r < row_last; ++r) {
-      const int8_t* values = static_cast<const int8_t*>(w.values) + r * kept;
-      __m512i sum = _mm512_setzero_si512();
-      for (int64_t i = 0; i < kept; i += 64) {
-        const __mmask64 valid = kept - i >= 64 ? ~uint64_t(0) : (uint64_t(1) << (kept - i)) - 1;
-        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(int8_t(-128)), _mm512_maskz_loadu_epi8(valid, values + i));
-      }
-      result.shifted[r - row] = _mm512_reduce_add_epi32(sum);
-    }
-    return result;
-  }
+  Rows rows() const { return {}; }
 
   static __m512i places(uint64_t low, uint64_t high) {
     const __m512i offsets = _mm512_set1_epi64(0x0e0c0a0806040200);
@@ -63,12 +51,13 @@ struct PanelI8 {
     return _mm512_ternarylogic_epi32(start, code, _mm512_set1_epi8(3), 0xf8);  // start | (code & 3)
   }
 
-  void unpack(const NmWeight& w, const Rows&, int64_t, int64_t r, int64_t row_last, int64_t step, int64_t count,
+  void unpack(const NmWeight& w, Rows& rows, int64_t row, int64_t r, int64_t row_last, int64_t step, int64_t count,
               PanelBlock& block) const {
     const int64_t kept = w.kept_per_row(), index_bytes = w.index_bytes_per_row(), ahead = kPanelRows * kept;
     const int64_t whole = w.cols / kColumns - step < count ? w.cols / kColumns - step : count;
     for (int64_t p = 0; p < kPairs; ++p) {
       const HalfRow low(w, r + p, row_last, step), high(w, r + p + kPairs, row_last, step);
+      __m512i sum = _mm512_setzero_si512();
       for (int64_t s = 0; s < whole; ++s) {
         if (s % 2 == 0) prefetch(low.values + ahead + s * 32);
         if (s % 2 == 0) prefetch(high.values + ahead + s * 32);
@@ -76,6 +65,7 @@ struct PanelI8 {
         block.weights[s][p] = _mm512_inserti64x4(
             _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low.values + s * 32))),
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high.values + s * 32)), 1);
+        sum = shift(sum, block.weights[s][p]);
       }
       for (int64_t s = whole; s < count; ++s) {  // at most one
         const int64_t left = kept - (step + s) * 32;
@@ -85,8 +75,15 @@ struct PanelI8 {
         block.weights[s][p] =
             _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi8(valid, low.values + s * 32)),
                                _mm256_maskz_loadu_epi8(valid, high.values + s * 32), 1);
+        sum = shift(sum, block.weights[s][p]);
       }
+      rows.shifted[r - row + p] += _mm512_mask_reduce_add_epi32(0x00ff, sum);
+      rows.shifted[r - row + p + kPairs] += _mm512_mask_reduce_add_epi32(0xff00, sum);
     }
+  }
+
+  static __m512i shift(__m512i sum, __m512i weights) {
+    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(int8_t(-128)), weights);  // unsigned: 128
   }
 
   __m256 finish(const NmWeight& w, const Rows& rows, int64_t row, __m256i sums, int64_t token, int64_t r, __mmask8 valid,
