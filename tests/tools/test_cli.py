@@ -14,7 +14,6 @@ import torch
 from commands import SHORT, names, refused
 from families import VOCABULARY, random_model
 from safetensors.torch import load_file, save_file
-from sparsify_export import cli
 from sparsify_export.calibrate import besa
 from sparsify_export.cli import main
 from sparsify_export.passes.cost import Speed
@@ -85,7 +84,6 @@ def test_rates_and_patterns_that_besa_learns_are_lowered(folder, text, tmp_path,
 
 
 def test_auto_leaves_dense_what_this_machine_runs_slower(folder, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli.terminal, "width", 200)
     quick, slow = (Speed(0.0, (figure,) * 3, (figure,) * 3) for figure in (1e-9, 2e-9))
     monkeypatch.setattr(machine, "measure_dense", lambda: quick)
     monkeypatch.setattr(machine, "measure_sparse", lambda pattern, storage: slow)
@@ -107,7 +105,7 @@ def test_eval_bench_inspect_and_generate_take_what_was_written(exported, text, c
     assert main(["eval", str(exported), "--text", str(text), "--window", "32"]) == 0
     assert "18 windows of 32 tokens" in capsys.readouterr().out
     assert main(["eval", str(exported)]) == 2
-    assert "give --text FILE, --exact, or both" in capsys.readouterr().err
+    assert "give --text FILE, --exact, both, or --retrieval FOLDER" in capsys.readouterr().err
     assert main(["inspect", str(exported)]) == 0
     assert "2:4" in capsys.readouterr().out
     assert main(["generate", str(exported), "--prompt", "w1 w2 w3", "--max-new-tokens", "5"]) == 0
@@ -117,7 +115,6 @@ def test_eval_bench_inspect_and_generate_take_what_was_written(exported, text, c
 
 
 def test_simulate_takes_folders_and_files(folder, exported, capsys, monkeypatch):
-    monkeypatch.setattr(cli.terminal, "width", 200)
     found = {}
     for model in (folder, exported):
         assert main(["simulate", str(model), "--json", "--tokens", "1000"]) == 0
@@ -161,7 +158,6 @@ def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, cap
 def test_integers_are_stored_verified_and_shown(
     folder, text, tmp_path, capsys, monkeypatch, flags, op, group, quantiser
 ):
-    monkeypatch.setattr(cli.terminal, "width", 200)  # a slow run makes another cell wide, and this one wrap
     out = tmp_path / "model.onnx"
     assert main([str(folder), *flags, "--calibration", str(text), *SHORT[:4], "-o", str(out)]) == 0
     shown = capsys.readouterr().out

@@ -5,6 +5,7 @@ markup or as the name of an emoji, and characters that steer a terminal are show
 """
 
 import logging
+import os
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,11 +31,17 @@ def _harmless(char: str) -> bool:
     return unicodedata.category(char) not in ("Cc", "Cs") and char not in DIRECTIONS
 
 
+LOG_WIDTH = 160
+"""Columns where nothing is a screen: tables of a log cut to the 80 that are assumed otherwise cannot be read."""
+
+
 class Terminal(Console):
     """A console that shows every string as it is, in tables too; what rich's own texts and tables hold included."""
 
     def __init__(self, *, stderr: bool, **options: Any) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, **options)
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = LOG_WIDTH
 
     def render_str(self, text: str, **options: Any) -> Text:
         """What rich makes of every plain string."""
