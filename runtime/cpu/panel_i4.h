@@ -75,6 +75,8 @@ struct PanelI4 {
           if (left >= 32) {
             if (s % 4 == 0) prefetch(low.values + ahead + s * 16);
             if (s % 4 == 0) prefetch(high.values + ahead + s * 16);
+            if (s % 8 == 0) prefetch(low.codes + kPanelRows * w.index_bytes_per_row() + s * 8);
+            if (s % 8 == 0) prefetch(high.codes + kPanelRows * w.index_bytes_per_row() + s * 8);
             const __m128i nibbles = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low.values + s * 16));
             const __m128i others = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high.values + s * 16));
             weights = from_nibbles(_mm256_inserti128_si256(_mm256_castsi128_si256(nibbles), others, 1));

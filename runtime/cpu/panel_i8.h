@@ -61,6 +61,8 @@ struct PanelI8 {
       for (int64_t s = 0; s < whole; ++s) {
         if (s % 2 == 0) prefetch(low.values + ahead + s * 32);
         if (s % 2 == 0) prefetch(high.values + ahead + s * 32);
+        if (s % 8 == 0) prefetch(low.codes + kPanelRows * index_bytes + s * 8);
+        if (s % 8 == 0) prefetch(high.codes + kPanelRows * index_bytes + s * 8);
         block.places[s][p] = places(load_bits(low.codes + s * 8, 8), load_bits(high.codes + s * 8, 8));
         block.weights[s][p] = _mm512_inserti64x4(
             _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low.values + s * 32))),

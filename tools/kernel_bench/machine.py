@@ -9,13 +9,21 @@ from sparsify_export.runtime.machine import this_machine
 
 # What our kernels and ONNX Runtime's choose by.
 FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+NUMBERS = ("cpu family", "model")
 
 
 def about(threads: int) -> dict[str, object]:
     """The processor, what it has of ``FEATURES``, its last level of cache, and what was run on it."""
-    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    said = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    flags = set(said.split())
+    # A virtual machine often names the maker and no more.
+    numbers = [
+        f"{key.removeprefix('cpu ')} {match[1]}"
+        for key in NUMBERS
+        if (match := re.search(rf"^{key}\s*:\s*(\d+)$", said, re.M))
+    ]
     return {
-        "processor": this_machine().key["processor"],
+        "processor": ", ".join([str(this_machine().key["processor"]), *numbers]),
         "features": [name for name in FEATURES if name in flags],
         "cache_mb": last_level_cache() / 1e6,
         "isa": _native.isa(),
