@@ -1,5 +1,6 @@
 """What a model is calibrated and verified on: windows of text, or batches from files."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +31,9 @@ HELD_OUT = 48
 
 PADDED = ((17, 10), (23, 14, 5))
 """And of two and of three texts at once."""
+
+CUT = (1.0, 0.8, 0.5)
+"""How much of a piece of sound one, two and three samples have; the model was seen to take half, see ``open_axis``."""
 
 CROSSED = 640
 """Tokens of a text at most that is made to cross a sliding window; longer windows are not crossed."""
@@ -157,19 +161,16 @@ def _without(tokens: Tensor, padding: int) -> Tensor:
 
 
 def _other_probes(traced: Traced, batches: list[Batch], generator: torch.Generator) -> list[Batch]:
-    """One, two and three samples of images or of whatever the model takes."""
+    """One, two and three pictures or pieces of sound; the latter of another length each, where that is open."""
     if batches:
         given = batches[-1]
     else:
-        holders = {n.name: n.meta["val"] for n in traced.program.graph.nodes if n.op == "placeholder"}
-        shapes = [holders[name].shape[1:] for name in _user_inputs(traced)]
-        given = Batch(tuple(torch.randn(3, *map(int, shape), generator=generator) for shape in shapes), None)
-    size = len(given.inputs[0])
-    chosen = [torch.arange(count) % size for count in (1, 2, 3)]
-    masks = [None if given.token_mask is None else given.token_mask[rows] for rows in chosen]
-    return [Batch(tuple(x[r] for x in given.inputs), m, given.cached) for r, m in zip(chosen, masks, strict=True)]
-
-
-def _user_inputs(traced: Traced) -> list[str]:
-    specs = traced.program.graph_signature.input_specs
-    return [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT"]
+        given = Batch((torch.randn(3, *traced.sample, generator=generator),), None)
+    chosen = [torch.arange(count) % len(given.inputs[0]) for count in (1, 2, 3)]
+    probes = []
+    for rows, part in zip(chosen, CUT, strict=True):
+        own = [x[rows] for x in given.inputs]
+        if (axis := traced.open_axis) is not None:
+            own = [x.narrow(axis, 0, math.ceil(part * x.shape[axis])) for x in own]
+        probes.append(Batch(tuple(own), None, given.cached))
+    return probes

@@ -100,10 +100,10 @@ def _compile(
     with stages.run("trace"):
         console.progress("tracing", 0, 0)
         example = example_for(settings)
-        traced = trace(pretrained, example)
-        if example is not None and traced.inputs[0] != "input_ids":
-            for name in traced.inputs:
-                console.note(f"the file takes {name} of {list(example[name].shape[1:])} a sample, and of no other size")
+        # The profile of an engine has lengths for text only.
+        traced = trace(pretrained, example, any_length=settings.engine is None)
+        if traced.size:
+            console.note(traced.size)
         transposed = canonicalise(traced.program)
         parts = partition(traced.program)
     batches = batches_for(traced, pretrained, settings, windows)
