@@ -162,10 +162,7 @@ def _without(tokens: Tensor, padding: int) -> Tensor:
 
 def _other_probes(traced: Traced, batches: list[Batch], generator: torch.Generator) -> list[Batch]:
     """One, two and three pictures or pieces of sound; the latter of another length each, where that is open."""
-    if batches:
-        given = batches[-1]
-    else:
-        given = Batch((torch.randn(3, *traced.sample, generator=generator),), None)
+    given = batches[-1] if batches else Batch((torch.randn(3, *traced.sample, generator=generator),), None)
     chosen = [torch.arange(count) % len(given.inputs[0]) for count in (1, 2, 3)]
     probes = []
     for rows, part in zip(chosen, CUT, strict=True):

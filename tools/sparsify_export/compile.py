@@ -16,7 +16,8 @@ from .passes.distil import Output
 from .passes.errors import InputError
 from .passes.frontend.load import load
 from .passes.frontend.trace import Traced, trace
-from .passes.fx.canonical import canonicalise
+from .passes.fx.canonical import canonicalise, parameter_names
+from .passes.fx.linears import find_linears
 from .passes.fx.partition import Partition, partition
 from .passes.fx.rewrite import lower_linears, stored_weights
 from .passes.lower import to_onnx
@@ -25,6 +26,7 @@ from .passes.sparsify import Sparsified, sparsify
 from .plan import engine_sizes
 from .report import Evaluation, Report, build_report
 from .runtime.benchmark import compare_kernels
+from .runtime.inspection import LEFT_DENSE
 from .runtime.machine import this_machine
 from .runtime.published import ask, put_weights
 from .runtime.verify import expect, verify
@@ -140,6 +142,7 @@ def _compile(
             worth=worth,
             on_grid=done.on_grid,
             patterns=done.patterns,
+            unpruned=_unpruned(traced, done),
         )
         packed = stored_weights(traced.program, lowered)
         rounded = dict.fromkeys(packed, settings.storage.activations)
@@ -149,7 +152,9 @@ def _compile(
         expected = expect(parts, stored, published, rounded)
         del params, packed, stored
         target.open()
-        to_onnx(traced, target.model, metadata={"source": source, "settings": plain(settings)})
+        reasons = {entry.linear.path: entry.reason for entry in lowered if entry.reason}
+        metadata = {"source": source, "settings": plain(settings), LEFT_DENSE: reasons}
+        to_onnx(traced, target.model, metadata=metadata)
     with stages.run("verify"):
         console.progress("verifying", 0, 0)
         verified = verify(target.model, traced, expected)
@@ -173,6 +178,16 @@ def _compile(
     )
     target.finish(pretrained, report)
     return report
+
+
+def _unpruned(traced: Traced, done: Sparsified) -> dict[str, str]:
+    """Why linears were not pruned, by path; nothing where nothing was to be pruned."""
+    if not done.blocks:
+        return {}
+    program = traced.program
+    paths = [linear.path for linear in find_linears(program.graph_module.graph, parameter_names(program))]
+    inside = {linear.path: linear.reason for block in done.blocks for linear in block.linears}
+    return {path: why for path in paths if (why := inside.get(path, "outside the repeated layers"))}
 
 
 def cache_pairs(traced: Traced, parts: Partition) -> list[tuple[str, str]]:
