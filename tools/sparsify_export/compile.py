@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .calibration_data import batches_for, calibration_text, example_for, probes_of
+from .calibration_data import batches_for, calibration_text, crossings, example_for, probes_of
 from .engine import Pruned, finish_engine
 from .evaluation import evaluate_onnx, evaluate_torch
 from .onnx_in import compile_onnx
@@ -15,6 +15,7 @@ from .passes.dialect.packed import Packed
 from .passes.distil import Output
 from .passes.errors import InputError
 from .passes.frontend.load import load
+from .passes.frontend.positions import longest
 from .passes.frontend.trace import Traced, trace
 from .passes.fx.canonical import canonicalise, parameter_names
 from .passes.fx.linears import find_linears
@@ -25,6 +26,7 @@ from .passes.recipe import Timings
 from .passes.sparsify import Sparsified, sparsify
 from .plan import engine_sizes
 from .report import Evaluation, Report, build_report
+from .runtime.artifact import CONTEXT
 from .runtime.benchmark import compare_kernels
 from .runtime.inspection import LEFT_DENSE
 from .runtime.machine import this_machine
@@ -98,6 +100,8 @@ def _compile(
         console.note(text)
     sizes = engine_sizes(settings.engine, pretrained) if settings.engine else None
     before = evaluate_torch(pretrained, settings, stages, console)
+    for size in crossings(pretrained)[1]:
+        console.note(f"verification does not cross the sliding window of {size} tokens: that would take too long")
     windows, held_out = calibration_text(pretrained, settings, stages, console)
     with stages.run("trace"):
         console.progress("tracing", 0, 0)
@@ -153,7 +157,9 @@ def _compile(
         del params, packed, stored
         target.open()
         reasons = {entry.linear.path: entry.reason for entry in lowered if entry.reason}
-        metadata = {"source": source, "settings": plain(settings), LEFT_DENSE: reasons}
+        metadata: dict[str, object] = {"source": source, "settings": plain(settings), LEFT_DENSE: reasons}
+        if traced.inputs[0] == "input_ids":
+            metadata[CONTEXT] = longest(pretrained.model)
         to_onnx(traced, target.model, metadata=metadata)
     with stages.run("verify"):
         console.progress("verifying", 0, 0)
@@ -175,6 +181,7 @@ def _compile(
         pruning_seconds=timings.seconds,
         distilled=done.distilled,
         model=target.model,
+        uncrossed=crossings(pretrained)[1],
     )
     target.finish(pretrained, report)
     return report
