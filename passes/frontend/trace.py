@@ -112,6 +112,13 @@ def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None, *
                 traced = _trace_samples(pretrained, example, any_length)
     except InputError:
         raise
+    except torch._dynamo.exc.UserError as error:
+        if fixed := _made_constant(str(error)):
+            raise InputError(
+                f"{pretrained.source} cannot be compiled: the code of {type(pretrained.model).__name__} makes a "
+                f"constant of the {fixed}, so a file would hold for one only"
+            ) from error
+        raise InputError(f"{pretrained.source} cannot be traced: {_sentence(error)}") from error
     except Exception as error:  # what a model's own code raises, and what torch.export says of it, is of any kind
         raise InputError(f"{pretrained.source} cannot be traced: {_sentence(error)}") from error
     if higher := _higher_order(traced.program):
@@ -122,6 +129,12 @@ def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None, *
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_off(node):
             raise InputError(f"{pretrained.source} draws random numbers ({node.target}), so it has no one output")
     return traced
+
+
+def _made_constant(said: str) -> str:
+    """Which size of the inputs torch.export had to fix, in words; "" where it complains of something else."""
+    axes = set(re.findall(r"size\(\)\[(\d)\]", said)) if "Constraints violated" in said else set()
+    return " and the ".join(name for axis, name in (("0", "batch"), ("1", "length")) if axis in axes)
 
 
 def _plain(program: ExportedProgram) -> ExportedProgram:
