@@ -153,19 +153,21 @@ def _name(model: ir.Model, traced: Traced) -> None:
         value.name = name
         for axis, dim in enumerate(value.shape or ()):
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-                axes.setdefault(dim.value, _axis_name(name, axis))
+                axes.setdefault(dim.value, _axis_name(name, axis, traced.open_axis))
     for value, name in zip(model.graph.outputs, traced.outputs, strict=True):
         value.name = name
-    total = "total_sequence_length"
+    computed = "total_sequence_length" if traced.open_axis is None else "output_length"
     for value in (*model.graph.inputs, *model.graph.outputs):
         dims: Sequence[int | ir.SymbolicDim] = list(value.shape or ())
-        named = [axes.get(d.value or "", total) if isinstance(d, ir.SymbolicDim) else d for d in dims]
+        named = [axes.get(d.value or "", computed) if isinstance(d, ir.SymbolicDim) else d for d in dims]
         value.shape = ir.Shape(named)
 
 
-def _axis_name(name: str, axis: int) -> str:
+def _axis_name(name: str, axis: int, opened: int | None) -> str:
     if axis == 0:
         return "batch_size"
+    if axis == opened:
+        return "length"
     if name == "attention_mask" or name not in ("input_ids", "token_type_ids"):
         return "past_sequence_length" if name.startswith("past_key_values") else "total_sequence_length"
     return "sequence_length"

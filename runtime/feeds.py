@@ -17,6 +17,9 @@ Feed: TypeAlias = dict[str, Any]
 
 LENGTH = 16
 """How long an axis is made that the model leaves open; a picture's sides are longer, see ``SIDES``."""
+SOUND = {2: 16_000, 3: 200}
+"""How long an open axis is made where a model's one input is sound: samples ``[batch, time]``, or spectra: a second of
+the former, two of the latter, which models cut into windows of up to 400 samples or 32 spectra first."""
 SIDES = (224, 48, 32, 64, 96, 256)
 """How long a picture's open sides are made: those that many models take, tried in this order."""
 LARGEST = 1 << 30
@@ -88,7 +91,8 @@ def make_feed(
         bounds: for inputs that index a table, how many rows it has.
         sizes: what is known about open axes, by their names.
         seed: of the random numbers.
-        length: of open axes; None: ``side`` for those of a picture and ``LENGTH`` for all others.
+        length: of open axes; None: ``side`` for those of a picture, what ``SOUND`` says for those of sound, and
+            ``LENGTH`` for all others.
         side: how long the open sides of pictures are.
 
     Raises:
@@ -96,7 +100,10 @@ def make_feed(
     """
     rng = np.random.default_rng(seed)
     feed: Feed = {}
-    for value in session.get_inputs():
+    values = session.get_inputs()
+    if length is None and len(values) == 1 and values[0].type.startswith("tensor(float"):
+        length = SOUND.get(len(values[0].shape))
+    for value in values:
         shape, dtype = _shape(value, 1, sizes, length, side), _dtype(value)
         if math.prod(shape) > LARGEST:
             raise InputError(f"input {value.name} has the shape {list(shape)}; want at most {LARGEST} numbers")

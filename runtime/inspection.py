@@ -3,8 +3,9 @@
 Weights are read one at a time from the mapped file, so a file larger than memory can be inspected.
 """
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from ..passes.onnx.plugin import from_words
 from ..passes.onnx.protos import data_files, opened
 from ..passes.onnx.view import Model, read_model
 from .session import SPARSE_OPS, model_file
+
+LEFT_DENSE = "left_dense"
+"""What the metadata of our files call the reasons of linears that are left dense, by path."""
 
 
 @dataclass(frozen=True)
@@ -148,18 +152,46 @@ def _linears(path: Path, *, packed: bool) -> Iterator[tuple[LinearInfo, Tensor |
     others: dict[str, list[LeftOut]] = {}
     for entry in left:
         others.setdefault(entry.path, []).append(entry)
+    told = _told(model)
     for node in model.nodes():
         if node.domain == "sparsify" and node.op in SPARSE_OPS:
             yield _sparse(model, node, packed)
         elif (linear := lowerable.get(model.places[id(node)])) is not None:
-            yield _dense(linear)
+            yield _dense(linear, told)
         elif entries := others.get(str(node.name or node.outputs[0].name), []):
             yield _left(entries.pop(0))
     for entries in others.values():  # those inside functions
         yield from (_left(entry) for entry in entries if entry.op not in SPARSE_OPS)
 
 
-def _dense(linear: Linear) -> tuple[LinearInfo, Tensor]:
+def _told(model: Model) -> dict[str, str]:
+    """What the file says of linears that were left dense when it was made; nothing in files of other tools."""
+    found = [entry.value for entry in model.proto.metadata_props if entry.key == f"sparsify.{LEFT_DENSE}"]
+    try:
+        told = json.loads(found[0]) if found else {}
+    except (ValueError, RecursionError):
+        return {}
+    return {path: why for path, why in told.items() if isinstance(why, str)} if isinstance(told, dict) else {}
+
+
+def _reason(path: str, weight: Tensor, told: Mapping[str, str]) -> str:
+    """Why a weight without a pattern is dense; where linears became one product with several reasons, all of them."""
+    if not bool(weight.any()):
+        return "the weight is zero everywhere"
+    reasons = {part: told.get(part, "the weight is dense") for part in parts_of(path)}
+    if len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return "; ".join(f"{part}: {why}" for part, why in reasons.items())
+
+
+def parts_of(path: str) -> list[str]:
+    """The linears that a product was made of: ``a.q+k`` are ``a.q`` and ``a.k``; others are written out."""
+    first, *others = path.partition("#")[0].split("+")  # a number tells apart what a module does more than once
+    within = first.rpartition(".")[0]
+    return [first, *(part if "." in part or not within else f"{within}.{part}" for part in others)]
+
+
+def _dense(linear: Linear, told: Mapping[str, str]) -> tuple[LinearInfo, Tensor]:
     """A product that the compiler reads."""
     weight = linear.weight.read()
     pattern = find_pattern(weight)
@@ -168,7 +200,7 @@ def _dense(linear: Linear) -> tuple[LinearInfo, Tensor]:
         linear.op,
         linear.weight.shape,
         _text(pattern),
-        "the weight is dense" if pattern is None else f"the file uses a plain {linear.op}",
+        _reason(linear.path, weight, told) if pattern is None else f"the file uses a plain {linear.op}",
         4 * weight.numel(),
         linear.weight.stored_bytes,
         linear.weight.name,

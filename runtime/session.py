@@ -1,6 +1,7 @@
 """Open an exported ONNX file in ONNX Runtime, decode with its KV cache, and prove which kernels ran."""
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from ..passes.dialect.packed import OPS
 from ..passes.errors import InputError
 from ..passes.onnx.protos import data_files
 from . import library_path
+
+log = logging.getLogger(__name__)
 
 SPARSE_OPS = tuple(OPS)
 """Names of the ops of our domain, as ONNX Runtime's profile calls them."""
@@ -182,8 +185,11 @@ class CausalSession:
         try:
             logits, *present = self.session.run_with_ort_values(["logits", *self._present], feed)
         except Exception as error:  # its exceptions have no common base class of their own
-            length = mask.shape[1]
-            raise InputError(f"the model does not take {length} tokens of a text: {_first_line(error)}") from error
+            log.warning("ONNX Runtime: %s", error)
+            raise InputError(
+                f"the model fails on a text of {mask.shape[1]} tokens, which is more than it takes, or it is damaged; "
+                "--log-file keeps what ONNX Runtime says"
+            ) from error
         return logits.numpy(), present
 
     def run_only(self, ids: Ints, mask: Ints, past: Past) -> None:

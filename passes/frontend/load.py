@@ -118,27 +118,6 @@ def tokenizer_beside(folder: Path) -> Any:
     return _read_tokenizer(str(folder), str(folder), {"local_files_only": True})
 
 
-def context_of(model: Any) -> int | None:
-    """Tokens of a text at most: what the configuration of a model, or of one exported into a folder, says; or None.
-
-    Raises:
-        InputError: the folder's configuration cannot be read.
-    """
-    config = model if not isinstance(model, Path) else _config_beside(model)
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _config_beside(folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
-        return None
-    _check_folder(folder)
-    try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise InputError(f"cannot read {folder / 'config.json'}: {_first_line(error)}") from error
-
-
 def _read_tokenizer(where: str, source: str, options: dict[str, Any]) -> Any:
     try:
         # Said outright: where nothing is said, transformers asks on the terminal whether to run a checkpoint's code.

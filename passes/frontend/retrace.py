@@ -37,7 +37,7 @@ def retrace(
     """
     for parameter in pretrained.model.parameters():
         parameter.data = parameter.data.to(dtype)
-    traced = trace(pretrained, example)
+    traced = trace(pretrained, example, any_length=False)
     canonicalise(traced.program)
     state = traced.program.state_dict
     for key, value in state.items():

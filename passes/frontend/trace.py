@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram
 
 from ..errors import InputError
+from .examples import example_of, open_axis
 from .kv_cache import cache_argument, cache_of, held_by
 from .load import Pretrained
 from .positions import first_position, steady, steady_until
@@ -31,6 +32,9 @@ class Traced:
         kind: as in ``Pretrained``.
         first: the number of a text's first position; None where the model is told none.
         limit: tokens of a text at most, cache included, after which a run fails; None where nothing forbids more.
+        sample: the shape of a sample that it was traced with, of a model that takes no text; () otherwise.
+        open_axis: the axis of such an input that may be of any length; None where there is none.
+        size: what is to be said about the size of such an input; "" for text.
     """
 
     program: ExportedProgram
@@ -40,6 +44,9 @@ class Traced:
     kind: str
     first: int | None = None
     limit: int | None = None
+    sample: tuple[int, ...] = ()
+    open_axis: int | None = None
+    size: str = ""
 
 
 class _Causal(nn.Module):
@@ -83,22 +90,35 @@ def encoded(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 
-def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None) -> Traced:
+def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None, *, any_length: bool = True) -> Traced:
     """Trace ``pretrained`` with ``torch.export``.
 
     Args:
         pretrained: the model.
-        example: one batch of inputs by name, for models that do not take text; where it is left out, images of the
-            size that the configuration names.
+        example: one batch of inputs by name, for models that do not take text; see ``example_of`` where it is left
+            out.
+        any_length: leave the length of sound open, where the model does.
 
     Raises:
         InputError: the model keeps a state that is not a KV cache, or cannot be traced.
     """
     try:
         with torch.no_grad():
-            traced = _trace_causal(pretrained) if pretrained.kind == "causal" else _trace_encoder(pretrained, example)
+            if pretrained.kind == "causal":
+                traced = _trace_causal(pretrained)
+            elif pretrained.inputs[0] == "input_ids":
+                traced = _trace_text(pretrained)
+            else:
+                traced = _trace_samples(pretrained, example, any_length)
     except InputError:
         raise
+    except torch._dynamo.exc.UserError as error:
+        if fixed := _made_constant(str(error)):
+            raise InputError(
+                f"{pretrained.source} cannot be compiled: the code of {type(pretrained.model).__name__} makes a "
+                f"constant of the {fixed}, so a file would hold for one only"
+            ) from error
+        raise InputError(f"{pretrained.source} cannot be traced: {_sentence(error)}") from error
     except Exception as error:  # what a model's own code raises, and what torch.export says of it, is of any kind
         raise InputError(f"{pretrained.source} cannot be traced: {_sentence(error)}") from error
     if higher := _higher_order(traced.program):
@@ -109,6 +129,12 @@ def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None) -
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_off(node):
             raise InputError(f"{pretrained.source} draws random numbers ({node.target}), so it has no one output")
     return traced
+
+
+def _made_constant(said: str) -> str:
+    """Which size of the inputs torch.export had to fix, in words; "" where it complains of something else."""
+    axes = set(re.findall(r"size\(\)\[(\d)\]", said)) if "Constraints violated" in said else set()
+    return " and the ".join(name for axis, name in (("0", "batch"), ("1", "length")) if axis in axes)
 
 
 def _plain(program: ExportedProgram) -> ExportedProgram:
@@ -191,35 +217,42 @@ def _trace_causal(pretrained: Pretrained) -> Traced:
     )
 
 
-def _trace_encoder(pretrained: Pretrained, example: Mapping[str, Tensor] | None) -> Traced:
-    axes: dict[int, Any] = {0: Dim("batch", min=1)}
-    if pretrained.inputs[0] == "input_ids":
-        # A text is as long as the position table allows; DYNAMIC lets the graph state that bound.
-        axes[1] = Dim.DYNAMIC
-        inputs = [torch.full((2, 3), 0 if name == "token_type_ids" else 1) for name in pretrained.inputs]
-    else:
-        inputs = [_two_of(pretrained, name, example) for name in pretrained.inputs]
+def _trace_text(pretrained: Pretrained) -> Traced:
+    # A text is as long as the position table allows; DYNAMIC lets the graph state that bound.
+    inputs = {name: torch.full((2, 3), 0 if name == "token_type_ids" else 1) for name in pretrained.inputs}
+    return _exported(pretrained, inputs, {1: Dim.DYNAMIC})
+
+
+def _trace_samples(pretrained: Pretrained, given: Mapping[str, Tensor] | None, any_length: bool) -> Traced:
+    """Pictures or sound. Sound may be of any length where the model takes it so."""
+
+    def run(inputs: Mapping[str, Tensor]) -> None:
+        encoded(pretrained.model, inputs)
+
+    example = example_of(pretrained, run, given)
+    # A batch of two, so that the batch is not taken for a constant.
+    inputs = {name: x.expand(2, *x.shape[1:]).contiguous() for name, x in example.items()}
+    (name,) = pretrained.inputs
+    sample = tuple(example[name].shape[1:])
+    fixed = f"the file takes {name} of {list(sample)} a sample and of no other size"
+    axis = open_axis(run, example) if any_length else None
+    if axis is None:
+        why = ", as the model does" if any_length else ""
+        return replace(_exported(pretrained, inputs, {}), sample=sample, size=fixed + why)
+    try:
+        traced = _exported(pretrained, inputs, {axis: Dim.DYNAMIC})
+    except torch._dynamo.exc.UserError as error:
+        why = f"the model takes others, but torch.export does not follow it: {_sentence(error)}"
+        return replace(_exported(pretrained, inputs, {}), sample=sample, size=f"{fixed}; {why}")
+    size = f"the file takes {name} of any length in place of {sample[axis - 1]}"
+    return replace(traced, sample=sample, open_axis=axis, size=size)
+
+
+def _exported(pretrained: Pretrained, inputs: Mapping[str, Tensor], opened: Mapping[int, Any]) -> Traced:
+    """The program of an encoder whose batch may be of any size, and further axes as ``opened`` says."""
+    axes: dict[int, Any] = {0: Dim("batch", min=1), **opened}
     module = _Encoder(pretrained.model, pretrained.inputs)
     dynamic = (tuple(axes for _ in inputs),)
-    program = torch.export.export(module, tuple(inputs), dynamic_shapes=dynamic, strict=False)
-    names = tuple(encoded(pretrained.model, dict(zip(pretrained.inputs, inputs, strict=True))))
+    program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False)
+    names = tuple(encoded(pretrained.model, inputs))
     return Traced(program=_plain(program), inputs=pretrained.inputs, outputs=names, cache=(), kind="encoder")
-
-
-def _two_of(pretrained: Pretrained, name: str, example: Mapping[str, Tensor] | None) -> Tensor:
-    """An input of batch 2, so that the batch is not taken for a constant."""
-    if example is not None:
-        if name not in example:
-            raise InputError(f"{pretrained.source} takes {name}; the calibration inputs hold {', '.join(example)}")
-        one = example[name][:1]
-    else:
-        config = pretrained.model.config
-        size = getattr(config, "image_size", None)
-        channels = getattr(config, "num_channels", None)
-        if size is None or channels is None:
-            raise InputError(f"{pretrained.source} takes {name} of unknown shape; give --calibration-inputs FOLDER")
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        one = torch.zeros(1, channels, height, width)
-    if one.is_floating_point():
-        one = one.to(pretrained.model.dtype)
-    return one.expand(2, *one.shape[1:]).contiguous()

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from ..dialect.packed import OPS, stack
+from ..frontend.trace import PREFIX
 from .canonical import parameter_names
 from .linears import module_path
 from .replace import drop_unused, replace_node
@@ -156,13 +157,23 @@ def _name(merged: Node, nodes: Sequence[Node]) -> None:
     if all(module_path(node) for node in nodes):
         last = next(reversed(stack))
         paths = [next(reversed(node.meta["nn_module_stack"].values()))[0] for node in nodes]
+        if not _siblings(paths):  # the tracing wrapper's prefix is taken from the front only of what is written out
+            paths[1:] = [path.removeprefix(PREFIX) for path in paths[1:]]
         stack[last] = (_joined(paths), stack[last][1])
         merged.meta["nn_module_stack"] = stack
 
 
-def _joined(names: Sequence[str]) -> str:
-    """One name for several: ``a.q.weight`` and ``a.k.weight`` are ``a.q+k.weight``."""
+def _siblings(names: Sequence[str]) -> bool:
+    """Whether names differ in one of their words only, so that one name can hold them all."""
     words = [name.split(".") for name in names]
     if len({len(word) for word in words}) > 1:
+        return False
+    return sum(len(set(column)) > 1 for column in zip(*words, strict=True)) <= 1
+
+
+def _joined(names: Sequence[str]) -> str:
+    """One name for several: ``a.q.weight`` and ``a.k.weight`` are ``a.q+k.weight``; others are all written out."""
+    if not _siblings(names):
         return "+".join(names)
-    return ".".join("+".join(dict.fromkeys(column)) for column in zip(*words, strict=True))
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join("+".join(dict.fromkeys(column)) for column in columns)

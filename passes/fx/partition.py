@@ -112,7 +112,9 @@ def _repeated_layers(module: GraphModule) -> list[str]:
                 if layer not in members.setdefault(match["list"], []):
                     members[match["list"]].append(layer)
     if not lists:
-        raise InputError("this model has no repeated layers with linear weights, so there is nothing to prune")
+        convolutions = sum("conv" in str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        other = f" ({convolutions} convolutions, which stay as they are)" if convolutions else ""
+        raise InputError(f"this model has no repeated layers with linear weights{other}, so there is nothing to prune")
     return members[lists.most_common(1)[0][0]]
 
 

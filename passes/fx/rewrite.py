@@ -52,6 +52,7 @@ def lower_linears(
     worth: Worth | None = None,
     on_grid: Mapping[str, OnGrid] = MappingProxyType({}),
     patterns: Mapping[str, Pattern] = MappingProxyType({}),
+    unpruned: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Lowered]:
     """Rewrite every linear whose weight is sparse to a sparse op, in place.
 
@@ -72,6 +73,7 @@ def lower_linears(
         worth: asked for every weight that could be lowered; None lowers all of them.
         on_grid: the weights, by key, that were quantised before; all others are rounded to nearest here.
         patterns: what weights were pruned to, by key; the pattern of all others is found from their zeros.
+        unpruned: why linears were not pruned, by path: of those whose weight is dense that is the reason.
 
     Raises:
         InputError: a weight does not fit the storage.
@@ -88,7 +90,7 @@ def lower_linears(
             continue
         known = on_grid.get(linear.weight)
         pattern = _pattern(weight.detach(), known.pattern if known else patterns.get(linear.weight))
-        reason = _why_dense(node, weight, pattern, storage, sparse, worth)
+        reason = _why_dense(node, weight, pattern, storage, sparse, worth, unpruned.get(linear.path, ""))
         if reason or pattern is None:
             found = None if pattern is None else str(pattern)
             results.append(Lowered(linear, found, "MatMul", reason, dense, dense))
@@ -128,11 +130,17 @@ def _pattern(weight: Tensor, given: Pattern | None) -> Pattern | None:
 
 
 def _why_dense(
-    node: Node, weight: Tensor, pattern: Pattern | None, storage: Storage, sparse: bool, worth: Worth | None
+    node: Node,
+    weight: Tensor,
+    pattern: Pattern | None,
+    storage: Storage,
+    sparse: bool,
+    worth: Worth | None,
+    unpruned: str,
 ) -> str:
     """The reason why a linear must stay a MatMul, "" if it need not."""
     if pattern is None:
-        return "the weight is dense" if bool(weight.any()) else "the weight is zero everywhere"
+        return (unpruned or "the weight is dense") if bool(weight.any()) else "the weight is zero everywhere"
     if not sparse:
         return "--ops standard"
     holder = node.args[1]

@@ -1,5 +1,7 @@
 """What inspection finds in our files and in files of others."""
 
+import json
+
 import numpy as np
 import onnx
 import pytest
@@ -7,7 +9,7 @@ import torch
 from sparsify_export.calibrate.patterns import NM
 from sparsify_export.passes.dialect import linear_nm
 from sparsify_export.passes.errors import InputError, VerificationError
-from sparsify_export.runtime.inspection import check_pattern, inspect, render, sparse_weights
+from sparsify_export.runtime.inspection import check_pattern, inspect, parts_of, render, sparse_weights
 
 RNG = np.random.default_rng(0)
 DENSE = RNG.standard_normal((16, 12), np.float32)
@@ -191,3 +193,23 @@ def test_sparse_initializers_are_listed(tmp_path):
     proto.graph.sparse_initializer.append(sparse_tensor("s"))
     onnx.save(proto, tmp_path / "m.onnx")
     assert [x.reason for x in inspect(tmp_path / "m.onnx")][-1] == "its weight is stored as a sparse tensor"
+
+
+def test_a_product_of_several_linears_names_the_reason_of_each(onnx_file):
+    path = onnx_file("g (float[t, 12] x) => (float[t, 16] y) { y = MatMul (x, w) }", w=DENSE.T)
+    model = onnx.load(path)
+    model.graph.node[0].name = "layers.0.q+k"
+    reasons = {"layers.0.q": "skipped by --skip", "layers.0.k": "outside the repeated layers"}
+    model.metadata_props.add(key="sparsify.left_dense", value=json.dumps(reasons))
+    onnx.save(model, path)
+    assert inspect(path)[0].reason == "layers.0.q: skipped by --skip; layers.0.k: outside the repeated layers"
+    assert parts_of("a.self_attn.q+a.mlp.gate#2") == ["a.self_attn.q", "a.mlp.gate"]
+    for damaged in ("[", "[1]", '{"layers.0.q": 3}'):
+        model.metadata_props[-1].value = damaged
+        onnx.save(model, path)
+        assert inspect(path)[0].reason == "the weight is dense"
+
+
+def test_a_weight_of_zeros_only_is_called_that(onnx_file):
+    path = onnx_file("g (float[t, 12] x) => (float[t, 16] y) { y = MatMul (x, w) }", w=np.zeros((12, 16), np.float32))
+    assert inspect(path)[0].reason == "the weight is zero everywhere"

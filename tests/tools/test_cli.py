@@ -20,7 +20,7 @@ from sparsify_export.passes.cost import Speed
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.onnx.protos import data_files
 from sparsify_export.runtime import machine
-from sparsify_export.runtime.inspection import sparse_weights
+from sparsify_export.runtime.inspection import inspect, sparse_weights
 
 
 @pytest.fixture(scope="session")
@@ -218,6 +218,10 @@ def test_images_are_calibrated_from_npz_files(images, tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert sum(entry["op"] == "linear_nm" for entry in report["linears"]) == 12
     assert [row["name"] for row in report["latency"]] == ["batch 1"]
+    left = [(entry["path"], entry["reason"]) for entry in report["linears"] if entry["op"] == "MatMul"]
+    assert left == [("classifier", "outside the repeated layers")]
+    found = inspect(tmp_path / "out")
+    assert [(info.path, info.reason) for info in found if info.op == "MatMul"] == left
 
 
 def test_text_encoders_are_calibrated_from_padded_npz_batches(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 
+import onnx
 import pytest
 import torch
 import transformers
@@ -10,7 +11,8 @@ from families import random_model
 from sparsify_export.cli import main
 from sparsify_export.model_folder import write_configuration
 from sparsify_export.passes.errors import InputError
-from sparsify_export.passes.frontend.load import context_of, describe
+from sparsify_export.passes.frontend.load import describe
+from sparsify_export.runtime.artifact import context_of
 
 
 def test_a_configuration_names_its_class_and_no_quantisation_of_the_source(tmp_path):
@@ -79,7 +81,7 @@ def short(folder, tmp_path_factory):
 
 
 def test_eval_and_generate_stop_at_the_context(short, text, capsys):
-    assert context_of(short / "out") == 24
+    assert context_of(short / "out") == context_of(short / "out" / "model.onnx") == 24
     for model in (short / "model", short / "out"):
         assert main(["eval", str(model), "--text", str(text)]) == 0
         assert "windows of 24 tokens" in capsys.readouterr().out
@@ -93,13 +95,23 @@ def test_eval_and_generate_stop_at_the_context(short, text, capsys):
     assert "the prompt has 24 tokens" in capsys.readouterr().err
 
 
-def test_past_an_unknown_context_the_runtime_says_so(short, folder, text, tmp_path, capsys):
+def test_a_file_by_itself_knows_its_context(short, folder, text, tmp_path, capsys):
     for file in (short / "out").iterdir():
         if file.name.startswith("model.onnx"):
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert main(["eval", str(tmp_path / "model.onnx"), "--tokenizer", str(folder), "--text", str(text)]) == 2
+    command = ["eval", str(tmp_path / "model.onnx"), "--tokenizer", str(folder), "--text", str(text)]
+    assert main(command) == 0
+    assert "windows of 24 tokens" in capsys.readouterr().out
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    for said in ("[", "true", "-3", '"24"'):  # what anybody may have written is no reason to fail
+        for entry in model.metadata_props:
+            if entry.key == "sparsify.context":
+                entry.value = said
+        onnx.save(model, tmp_path / "model.onnx")
+        assert context_of(tmp_path / "model.onnx") is None
+    assert main(command) == 2
     (said,) = capsys.readouterr().err.strip().splitlines()
-    assert "the model does not take 600 tokens of a text" in said
+    assert "the model fails on a text of 600 tokens, which is more than it takes" in said
 
 
 def test_a_folder_that_we_wrote_is_named_as_what_it_is(short, tmp_path, capsys):

@@ -12,6 +12,7 @@ from sparsify_export import onnx_in
 from sparsify_export.cli import main
 from sparsify_export.passes.onnx import sparse_linears
 from sparsify_export.runtime import verify_onnx
+from sparsify_export.runtime.inspection import inspect
 
 
 def eights(k=64, n=32):
@@ -70,7 +71,7 @@ def test_sparse_quantised_weights_are_lowered_where_that_is_smaller(tmp_path, fo
     assert entry["reason"] == ("its activations are no longer rounded to 8 bits" if rounded else "")
     assert [n.op_type for n in onnx.load(str(tmp_path / "o.onnx")).graph.node] == ["linear_nm"]
     if form != "MatMulNBits":  # whose scales, one for every 32 numbers, take as much again
-        report = compiled(path, tmp_path / "p.onnx")
+        report = compiled(path, tmp_path / "p.onnx", "--dtype", "fp32")
         assert report["linears"][0]["op"] == entry_op(form)
         assert report["linears"][0]["reason"] == (
             "packed it would take 2176 bytes, now 2176; --dtype int8 or int4 stores it as the model does"
@@ -172,7 +173,7 @@ def test_what_does_not_get_smaller_names_the_storage_that_would(tmp_path, capsys
     ]
     proto = build(nodes, {"x": ["t", 64]}, ["y", "z"], {"w": values, "s": scale, "u": dense(64, 1)})
     path = saved(proto, tmp_path)
-    said = refused(capsys, tmp_path / "o.onnx", path, "--nm", "2:4")
+    said = refused(capsys, tmp_path / "o.onnx", path, "--nm", "2:4", "--dtype", "fp32")
     assert "only 1 of 2 linears" in said
     assert "fc: packed it would take" in said
     assert "--dtype int8" in said
@@ -217,3 +218,18 @@ def test_scales_of_zero_are_found_in_the_file_however_little_the_outputs_show(tm
     monkeypatch.setattr(verify_onnx, "_matters", lambda way, comparison: False)
     assert main([str(path), "--dtype", "int8", "--quiet", "-o", str(tmp_path / "o.onnx")]) == 4
     assert "each linear" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_pruned_file_stores_its_weights_as_the_given_one_does_and_does_not_grow(tmp_path, bits, capsys):
+    if bits == 4:
+        path = nbits_model(tmp_path)
+    else:
+        nodes, weights = quantised("DequantizeLinear")
+        path = saved(build(nodes, {"x": ["t", 64]}, ["y"], weights), tmp_path)
+    assert main([str(path), "--nm", "2:4", "-o", str(tmp_path / "o.onnx")]) == 0
+    assert f"int{bits}, as the file stores its weights" in " ".join(capsys.readouterr().out.split())
+    report = json.loads((tmp_path / "o.onnx.report.json").read_text())
+    assert {entry["op"] for entry in report["linears"]} == {f"linear_nm_int{bits}"}
+    given = {info.path: info.stored_bytes for info in inspect(path)}
+    assert all(entry["stored_bytes"] < given[entry["path"]] for entry in report["linears"])

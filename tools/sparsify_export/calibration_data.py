@@ -1,5 +1,6 @@
 """What a model is calibrated and verified on: windows of text, or batches from files."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,8 +32,16 @@ HELD_OUT = 48
 PADDED = ((17, 10), (23, 14, 5))
 """And of two and of three texts at once."""
 
+CUT = (1.0, 0.8, 0.5)
+"""How much of a piece of sound one, two and three samples have; the model was seen to take half, see ``open_axis``."""
+
 CROSSED = 640
-"""Tokens of a text at most that is made to cross a sliding window; longer windows are not crossed."""
+"""Tokens of a text at most that is made to cross a sliding window, whatever the model."""
+
+LOGITS = CROSSED << 18
+PRODUCTS = 1 << 38
+"""Longer windows are crossed by models small enough: numbers in the logits (today's vocabularies with ``CROSSED``
+tokens), and products of weights in a run (some 10 s on two cores; it is made ten times, in float64 too) at most."""
 
 
 def calibration_text(
@@ -119,19 +128,41 @@ def probes_of(
     """The inputs that the finished file is verified on: one, two and three samples, texts padded.
 
     They come from the held-out text, else from the last batch, else they are random. A decoder's texts are shorter by
-    what it writes itself, and there is one more of them for each of its windows that is worth crossing.
+    what it writes itself, and there is one more of them for each sliding window that it crosses.
     """
     generator = torch.Generator().manual_seed(settings.calibration.seed)
     if traced.inputs[0] != "input_ids":
         return _other_probes(traced, batches, generator)
-    longer = min(longest(pretrained.model) or CROSSED, CROSSED)
+    limit = longest(pretrained.model)
+    longer = min(limit or CROSSED, CROSSED)
     if held_out is None:
         vocabulary = pretrained.model.config.get_text_config().vocab_size
         held_out = torch.randint(0, vocabulary, (1, longer), generator=generator)
     written = DECODED if traced.kind == "causal" else 0
-    crossed = [(window - written // 2,) for window in windows_of(pretrained.model) if window <= CROSSED - written]
+    crossed = [(window - written // 2,) for window in crossings(pretrained)[0]]
     lengths = [(HELD_OUT - written,), *PADDED, *(crossed if written else ())]
-    return [_padded(traced, pretrained, held_out[0], texts, longer - written) for texts in lengths]
+    most = max([longer, *(length + written for (length,) in crossed)])
+    return [_padded(traced, pretrained, held_out[0], texts, min(limit or most, most) - written) for texts in lengths]
+
+
+def crossings(pretrained: Pretrained) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sliding windows of a decoder that verification crosses, and those that would take too long.
+
+    A window that is as long as the texts that the model takes is no boundary.
+    """
+    if pretrained.kind != "causal":
+        return (), ()
+    model = pretrained.model
+    limit = longest(model)
+    own = [size for size in windows_of(model) if limit is None or size + DECODED <= limit]
+    vocabulary = model.config.get_text_config().vocab_size
+    weights = sum(parameter.numel() for parameter in model.parameters())
+
+    def cheap(size: int) -> bool:
+        longer = size + DECODED
+        return longer <= CROSSED or (longer * vocabulary <= LOGITS and longer * weights <= PRODUCTS)
+
+    return tuple(filter(cheap, own)), tuple(size for size in own if not cheap(size))
 
 
 def _padded(traced: Traced, pretrained: Pretrained, tokens: Tensor, lengths: tuple[int, ...], limit: int) -> Batch:
@@ -157,19 +188,13 @@ def _without(tokens: Tensor, padding: int) -> Tensor:
 
 
 def _other_probes(traced: Traced, batches: list[Batch], generator: torch.Generator) -> list[Batch]:
-    """One, two and three samples of images or of whatever the model takes."""
-    if batches:
-        given = batches[-1]
-    else:
-        holders = {n.name: n.meta["val"] for n in traced.program.graph.nodes if n.op == "placeholder"}
-        shapes = [holders[name].shape[1:] for name in _user_inputs(traced)]
-        given = Batch(tuple(torch.randn(3, *map(int, shape), generator=generator) for shape in shapes), None)
-    size = len(given.inputs[0])
-    chosen = [torch.arange(count) % size for count in (1, 2, 3)]
-    masks = [None if given.token_mask is None else given.token_mask[rows] for rows in chosen]
-    return [Batch(tuple(x[r] for x in given.inputs), m, given.cached) for r, m in zip(chosen, masks, strict=True)]
-
-
-def _user_inputs(traced: Traced) -> list[str]:
-    specs = traced.program.graph_signature.input_specs
-    return [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT"]
+    """One, two and three pictures or pieces of sound; the latter of another length each, where that is open."""
+    given = batches[-1] if batches else Batch((torch.randn(3, *traced.sample, generator=generator),), None)
+    chosen = [torch.arange(count) % len(given.inputs[0]) for count in (1, 2, 3)]
+    probes = []
+    for rows, part in zip(chosen, CUT, strict=True):
+        own = [x[rows] for x in given.inputs]
+        if (axis := traced.open_axis) is not None:
+            own = [x.narrow(axis, 0, math.ceil(part * x.shape[axis])) for x in own]
+        probes.append(Batch(tuple(own), None, given.cached))
+    return probes

@@ -209,10 +209,11 @@ def compile_command(
         seed: of everything random.
         bos: begin windows of calibration and of --eval with the token that the tokenizer puts in front of a text, if
             it puts one.
-        dtype: storage of packed weights, default fp32; with int8 and int4 activations are quantised too, token by
-            token. Of an engine, what everything is computed in: fp16, the default, bf16 or fp32; or int8 or fp8, for
-            engines only, with --nm: products of pruned linears are of 8-bit codes between Q and DQ, activations with
-            one scale each, calibrated, and the rest is fp16. TensorRT may run such products dense.
+        dtype: storage of packed weights, default fp32, or int8 or int4 where an .onnx file stores its own weights so;
+            with int8 and int4 activations are quantised too, token by token. Of an engine, what everything is computed
+            in: fp16, the default, bf16 or fp32; or int8 or fp8, for engines only, with --nm: products of pruned linears
+            are of 8-bit codes between Q and DQ, activations with one scale each, calibrated, and the rest is fp16.
+            TensorRT may run such products dense.
         group: neighbouring weights that share an int4 scale; default 128.
         quantise: how pruned weights become int8 or int4: each to the nearest, the default of fast; by a sweep that
             hands errors on to other weights, the default of balanced; or joint, the default of best, where clipping
@@ -241,6 +242,7 @@ def compile_command(
     from .passes.checkpoint import Checkpoint
     from .passes.dialect.storage import FP32, Storage
     from .passes.given_masks import read_masks
+    from .passes.onnx.own_storage import own_dtype
     from .plan import EngineSettings, check_codes, check_engine_flags, not_built
     from .report import render
     from .settings import Calibration, Settings, parse_pattern
@@ -260,7 +262,9 @@ def compile_command(
             "--lower-for": lower_for,
         },
     )
-    dtype = dtype or ("fp16" if engine else "fp32")
+    # What an .onnx file stores in 8 or 4 bits would grow in floats, pruned or not.
+    own = own_dtype(Path(model)) if model.endswith(".onnx") and not (dtype or engine or ops == "standard") else None
+    dtype = dtype or own or ("fp16" if engine else "fp32")
     ops = ops or ("standard" if engine else "sparse")
     positive("--samples", samples)
     positive("--seq-len", seq_len, least=2)
@@ -366,7 +370,7 @@ def compile_command(
     with ProgressBar(quiet) as console:
         if not quiet:
             chosen = effort_of(flags, onnx=is_onnx) if recipe else None
-            terminal.print(_settings_table(model, out, chosen, settings))
+            terminal.print(_settings_table(model, out, chosen, settings, own))
         report = compile_model(
             model,
             out,
@@ -392,7 +396,7 @@ def _refuse_ignored(flags: dict[str, object]) -> None:
         raise InputError(f"{given[0]} has no effect without --nm or --sparsity, since nothing is pruned")
 
 
-def _settings_table(model: str, out: str, effort: str | None, settings: Any) -> Table:
+def _settings_table(model: str, out: str, effort: str | None, settings: Any, own: str | None) -> Table:
     from .onnx_in import told
     from .settings import plain
 
@@ -403,5 +407,6 @@ def _settings_table(model: str, out: str, effort: str | None, settings: Any) -> 
         table.add_row("effort", effort)
     for name, value in (told(settings) if model.endswith(".onnx") else plain(settings)).items():
         if value not in (None, []):
-            table.add_row(name.replace("_", " "), str(value))
+            said = f"{value}, as the file stores its weights" if name == "dtype" and own else str(value)
+            table.add_row(name.replace("_", " "), said)
     return table

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .calibration_data import batches_for, calibration_text, example_for, probes_of
+from .calibration_data import batches_for, calibration_text, crossings, example_for, probes_of
 from .engine import Pruned, finish_engine
 from .evaluation import evaluate_onnx, evaluate_torch
 from .onnx_in import compile_onnx
@@ -15,8 +15,10 @@ from .passes.dialect.packed import Packed
 from .passes.distil import Output
 from .passes.errors import InputError
 from .passes.frontend.load import load
+from .passes.frontend.positions import longest
 from .passes.frontend.trace import Traced, trace
-from .passes.fx.canonical import canonicalise
+from .passes.fx.canonical import canonicalise, parameter_names
+from .passes.fx.linears import find_linears
 from .passes.fx.partition import Partition, partition
 from .passes.fx.rewrite import lower_linears, stored_weights
 from .passes.lower import to_onnx
@@ -24,7 +26,9 @@ from .passes.recipe import Timings
 from .passes.sparsify import Sparsified, sparsify
 from .plan import engine_sizes
 from .report import Evaluation, Report, build_report
+from .runtime.artifact import CONTEXT
 from .runtime.benchmark import compare_kernels
+from .runtime.inspection import LEFT_DENSE
 from .runtime.machine import this_machine
 from .runtime.published import ask, put_weights
 from .runtime.verify import expect, verify
@@ -96,14 +100,16 @@ def _compile(
         console.note(text)
     sizes = engine_sizes(settings.engine, pretrained) if settings.engine else None
     before = evaluate_torch(pretrained, settings, stages, console)
+    for size in crossings(pretrained)[1]:
+        console.note(f"verification does not cross the sliding window of {size} tokens: that would take too long")
     windows, held_out = calibration_text(pretrained, settings, stages, console)
     with stages.run("trace"):
         console.progress("tracing", 0, 0)
         example = example_for(settings)
-        traced = trace(pretrained, example)
-        if example is not None and traced.inputs[0] != "input_ids":
-            for name in traced.inputs:
-                console.note(f"the file takes {name} of {list(example[name].shape[1:])} a sample, and of no other size")
+        # The profile of an engine has lengths for text only.
+        traced = trace(pretrained, example, any_length=settings.engine is None)
+        if traced.size:
+            console.note(traced.size)
         transposed = canonicalise(traced.program)
         parts = partition(traced.program)
     batches = batches_for(traced, pretrained, settings, windows)
@@ -140,6 +146,7 @@ def _compile(
             worth=worth,
             on_grid=done.on_grid,
             patterns=done.patterns,
+            unpruned=_unpruned(traced, done),
         )
         packed = stored_weights(traced.program, lowered)
         rounded = dict.fromkeys(packed, settings.storage.activations)
@@ -149,7 +156,11 @@ def _compile(
         expected = expect(parts, stored, published, rounded)
         del params, packed, stored
         target.open()
-        to_onnx(traced, target.model, metadata={"source": source, "settings": plain(settings)})
+        reasons = {entry.linear.path: entry.reason for entry in lowered if entry.reason}
+        metadata: dict[str, object] = {"source": source, "settings": plain(settings), LEFT_DENSE: reasons}
+        if traced.inputs[0] == "input_ids":
+            metadata[CONTEXT] = longest(pretrained.model)
+        to_onnx(traced, target.model, metadata=metadata)
     with stages.run("verify"):
         console.progress("verifying", 0, 0)
         verified = verify(target.model, traced, expected)
@@ -170,9 +181,20 @@ def _compile(
         pruning_seconds=timings.seconds,
         distilled=done.distilled,
         model=target.model,
+        uncrossed=crossings(pretrained)[1],
     )
     target.finish(pretrained, report)
     return report
+
+
+def _unpruned(traced: Traced, done: Sparsified) -> dict[str, str]:
+    """Why linears were not pruned, by path; nothing where nothing was to be pruned."""
+    if not done.blocks:
+        return {}
+    program = traced.program
+    paths = [linear.path for linear in find_linears(program.graph_module.graph, parameter_names(program))]
+    inside = {linear.path: linear.reason for block in done.blocks for linear in block.linears}
+    return {path: why for path in paths if (why := inside.get(path, "outside the repeated layers"))}
 
 
 def cache_pairs(traced: Traced, parts: Partition) -> list[tuple[str, str]]:

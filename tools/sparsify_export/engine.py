@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .calibrate.eight_bit import Kind
 from .calibrate.patterns import NM, Pattern
+from .calibration_data import crossings
 from .evaluation import evaluate_onnx
 from .passes.activations import Scaled, scale_activations
 from .passes.frontend.batches import Batch
@@ -27,6 +28,7 @@ from .passes.recipe import Timings
 from .passes.sparsify import Sparsified
 from .report import Evaluation, Report, build_report
 from .runtime import tensorrt
+from .runtime.artifact import CONTEXT
 from .runtime.benchmark import Row, compare_plans
 from .runtime.evaluate import Perplexity
 from .runtime.exact import ExactAnswers
@@ -106,7 +108,9 @@ def finish_engine(
         )
         lowered = [_entry(entry, dtype, quantised.get(entry.linear.weight)) for entry in entries]
         target.open()
-        metadata = {"source": pruned.pretrained.source, "settings": plain(settings)}
+        metadata: dict[str, object] = {"source": pruned.pretrained.source, "settings": plain(settings)}
+        if traced.kind == "causal":
+            metadata[CONTEXT] = sizes.context
         to_onnx(traced, target.model, metadata=metadata, tensorrt=True, quantised=quantised)
     linears = plan_linears(target.model)
     plugins = any(linear.plugin for linear in linears)
@@ -136,6 +140,7 @@ def finish_engine(
         pruning_seconds=timings.seconds,
         distilled=pruned.done.distilled,
         model=target.model,
+        uncrossed=crossings(pruned.pretrained)[1],
     )
     report = replace(report, engine=found)
     target.finish(pruned.pretrained, report)

@@ -9,12 +9,12 @@ from torch import Tensor
 from .passes.errors import InputError
 from .passes.frontend.batches import read_windows
 from .passes.frontend.first_token import first_token, tokens_of
-from .passes.frontend.load import context_of, load, load_tokenizer, tokenizer_beside
+from .passes.frontend.load import load, load_tokenizer, tokenizer_beside
 from .passes.frontend.positions import longest
 from .passes.frontend.trace import trace
 from .passes.fx.canonical import canonicalise, parameter_names
 from .passes.fx.linears import find_linears
-from .runtime.artifact import causal, open_artifact
+from .runtime.artifact import causal, context_of, onnx_of, open_artifact
 from .runtime.embedding import Embedder, onnx_hidden, pooling_of, torch_hidden
 from .runtime.evaluate import Perplexity, onnx_logits, perplexity, torch_logits
 from .runtime.exact import ExactAnswers, exact_answers
@@ -22,7 +22,7 @@ from .runtime.generate import Generation
 from .runtime.generate import generate as run_generate
 from .runtime.inspection import weights as file_weights
 from .runtime.retrieval import Retrieval, read_collection, retrieve
-from .runtime.session import model_file, open_session
+from .runtime.session import open_session
 from .runtime.tensorrt.session import is_plan
 from .simulator import Cycles
 from .simulator import simulate as run_simulator
@@ -51,7 +51,7 @@ def evaluate(
     """
     if is_export(Path(model)):
         logits = onnx_logits(causal(open_artifact(Path(model))))
-        words, limit = tokenizer_of(Path(model), tokenizer), context_of(_folder(Path(model)))
+        words, limit = tokenizer_of(Path(model), tokenizer), context_of(Path(model))
     else:
         pretrained = load(model, trust_remote_code=trust_remote_code)
         if pretrained.kind != "causal":
@@ -127,7 +127,7 @@ def generate(
     session = causal(open_artifact(model, threads=threads, kernels=kernels))
     words = tokenizer_of(model, tokenizer)
     ids = tokens_of(words, prompt, first_token(words) if bos else None)
-    limit = context_of(_folder(model))
+    limit = context_of(model)
     if limit is not None:
         if len(ids) >= limit:
             raise InputError(f"the prompt has {len(ids)} tokens, and {model} takes {limit} with what it writes")
@@ -187,7 +187,7 @@ def tokenizer_of(model: Path, given: str | None) -> Any:
     """
     if given is not None:
         return load_tokenizer(given)
-    model_file(model.with_suffix(".trt.onnx") if is_plan(model) else model)
+    onnx_of(model)
     words = tokenizer_beside(_folder(model))
     if words is None:
         raise InputError(f"{model} has no tokenizer beside it; give --tokenizer and the model that it was made from")

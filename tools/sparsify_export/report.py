@@ -106,6 +106,7 @@ class Report:
         distilled: what training all blocks together made of the model's output: nothing where that was not asked for,
             and with joint quantisation first of the floats, then on the grid. The errors of blocks and of linears are
             those before it, ``error_quantised`` between the two is against the floats.
+        uncrossed: sliding windows, in tokens, that no text of verification was long enough to cross.
         engine: what is known about a TensorRT engine: its options, why it was not built, what is in it; None for ONNX.
     """
 
@@ -124,6 +125,7 @@ class Report:
     stored_linear_bytes: int
     given_bytes: int | None = None
     distilled: tuple[DistilReport, ...] = ()
+    uncrossed: tuple[int, ...] = ()
     engine: Mapping[str, Any] | None = None
 
     def save(self, path: Path, *, files: Sequence[str]) -> None:
@@ -146,6 +148,7 @@ def build_report(
     pruning_seconds: Mapping[str, float],
     distilled: tuple[DistilReport, ...],
     model: Path,
+    uncrossed: tuple[int, ...],
 ) -> Report:
     """Put together what the stages reported."""
     pruned = {linear.path: linear for block in blocks for linear in block.linears}
@@ -188,6 +191,7 @@ def build_report(
         dense_linear_bytes=sum(entry.dense_bytes for entry in inside),
         stored_linear_bytes=sum(entry.stored_bytes for entry in inside),
         distilled=distilled,
+        uncrossed=uncrossed,
     )
 
 
@@ -346,6 +350,9 @@ def _totals(report: Report) -> Table:
         table.add_row(
             f"verified with {entry['how']}", f"max error {entry['error']:.2e}, allowed {entry['allowed']:.2e}"
         )
+    if report.uncrossed:
+        windows = ", ".join(map(str, report.uncrossed))
+        table.add_row("not verified", f"texts longer than the sliding window of {windows} tokens")
     return table
 
 

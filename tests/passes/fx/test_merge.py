@@ -176,3 +176,22 @@ def test_weights_apart_merge_with_each_other_only():
     keys = {f"model.{name}.weight" for name in "qk"}
     assert merge_linears(program, apart=keys) == {"model.q+k.weight": ["model.q.weight", "model.k.weight"]}
     assert "model.v.weight" in program.state_dict
+
+
+class Parallel(nn.Module):
+    """Attention and MLP that read the same input, in modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(20261126)
+        self.self_attn, self.mlp = nn.ModuleDict({"q": nn.Linear(8, 4)}), nn.ModuleDict({"gate": nn.Linear(8, 6)})
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.self_attn["q"](x), self.mlp["gate"](x)
+
+
+def test_linears_of_several_modules_are_named_in_full():
+    program, *_ = merged(Parallel())
+    (node,) = [n for n in program.graph.nodes if n.target is torch.ops.aten.linear.default]
+    path = next(reversed(node.meta["nn_module_stack"].values()))[0]
+    assert path == "model.self_attn.q+mlp.gate"
