@@ -41,7 +41,7 @@ CROSSED = 640
 LOGITS = CROSSED << 18
 PRODUCTS = 1 << 38
 """Longer windows are crossed by models small enough: numbers in the logits (today's vocabularies with ``CROSSED``
-tokens), and products of weights in a run (some 10 s on two cores; it is made ten times, in float64 too) at most."""
+tokens), and products of weights in a run at most. A run is made some ten times, in float64 too."""
 
 
 def calibration_text(
