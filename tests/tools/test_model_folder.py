@@ -157,6 +157,10 @@ def test_a_folder_finds_passages_as_its_model_does(sentences, folder, passages, 
     assert found[0] == found[1]
     assert found[0]["pooling"]["length"] == 64
     assert 0.3 < found[0]["retrieval"]["ndcg"] < 1  # chance is 0.11
+    (sentences / "sentence_bert_config.json").unlink()  # then the model's own positions are the limit
+    assert main(["eval", str(sentences), "--retrieval", str(passages), "--json"]) == 0
+    longest = random_model("bert").config.max_position_embeddings
+    assert json.loads(capsys.readouterr().out)["pooling"]["length"] == longest
     assert main(["eval", str(tmp_path / "out"), "--retrieval", str(passages)]) == 0
     assert "over 40 queries and 40 passages\npooled by mean, 64 tokens" in capsys.readouterr().out
 

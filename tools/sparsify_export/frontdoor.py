@@ -1,6 +1,7 @@
 """What the eval, generate and simulate commands do: find model and tokenizer, then call what does the work."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +92,20 @@ def evaluate_retrieval(
     texts = read_collection(collection)
     if is_export(Path(model)):
         hidden, names = onnx_hidden(session := open_session(Path(model))), [i.name for i in session.get_inputs()]
-        words, folder = tokenizer_of(Path(model), tokenizer), _folder(Path(model))
+        words, folder, limit = tokenizer_of(Path(model), tokenizer), _folder(Path(model)), context_of(Path(model))
     else:
         pretrained, folder = load(model, trust_remote_code=trust_remote_code), Path(model)
         if pretrained.kind != "encoder" or pretrained.inputs[0] != "input_ids":
             raise InputError(f"{model} is not an encoder of texts, so it finds no passages")
         if not folder.is_dir():  # how texts are pooled lies beside the weights
             raise InputError(f"--retrieval wants a model in a folder, or an exported one; got {model}")
-        hidden, names = torch_hidden(pretrained.model), list(pretrained.inputs)
+        hidden, names, limit = torch_hidden(pretrained.model), list(pretrained.inputs), longest(pretrained.model)
         words = pretrained.tokenizer if tokenizer is None else load_tokenizer(tokenizer)
     if words is None:
         raise InputError(f"{model} has no tokenizer; give --tokenizer")
-    embedder = Embedder(hidden, names, words, pooling_of(folder))
+    pooling = pooling_of(folder)
+    shorter = min((length for length in (pooling.length, limit) if length), default=None)
+    embedder = Embedder(hidden, names, words, replace(pooling, length=shorter))
     return retrieve(embedder, texts, progress=progress), embedder
 
 
