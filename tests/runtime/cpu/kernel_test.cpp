@@ -10,6 +10,7 @@
 #include "formats.h"
 #include "kernels.h"
 #include "pack.h"
+#include "thread_pool.h"
 
 using namespace sparsify;
 
@@ -99,10 +100,14 @@ Floats activations(DType type, int64_t tokens, int64_t cols) {
 
 int64_t group_of(DType type) { return type == DType::i4 ? int64_t{32} << below(3) : 0; }
 
+#ifdef SPARSIFY_TEST_THREADS
+const Parallel kParallel = (set_num_threads(SPARSIFY_TEST_THREADS), thread_pool());
+#else
 void run_tasks(void*, size_t count, void (*task)(void*, size_t), void* arg) {
   for (size_t i = count; i > 0; --i) task(arg, i - 1);  // backwards: order must not matter
 }
 const Parallel kParallel = {nullptr, run_tasks};
+#endif
 
 void expect(const std::vector<int>& dense, const Floats& x, const Floats& bias, const Floats& y, int64_t tokens,
             int64_t rows, int64_t cols, const char* what) {
