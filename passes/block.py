@@ -13,7 +13,7 @@ from .errors import InputError
 from .fx.attended import Attended
 from .fx.linears import Linear
 from .fx.partition import Part
-from .fx.run import Values, run_part
+from .fx.run import Values, advance
 from .recipe import Note, Progress, Recipe, Score, Timings
 
 GROUPS: Mapping[Score, Group] = {
@@ -36,6 +36,7 @@ class Block:
         given: masks to use as they are, by weight key; empty where the score makes them.
         cache: (past, present) names that carry the KV cache.
         shared: names that more than one part reads.
+        kept: names that later parts read; nothing else is kept of what the block makes of a batch.
         target: weights to prune, where rates are learned.
         note: told what the user should know.
         progress: told what is being done.
@@ -50,6 +51,7 @@ class Block:
     given: Mapping[str, Tensor]
     cache: tuple[tuple[str, str], ...]
     shared: frozenset[str]
+    kept: frozenset[str]
     target: int
     note: Note
     progress: Progress
@@ -167,8 +169,8 @@ def run_dense(block: Block, params: Mapping[str, Tensor], dense: list[Values]) -
     """Run the block, not yet pruned, on the dense model's batches; the judged outputs, by batch."""
     outputs = []
     for values in dense:
-        values.update(run_part(block.part, values, params, block.names))
-        outputs.append({name: values[name] for name in block.judged})
+        made = advance(block.part, values, params, block.names, block.kept)
+        outputs.append({name: made[name] for name in block.judged})
     return outputs
 
 
@@ -176,10 +178,10 @@ def propagate(block: Block, params: Mapping[str, Tensor], states: list[Values], 
     """Run the pruned block on every batch; the relative error of its outputs against the dense ones."""
     wrong = size = 0.0
     for values, reference in zip(states, dense, strict=True):
-        values.update(run_part(block.part, values, params, block.names))
+        made = advance(block.part, values, params, block.names, block.kept)
         for name in block.judged:
             if isinstance(reference[name], Tensor) and reference[name].is_floating_point():
-                wrong += float((values[name] - reference[name]).norm() ** 2)
+                wrong += float((made[name] - reference[name]).norm() ** 2)
                 size += float(reference[name].norm() ** 2)
         reference.clear()
     return (wrong / size) ** 0.5 if size else 0.0

@@ -33,7 +33,7 @@ from .frontend.batches import Batch
 from .fx.attended import find_attended
 from .fx.linears import Linear
 from .fx.partition import Partition
-from .fx.run import Values, run_part, shared_names, start, walk
+from .fx.run import Values, advance, shared_names, start, walk
 from .given_masks import masks_by_weight
 from .observe import observe
 from .permute import permute
@@ -88,7 +88,7 @@ def prune(
     dense = [dict(values) for values in states] if by_dense_model else []
     targets = iter(_targets(partition, recipe, reasons))
     reports: list[BlockReport] = []
-    for part in walk(partition, params, [*states, *dense, check]):
+    for part, kept in walk(partition, params, [*states, *dense, check]):
         block = Block(
             part,
             partition.params,
@@ -97,6 +97,7 @@ def prune(
             given,
             tuple(cache),
             shared,
+            kept,
             target=next(targets),
             note=note,
             progress=progress,
@@ -170,7 +171,7 @@ def _restore_block(
     run_dense(block, params, dense)
     params.update({key.removeprefix("params/"): new for key, new in tensors.items() if key.startswith("params/")})
     for values in [*states, check]:
-        values.update(run_part(block.part, values, params, block.names))
+        advance(block.part, values, params, block.names, block.kept)
     made = {key: parse(text) for key, text in notes["patterns"].items()}
     return to_report(notes["report"]), to_grids(tensors, notes["grids"]), made
 
@@ -228,7 +229,7 @@ def _prune_block(
     errors = quantised_errors(block, params, unpruned, quantised, observed)
     with timings.stage("propagate"):
         error = propagate(block, params, states, observed.outputs)
-        check.update(run_part(block.part, check, params, block.names))
+        advance(block.part, check, params, block.names, block.kept)
     linears = []
     for linear in block.part.linears:
         shape = (linear.out_features, linear.in_features)

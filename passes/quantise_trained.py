@@ -61,7 +61,7 @@ def quantise_trained(
     shared = shared_names(partition)
     states = [start(partition, batch.inputs) for batch in batches]
     found = []
-    for part, report in zip(walk(partition, params, states), reports, strict=True):
+    for (part, kept), report in zip(walk(partition, params, states), reports, strict=True):
         attended = find_attended(part) if recipe.hessian == "attended" else {}
         block = Block(
             part,
@@ -71,6 +71,7 @@ def quantise_trained(
             {},
             (),
             shared,
+            kept,
             target=0,
             note=note,
             progress=progress,

@@ -14,7 +14,7 @@ from .errors import InputError
 from .frontend.batches import Batch
 from .fx.halves import split_halves
 from .fx.partition import Part
-from .fx.run import Rounding, Values, run_part, run_part_rounded, run_part_with_grad
+from .fx.run import Rounding, Values, advance, run_part, run_part_rounded, run_part_with_grad
 from .quantise import STRENGTH_RATE, Gridded
 from .recipe import Progress, Tune, TuneReport
 from .trained import Trained
@@ -85,13 +85,12 @@ def tune(
     halves = split_halves(block.part, block.names) if settings.scope == "halves" else (block.part,)
     inner, exact = [dict(values) for values in states], [dict(values) for values in states]
     reports = []
-    for half in halves:
+    for index, half in enumerate(halves):
+        kept = {name for later in halves[index + 1 :] for name in later.inputs}
         handed = [name for name in half.outputs if name in block.judged or name not in block.part.outputs]
         targets = []
         for values, known in zip(exact, outputs, strict=True):
-            if half is not halves[-1]:
-                values.update(run_part(half, values, dense, block.names))
-            made = known if half is halves[-1] else values
+            made = known if half is halves[-1] else advance(half, values, dense, block.names, kept)
             targets.append({name: made[name] for name in handed if name and _is_float(made[name])})
         reads = [{name: values[name] for name in half.inputs if name in values} for values in inner]
         samples = [
@@ -102,7 +101,7 @@ def tune(
             reports.append(tune_part(half, samples, params, block.names, keys, settings, block.progress, quantised))
         if half is not halves[-1]:
             for values in inner:
-                values.update(run_part(half, values, params, block.names))
+                advance(half, values, params, block.names, kept)
     return tuple(reports)
 
 

@@ -1,7 +1,7 @@
 """Run the parts of a partitioned graph on calibration batches, and look inside a block while it runs."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,27 @@ def run_part(part: Part, values: Values, params: Mapping[str, Tensor], names: Ma
     with torch.no_grad():
         results = _Fast(part.module).run(*_arguments(part, values, params, names))
     return _named(part, results)
+
+
+def advance(
+    part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str], kept: Collection[str]
+) -> Values:
+    """As ``run_part``; what is to be kept is added to ``values``, and what nothing reads any more leaves them.
+
+    The KV cache is what nobody reads: of all batches it would be as large as what the block hands on, or larger.
+
+    Args:
+        part: the part.
+        values: live values of the batch; changed.
+        params: weights by key.
+        names: outer placeholder name to parameter key.
+        kept: the names that later parts read; see ``live_after``.
+    """
+    made = run_part(part, values, params, names)
+    values |= {name: value for name, value in made.items() if name in kept}
+    for name in [name for name in values if name not in kept]:
+        del values[name]
+    return made
 
 
 def run_part_with_grad(
@@ -116,25 +137,26 @@ def run_model(
     return found
 
 
-def walk(partition: Partition, params: Mapping[str, Tensor], runs: Sequence[Values]) -> Iterator[Part]:
-    """Every block in order, when ``runs`` hold what it reads; whoever takes it adds what comes out of it.
+def walk(
+    partition: Partition, params: Mapping[str, Tensor], runs: Sequence[Values]
+) -> Iterator[tuple[Part, frozenset[str]]]:
+    """Every block in order, and the names that later parts read, when ``runs`` hold what the block reads.
+
+    Whoever takes it runs it, by ``advance``, on every one of them.
 
     Args:
         partition: the model. What follows the last block is not run.
         params: weights by key; those of a block may be replaced while it is out.
-        runs: the values of some batches from `start`; what nothing reads any more is dropped.
+        runs: the values of some batches from `start`.
     """
     begun = False
-    for part, needed in zip(partition.parts, live_after(partition), strict=True):
+    for part, kept in zip(partition.parts, live_after(partition), strict=True):
         if part.path:
             begun = True
-            yield part
+            yield part, frozenset(kept)
         elif not begun:
             for values in runs:
-                values.update(run_part(part, values, params, partition.params))
-        for values in runs:
-            for name in [n for n in values if n not in needed]:
-                del values[name]
+                advance(part, values, params, partition.params, kept)
 
 
 def shared_names(partition: Partition) -> frozenset[str]:

@@ -4,14 +4,16 @@ import pytest
 import torch
 from reference import fraction_keep_mask, nm_keep_mask
 from reference import wanda as slow_wanda
+from sparsify_export.calibrate.besa import Learning
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.passes import block as one_block
 from sparsify_export.passes import permute, pipeline
 from sparsify_export.passes.errors import InputError, VerificationError
 from sparsify_export.passes.frontend.batches import Batch
+from sparsify_export.passes.fx import run
 from sparsify_export.passes.fx.fold import apply_fold
 from sparsify_export.passes.fx.partition import partition
-from sparsify_export.passes.fx.run import run_part
+from sparsify_export.passes.fx.run import advance
 from sparsify_export.passes.pipeline import prune
 from sparsify_export.passes.recipe import Recipe, Timings
 from toys import Cached, export, stack, weights
@@ -255,20 +257,31 @@ def test_a_tied_weight_keeps_the_mask_of_its_first_block():
         assert torch.equal(both, first)
 
 
-def test_what_only_the_model_returns_is_not_kept(monkeypatch):
-    """The KV cache of all layers and batches together would be larger than the model."""
-    program = export(Cached(layers=4).requires_grad_(False), torch.randn(3, 5, 8))
-    parts = partition(program)
-    sizes = []
+def test_nothing_of_the_cache_is_kept(monkeypatch):
+    """The KV cache of all batches, of one block even, can be larger than all that the next block reads."""
+    parts = partition(program := export(Cached(layers=4).requires_grad_(False), torch.randn(3, 5, 8)))
+    cache, seen = set(parts.outputs[1:]), []
 
-    def watched(part, values, params, names):
-        sizes.append(len(values))
-        return run_part(part, values, params, names)
+    def watched(part, values, params, names, kept):
+        made = advance(part, values, params, names, kept)
+        read = {name for later in parts.parts[parts.parts.index(part) + 1 :] for name in later.inputs}
+        seen.append((part.path, bool(cache & set(made)), set(values) - read))
+        return made
 
-    for module in (pipeline, one_block):
-        monkeypatch.setattr(module, "run_part", watched)
-    prune(parts, weights(program), Recipe(NM(2, 4)), inputs())
-    assert max(sizes) <= 3
+    for module in (run, one_block, pipeline):
+        monkeypatch.setattr(module, "advance", watched)
+    learning = Learning(reference="dense", epochs=1)
+    prune(
+        parts,
+        weights(program),
+        Recipe(HALF, allocation=learning),
+        inputs(),
+        cache=[(f"past {name}", name) for name in cache],
+    )
+    # Two batches, pruned and dense, and the check; what the last block returns is made in the epilogue.
+    assert sum(made for _, made, _ in seen) == 3 * 5
+    assert {path for path, _, _ in seen} == {"", *(part.path for part in parts.blocks)}
+    assert not any(left for _, _, left in seen), seen
 
 
 def test_progress_counts_blocks_and_every_stage_is_timed():
