@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .damping import one_thread
 from .grid import Grid, quantise, spread
 from .matmul import product
 
@@ -11,7 +10,7 @@ BLOCK = 128  # columns whose errors reach the others in one product
 PASSES = 3
 
 
-def sweep(weight: Tensor, inverse: Tensor, keep: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+def sweep(weight: Tensor, factor: Tensor, keep: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     r"""Round column after column, and let the kept weights to the right make up for each error.
 
     With U the upper Cholesky factor of the inverse Hessian, for every column j from left to right:
@@ -25,7 +24,7 @@ def sweep(weight: Tensor, inverse: Tensor, keep: Tensor, scale: Tensor, grid: Gr
 
     Args:
         weight: ``[R, C]`` float32, pruned.
-        inverse: float64 ``[C, C]``, the inverse of the damped Hessian.
+        factor: U, float32 ``[C, C]``; see `damping.sweep_factor`.
         keep: bool ``[R, C]``.
         scale: ``[R, G]`` of `grid.scales`.
         grid: the grid.
@@ -34,8 +33,6 @@ def sweep(weight: Tensor, inverse: Tensor, keep: Tensor, scale: Tensor, grid: Gr
         On the grid, +0.0 where pruned.
     """
     columns = weight.shape[1]
-    with one_thread():
-        factor = torch.linalg.cholesky(inverse, upper=True).float()
     # Columns as rows: what is read together lies together. Clones, since a single row is contiguous either way.
     w, kept = weight.mT.clone(memory_format=torch.contiguous_format), keep.mT.contiguous()
     steps = spread(scale, columns, grid).mT

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from .damping import one_thread
 from .masks import count_keep_mask, nm_keep_mask
 from .matmul import product
 from .patterns import NM, Pattern, Unstructured
@@ -13,7 +12,7 @@ from .patterns import NM, Pattern, Unstructured
 BLOCK = 128  # columns: Frantar & Alistarh 2023, section 3.4
 
 
-def sweep(weight: Tensor, inverse: Tensor, target: Pattern | Tensor) -> tuple[Tensor, Tensor]:
+def sweep(weight: Tensor, factor: Tensor, target: Pattern | Tensor) -> tuple[Tensor, Tensor]:
     r"""Prune a weight and let the weights right of each pruned one make up for it.
 
     With U the upper Cholesky factor of the inverse Hessian, for every column j from left to right:
@@ -28,7 +27,7 @@ def sweep(weight: Tensor, inverse: Tensor, target: Pattern | Tensor) -> tuple[Te
 
     Args:
         weight: ``[R, C]``, float32; dead input features already zero.
-        inverse: float64 ``[C, C]``, the inverse of the damped Hessian.
+        factor: U, float32 ``[C, C]``; see `damping.sweep_factor`.
         target: the pattern, or a bool keep mask ``[R, C]`` to hold on to.
 
     Returns:
@@ -38,8 +37,6 @@ def sweep(weight: Tensor, inverse: Tensor, target: Pattern | Tensor) -> tuple[Te
         ValueError: C is not a multiple of m.
     """
     columns = weight.shape[1]
-    with one_thread():
-        factor = torch.linalg.cholesky(inverse, upper=True).float()
     given = target.mT if isinstance(target, Tensor) else None
     group = target.m if isinstance(target, NM) else 1
     if columns % group:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .admm import admm
 from .alps import alps
-from .damping import Spectrum, damped_inverse, damped_spectrum
+from .damping import Spectrum, damped_inverse, damped_spectrum, sweep_factor
 from .masked_cg import masked_cg
 from .matmul import product
 from .patterns import Group, Pattern, RowCounts
@@ -34,10 +34,11 @@ class Inputs:
         scale: ``[C]``: root mean square of every feature, up to one factor; a dead feature has a tiny one.
         hessian: ``[C, C]`` float32, scaled to a diagonal of ones; zeros for dead features.
         damped: the matrix that ADMM and ALPS work on.
-        inverse: what SparseGPT or ADMM needs inverted; None for the others.
+        inverse: what ADMM needs inverted; None for the others.
         raised: the damping that it took, where that is more than was asked for; else 0.
         spectrum: of the damped matrix, for ALPS; None for the others.
         directions: how many directions the inputs have been seen in, where that is known, for ALPS; else None.
+        factor: of the inverse, for SparseGPT; None for the others. See `damping.sweep_factor`.
     """
 
     method: Method
@@ -48,10 +49,11 @@ class Inputs:
     raised: float = 0.0
     spectrum: Spectrum | None = None
     directions: int | None = None
+    factor: Tensor | None = None
 
 
 def prepare(hessian: Tensor, method: Method, damping: float | None = None) -> Inputs:
-    """Invert or decompose what a method needs inverted or decomposed.
+    """Invert, factor or decompose what a method needs so.
 
     Args:
         hessian: ``[C, C]`` float32, symmetric; see `hessian.Hessian`.
@@ -68,7 +70,8 @@ def prepare(hessian: Tensor, method: Method, damping: float | None = None) -> In
     scaled = hessian / scale / scale[:, None]
     if method == "sparsegpt":
         found = damped_inverse(hessian + torch.diag(dead.float()), damping)
-        return Inputs(method, scale, scaled, scaled, found.matrix, found.damping if found.damping > damping else 0.0)
+        raised = found.damping if found.damping > damping else 0.0
+        return Inputs(method, scale, scaled, scaled, None, raised, factor=sweep_factor(found.matrix))
     if method == "cg":
         return Inputs(method, scale, scaled, _damped(scaled, damping), None)
     # Ones for dead features on both sides of what is solved, or their weights would shrink.
@@ -106,9 +109,9 @@ def update(
     """
     alive = inputs.hessian.diagonal() > 0
     if inputs.method == "sparsegpt":
-        assert inputs.inverse is not None
+        assert inputs.factor is not None
         assert not isinstance(target, RowCounts)
-        new, keep = sweep(weight * alive, inputs.inverse, target)  # as zeros, dead features are pruned first
+        new, keep = sweep(weight * alive, inputs.factor, target)  # as zeros, dead features are pruned first
         return torch.where(keep & ~alive, weight, new), keep
     scaled = weight * inputs.scale
     if inputs.spectrum is not None:

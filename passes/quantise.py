@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calibrate import grid, quantise
-from ..calibrate.damping import damped_inverse
+from ..calibrate.damping import damped_inverse, sweep_factor
 from ..calibrate.patterns import Pattern
 from ..calibrate.rescale import rescale
 from ..calibrate.update import DAMPING, relative_error
@@ -109,7 +109,7 @@ def quantise_block(
     for nodes, keys in alike(block, keep).items():
         found = None if nearest else observed.hessian(nodes)
         hessian = None if found is None else _with_dead(found)
-        inverse = None if hessian is None else _inverse(hessian, paths[keys[0]])
+        factor = None if hessian is None else _factor(hessian, paths[keys[0]])
         for key in keys:
             weight = params[key].float()
             if key not in patterns or not _gains(weight, patterns[key], wanted.storage):
@@ -120,8 +120,8 @@ def quantise_block(
                 importance = hessian.diagonal() if hessian is not None else None
                 done[key] = _gridded(paths[key], wanted.storage, weight, importance, learned.get(key))
             new = done[key].value()
-            if hessian is not None and inverse is not None:
-                done[key], new = _fit(done[key], hessian, inverse, keep[key])
+            if hessian is not None and factor is not None:
+                done[key], new = _fit(done[key], hessian, factor, keep[key])
             params[key] = new.to(params[key].dtype)
     return done
 
@@ -192,10 +192,10 @@ def _gridded(
     return made
 
 
-def _fit(start: Gridded, hessian: Tensor, inverse: Tensor, keep: Tensor) -> tuple[Gridded, Tensor]:
+def _fit(start: Gridded, hessian: Tensor, factor: Tensor, keep: Tensor) -> tuple[Gridded, Tensor]:
     """The grid and the weight on it with which the layer's output changes least, as far as turns of both find them."""
     found, its = start, start.storage.grid
-    value = quantise.sweep(found.exact, inverse, keep, found.scales(), its)
+    value = quantise.sweep(found.exact, factor, keep, found.scales(), its)
     value = quantise.descend(found.exact, hessian, keep, found.scales(), its, value)
     for _ in range(TURNS):
         before, found = found.scales(), found.rescaled(value, hessian)
@@ -212,9 +212,9 @@ def _with_dead(hessian: Tensor) -> Tensor:
     return hessian + torch.diag((diagonal == 0).float() * little)
 
 
-def _inverse(hessian: Tensor, path: str) -> Tensor:
+def _factor(hessian: Tensor, path: str) -> Tensor:
     try:
-        return damped_inverse(hessian, DAMPING["sparsegpt"]).matrix
+        return sweep_factor(damped_inverse(hessian, DAMPING["sparsegpt"]).matrix)
     except ValueError as error:
         raise InputError(f"{path}: {error}; take --quantise rtn, or more calibration text") from error
 

@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 from rounded_layer import layer, nearest, scale_of
-from sparsify_export.calibrate.damping import damped_inverse
+from sparsify_export.calibrate.damping import damped_inverse, sweep_factor
 from sparsify_export.calibrate.grid import Grid, largest, scales, spread
 from sparsify_export.calibrate.quantise import descend, sweep
 from sparsify_export.calibrate.update import relative_error
@@ -18,7 +18,7 @@ def damped(hessian):
 
 
 def swept(weight, keep, hessian, scale, grid):
-    return sweep(weight, damped_inverse(hessian, 0.01).matrix, keep, scale, grid)
+    return sweep(weight, sweep_factor(damped_inverse(hessian, 0.01).matrix), keep, scale, grid)
 
 
 def test_the_sweep_by_hand():
@@ -26,13 +26,13 @@ def test_the_sweep_by_hand():
     hessian = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
     weight, keep = torch.tensor([[0.4, 1.4]]), torch.tensor([[True, True]])
     grid, scale = Grid(7, 2, torch.float32), torch.tensor([[1.0]])
-    inverse = torch.linalg.inv(hessian.double())
+    factor = sweep_factor(torch.linalg.inv(hessian.double()))
     # 0.4 becomes 0, and 1.4 + 0.5 * 0.4 becomes 2
-    assert sweep(weight, inverse, keep, scale, grid).tolist() == [[0.0, 2.0]]
+    assert sweep(weight, factor, keep, scale, grid).tolist() == [[0.0, 2.0]]
     assert nearest(weight, scale, grid).tolist() == [[0.0, 1.0]]
     # where the second is pruned nothing can be made up for
     keep = torch.tensor([[True, False]])
-    assert sweep(weight * keep, inverse, keep, scale, grid).tolist() == [[0.0, 0.0]]
+    assert sweep(weight * keep, factor, keep, scale, grid).tolist() == [[0.0, 0.0]]
 
 
 def test_the_descent_by_hand():
@@ -97,8 +97,8 @@ def test_dead_inputs_zero_rows_and_a_single_weight():
     weight[1], keep[1] = 0.0, False
     weight[1, 39], keep[1, 39] = 0.5, True
     scale = scale_of(weight, hessian, INT4)
-    inverse = damped_inverse(hessian + torch.diag((hessian.diagonal() == 0).float()), 0.01).matrix
-    found = descend(weight, hessian, keep, scale, INT4, sweep(weight, inverse, keep, scale, INT4))
+    its = damped_inverse(hessian + torch.diag((hessian.diagonal() == 0).float()), 0.01)
+    found = descend(weight, hessian, keep, scale, INT4, sweep(weight, sweep_factor(its.matrix), keep, scale, INT4))
     assert found.isfinite().all()
     assert found[0].eq(0).all()
     assert found[1, 39].item() == pytest.approx(0.5, rel=1e-3)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sparsify_export.calibrate import damping
 from sparsify_export.calibrate.admm import admm
 from sparsify_export.calibrate.alps import alps
-from sparsify_export.calibrate.damping import damped_inverse, damped_spectrum
+from sparsify_export.calibrate.damping import damped_inverse, damped_spectrum, sweep_factor
 from sparsify_export.calibrate.masked_cg import masked_cg
 from sparsify_export.calibrate.masks import keep_mask, nm_keep_mask
 from sparsify_export.calibrate.patterns import NM, RowCounts, Unstructured, fits
@@ -41,7 +41,7 @@ def close(got, wanted):
 def test_the_sweep_with_a_mask_against_obs():
     weight, hessian = layer(columns=20)
     keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    found, same = sweep(weight, damped_inverse(hessian, 0.01).matrix, keep)
+    found, same = sweep(weight, sweep_factor(damped_inverse(hessian, 0.01).matrix), keep)
     damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(20, dtype=torch.float64)
     close(found, reference.obs_sweep(weight, damped, keep))
     assert torch.equal(same, keep)
@@ -52,7 +52,7 @@ def test_the_sweep_with_a_mask_against_obs():
 def test_the_sweep_chooses_groups_as_obs_does(monkeypatch, nm, block):
     monkeypatch.setattr("sparsify_export.calibrate.sparsegpt.BLOCK", block)
     weight, hessian = layer(columns=24)
-    found, keep = sweep(weight, damped_inverse(hessian, 0.01).matrix, NM(*nm))
+    found, keep = sweep(weight, sweep_factor(damped_inverse(hessian, 0.01).matrix), NM(*nm))
     damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(24, dtype=torch.float64)
     wanted = reference.obs_sweep(weight, damped, nm=nm)
     assert torch.equal(keep, wanted != 0)
@@ -61,7 +61,7 @@ def test_the_sweep_chooses_groups_as_obs_does(monkeypatch, nm, block):
 
 def test_an_unstructured_sweep_counts_over_128_columns_and_is_right_to_the_weight():
     weight, hessian = layer(rows=7, columns=300, tokens=900)
-    _, keep = sweep(weight, damped_inverse(hessian, 0.01).matrix, Unstructured(0.3))
+    _, keep = sweep(weight, sweep_factor(damped_inverse(hessian, 0.01).matrix), Unstructured(0.3))
     assert int((~keep).sum()) == int(0.3 * weight.numel() + 0.5)
     for start, end in ((0, 128), (128, 256), (256, 300)):
         assert abs(int((~keep[:, start:end]).sum()) - 0.3 * 7 * (end - start)) <= 1
@@ -70,7 +70,7 @@ def test_an_unstructured_sweep_counts_over_128_columns_and_is_right_to_the_weigh
 def test_the_sweep_refuses_features_that_are_no_groups():
     weight, hessian = layer(columns=18)
     with pytest.raises(ValueError, match="in_features 18 is not a multiple of 4, as 2:4 wants"):
-        sweep(weight, damped_inverse(hessian, 0.01).matrix, NM(2, 4))
+        sweep(weight, sweep_factor(damped_inverse(hessian, 0.01).matrix), NM(2, 4))
 
 
 def test_admm_with_a_mask_against_its_definition():

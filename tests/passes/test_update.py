@@ -6,12 +6,13 @@ from sparsify_export.calibrate.besa import Learning
 from sparsify_export.calibrate.masks import keep_mask
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.calibrate.update import relative_error, update
+from sparsify_export.passes.dialect.storage import Storage
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.batches import Batch
 from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.fx.run import run_model, run_part
 from sparsify_export.passes.pipeline import prune
-from sparsify_export.passes.recipe import Recipe
+from sparsify_export.passes.recipe import Quantise, Recipe
 from toys import export, stack, weights
 
 METHODS = ["sparsegpt", "admm", "cg", "admm-cg", "alps"]
@@ -231,6 +232,38 @@ def test_more_damping_comes_before_refusal(monkeypatch):
         assert linear.error_after < linear.error_before
         assert linear.refused == "made its layer worse below a damping of 0.1"
         assert f"{path}: its update made its layer worse below a damping of 0.1" in notes
+
+
+class Three(torch.nn.Module):
+    """Three linears of one input, and a fourth of another; the first is fused of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three, self.four = (torch.nn.Linear(8, n, bias=False) for n in (16, 8, 8, 8))
+
+    def forward(self, x):
+        a, b = self.one(x).chunk(2, dim=-1)
+        return x + self.four((a + b) * self.two(x) + self.three(x))
+
+
+@pytest.mark.parametrize("quantise", [None, Quantise(Storage("int8"), "sweep")], ids=["update", "and sweep to a grid"])
+def test_what_depends_on_the_input_alone_is_factored_once_an_input(monkeypatch, quantise):
+    """Cholesky's factors cost C^3: two an input, of the Hessian and of its inverse, for each of update and grid."""
+    model, calls = stack(), []
+    for i in (0, 1):
+        model.layers[i] = Three().requires_grad_(False)
+    for name in ("cholesky", "cholesky_ex"):
+        real = getattr(torch.linalg, name)
+
+        def counted(*arguments, real=real, **options):
+            calls.append(real)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(torch.linalg, name, counted)
+    monkeypatch.setattr("sparsify_export.passes.update.cost", lambda *them: 0.0)  # no second try with more damping
+    _, _, linears, _ = pruned(model, update="sparsegpt", quantise=quantise, permute="none")
+    assert [linear.error_after is not None for linear in linears.values()] == [True] * 8
+    assert len(calls) == 2 * 2 * 2 * (1 if quantise is None else 2)
 
 
 def test_text_that_shows_too_little_is_told_once():
