@@ -198,6 +198,8 @@ def build_report(
 def render(report: Report) -> Group:
     """The report for a terminal: one line a block, every exception in full, the totals, and the proof."""
     parts: list[Any] = [_blocks(report)] if report.blocks else []
+    if any(e.refused for e in report.linears):
+        parts.append(_refused([e for e in report.linears if e.refused]))
     dense = [e for e in report.linears if not e.lowered]
     if dense and report.settings["ops"] == "sparse" and report.engine is None:
         parts.append(_left_dense(dense))
@@ -254,6 +256,16 @@ def _mean_error(linears: Sequence[LinearEntry], name: Literal["error_before", "e
 def _gains(halves: Sequence[Mapping[str, Any]]) -> str:
     """What fine-tuning left of the loss of each half, on the batches it was not trained on."""
     return ", ".join(f"{half['after'] / half['before']:.2f}x" if half["before"] else "-" for half in halves)
+
+
+def _refused(entries: Sequence[LinearEntry]) -> Table:
+    """Every linear by its name: its error, under "updated" above, is that of the mask alone, or of more damping."""
+    table = Table("linear", "its update", "masked", "updated", title="Updates that made a layer worse")
+    table.title_justify, table.columns[0].overflow = "left", "fold"
+    for entry in entries:
+        errors = (_mean_error([entry], "error_before"), _mean_error([entry], "error_after"))
+        table.add_row(entry.path, entry.refused, *errors)
+    return table
 
 
 def _left_dense(entries: Sequence[LinearEntry]) -> Table:
@@ -323,6 +335,12 @@ def _totals(report: Report) -> Table:
         table.add_row(name, f"{sizes} ({ratio:.3f}x{gain})")
     if (kept := _retained(report)) is not None:
         table.add_row("score kept", f"{kept:.3f} of that of the pruned weights")
+    known = [(e.directions / e.shape[1], e) for e in report.linears if e.directions is not None]
+    if known:
+        _, worst = min(known, key=lambda pair: pair[0])
+        table.add_row(
+            "directions that calibration shows", f"{worst.directions} of {worst.shape[1]} for {worst.path}, the fewest"
+        )
     if lowered and report.engine is None and report.settings["dtype"] in ("int8", "int4"):
         table.add_row("their activations", "quantised to 8 bits, each token by itself")
     if report.machine is not None:
