@@ -85,7 +85,8 @@ def sweep_factor(inverse: Tensor) -> Tensor:
         float32 ``[C, C]``; the same for all weights that read the same inputs.
     """
     with one_thread():
-        return torch.linalg.cholesky(inverse, upper=True).float()
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 def damped_spectrum(hessian: Tensor, damping: float) -> Spectrum:
