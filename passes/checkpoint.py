@@ -164,7 +164,7 @@ class Checkpoint:
 def fingerprint(
     recipe: Recipe, params: Mapping[str, Tensor], batches: Sequence[Batch], partition: Partition | None = None
 ) -> dict[str, Any]:
-    """What decides a run: versions, the number of threads, the recipe by its words, and hashes of all tensors with their names and shapes.
+    """What decides a run: versions, threads, the recipe by its words, and hashes of all tensors with names and shapes.
 
     Args:
         recipe: what to make.
