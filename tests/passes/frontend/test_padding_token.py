@@ -15,7 +15,7 @@ def test_without_a_padding_token_it_is_refused_in_a_sentence(padding, tmp_path):
     torch.manual_seed(0)
     LlamaForSequenceClassification(LlamaConfig(**SIZES, pad_token_id=padding)).save_pretrained(tmp_path)
     if padding is None:
-        with pytest.raises(InputError, match="has no padding token, .*; set pad_token_id in its config.json$"):
+        with pytest.raises(InputError, match=r"has no padding token, .*; set pad_token_id in its config.json$"):
             trace(load(str(tmp_path)))
     else:
         assert trace(load(str(tmp_path))).outputs == ("logits",)
