@@ -25,7 +25,7 @@ from .fx.partition import Part, Partition
 from .quantise import Gridded
 from .recipe import BlockReport, FoldReport, LinearReport, Recipe, TuneReport
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Of the files in the folder, and of what is hashed; another one is another run."""
 RUN = "run.json"
 SUFFIX = ".checkpoint.safetensors"
@@ -35,6 +35,7 @@ PARTS = {
     "format": "the format of checkpoints",
     "version": "the version of sparsify-export",
     "torch": "the version of torch",
+    "threads": "the number of threads",
     "recipe": "the recipe",
     "masks": "the masks",
     "graph": "the model's graph",
@@ -163,7 +164,7 @@ class Checkpoint:
 def fingerprint(
     recipe: Recipe, params: Mapping[str, Tensor], batches: Sequence[Batch], partition: Partition | None = None
 ) -> dict[str, Any]:
-    """What decides a run: versions, the recipe by its words, and hashes of all tensors with their names and shapes.
+    """What decides a run: versions, threads, the recipe by its words, and hashes of all tensors with names and shapes.
 
     Args:
         recipe: what to make.
@@ -183,6 +184,7 @@ def fingerprint(
         "format": FORMAT,
         "version": version("sparsify-export"),
         "torch": torch.__version__,
+        "threads": torch.get_num_threads(),  # the rest of a run would have other bits
         "recipe": {each.name: repr(getattr(recipe, each.name)) for each in fields(recipe) if each.name != "given"},
         "masks": _hash(masks.items()),
         "graph": hashlib.sha256(code.encode()).hexdigest(),
@@ -239,7 +241,7 @@ def _differences(held: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         if part == "recipe" and isinstance(one, dict) and isinstance(other, dict):
             names = [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
             named += f" ({', '.join(names)})"
-        elif part in ("format", "version", "torch"):
+        elif part in ("format", "version", "torch", "threads"):
             named += f" ({one} there, {other} here)"
         found.append(named)
     return f"other are {', '.join(found)}" if found else ""

@@ -13,7 +13,6 @@ The passes over a block, in the order in which each may rely on those before it:
 8. propagate: the pruned block's outputs become the next block's inputs, and tell its error.
 """
 
-import fnmatch
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict
@@ -39,6 +38,7 @@ from .observe import observe
 from .permute import permute
 from .quantise import Gridded, quantise_block, quantised_errors
 from .recipe import BlockReport, LinearReport, Note, Progress, Recipe, Timings
+from .skip import named_by
 from .tune import tune
 from .update import update_block
 
@@ -300,12 +300,12 @@ def _targets(partition: Partition, recipe: Recipe, reasons: Mapping[str, str]) -
 def _reasons(linears: Sequence[Linear], recipe: Recipe, given: Mapping[str, Tensor]) -> dict[str, str]:
     """Why each linear stays dense, by path; "" for those that will be pruned."""
     for glob in recipe.skip:
-        if not any(fnmatch.fnmatchcase(linear.path, glob) for linear in linears):
+        if not any(named_by(glob, linear.path) for linear in linears):
             raise InputError(f"--skip {glob} matches none of the {len(linears)} linears, e.g. {linears[0].path}")
     reasons = {}
     for linear in linears:
         reasons[linear.path] = ""
-        if any(fnmatch.fnmatchcase(linear.path, glob) for glob in recipe.skip):
+        if any(named_by(glob, linear.path) for glob in recipe.skip):
             reasons[linear.path] = "skipped by --skip"
         elif recipe.given and linear.weight not in given:
             reasons[linear.path] = f"{recipe.given.file.name} has no mask for it"

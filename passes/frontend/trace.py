@@ -218,6 +218,7 @@ def _trace_causal(pretrained: Pretrained) -> Traced:
 
 
 def _trace_text(pretrained: Pretrained) -> Traced:
+    _check_padding(pretrained)
     # A text is as long as the position table allows; DYNAMIC lets the graph state that bound.
     inputs = {name: torch.full((2, 3), 0 if name == "token_type_ids" else 1) for name in pretrained.inputs}
     return _exported(pretrained, inputs, {1: Dim.DYNAMIC})
@@ -256,3 +257,14 @@ def _exported(pretrained: Pretrained, inputs: Mapping[str, Tensor], opened: Mapp
     program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False)
     names = tuple(encoded(pretrained.model, inputs))
     return Traced(program=_plain(program), inputs=pretrained.inputs, outputs=names, cache=(), kind="encoder")
+
+
+def _check_padding(pretrained: Pretrained) -> None:
+    """A decoder that classifies reads the last token that is no padding, and takes one text only if it knows none."""
+    model = pretrained.model
+    classifies = type(model).__name__.endswith("ForSequenceClassification") and cache_argument(model) is not None
+    if classifies and getattr(model.config.get_text_config(), "pad_token_id", None) is None:
+        raise InputError(
+            f"{pretrained.source} has no padding token, without which it classifies one text at a time; "
+            "set pad_token_id in its config.json"
+        )

@@ -1,6 +1,5 @@
 """Prune the linears of an ONNX model where that was asked for, and replace those with sparse weights by our ops."""
 
-import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ..dialect.packed import Packed, pack, packed_bytes
 from ..dialect.storage import FLOATS, FP32, Storage
 from ..errors import InputError
 from ..recipe import Recipe
+from ..skip import named_by
 from .head import gives_output
 from .linears import LeftOut, Linear
 from .spool import Spool
@@ -79,7 +79,7 @@ def choose(model: Model, linears: Sequence[Linear], recipe: Recipe) -> dict[Plac
         InputError: nothing is left, or ``--skip`` matches nothing.
     """
     for glob in recipe.skip:
-        if not any(fnmatch.fnmatchcase(linear.path, glob) for linear in linears):
+        if not any(named_by(glob, linear.path) for linear in linears):
             known = f", e.g. {linears[0].path}" if linears else ""
             raise InputError(f"--skip {glob} matches none of the {len(linears)} linears{known}")
     reasons = {linear.place: _why_not(linear, recipe) for linear in linears}
@@ -90,7 +90,7 @@ def choose(model: Model, linears: Sequence[Linear], recipe: Recipe) -> dict[Plac
 
 
 def _why_not(linear: Linear, recipe: Recipe) -> str:
-    if any(fnmatch.fnmatchcase(linear.path, glob) for glob in recipe.skip):
+    if any(named_by(glob, linear.path) for glob in recipe.skip):
         return "skipped by --skip"
     if isinstance(recipe.pattern, NM) and linear.weight.shape[1] % recipe.pattern.m:
         return f"in_features {linear.weight.shape[1]} is not a multiple of {recipe.pattern.m}"

@@ -151,6 +151,15 @@ def test_another_run_is_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=f"^{kept} holds another run: other are {differs}; give another folder$"):
             toy.run(recipe, kept, **options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(
+            InputError, match=rf"other are the number of threads \({threads} there, {threads + 1} here\);"
+        ):
+            toy.run(BALANCED, kept)
+    finally:
+        torch.set_num_threads(threads)
     key = "model.layers.1.down.weight"
     toy.dense[key] = toy.dense[key] + 1
     with pytest.raises(InputError, match="other are the weights;"):

@@ -171,7 +171,7 @@ def compile_command(
         ria_power: exponent of the activation norms in RIA; default 0.5.
         permute: fold channel orders into neighbouring weights where the graph allows it; default fold, and none for an
             .onnx file, which cannot be folded.
-        skip: glob of module paths that stay dense; may be repeated.
+        skip: glob of module paths that stay dense, or one path as it is, brackets included; may be repeated.
         mask: .safetensors file of keep masks (bool or uint8, [out_features, in_features], named by module path) to
             prune by instead of a score; with --nm they are checked, linears without one stay dense.
         update: how the surviving weights make up for those that are gone: not at all, SparseGPT's sweep, ADMM with

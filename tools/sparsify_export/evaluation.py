@@ -27,7 +27,7 @@ def evaluate_torch(
         raise InputError(f"{pretrained.source} is not a language model with a tokenizer, so --eval has no meaning")
     with stages.run("evaluate dense"):
         console.progress("evaluating the dense model", 0, 0)
-        return _evaluate(torch_logits(pretrained.model), pretrained, settings)
+        return _evaluate(torch_logits(pretrained.model), pretrained, settings, console)
 
 
 def evaluate_onnx(
@@ -38,14 +38,17 @@ def evaluate_onnx(
         return None
     with stages.run("evaluate result"):
         console.progress("evaluating the result", 0, 0)
-        return _evaluate(onnx_logits(CausalSession(open_session(model))), pretrained, settings)
+        return _evaluate(onnx_logits(CausalSession(open_session(model))), pretrained, settings, console)
 
 
-def _evaluate(logits: Logits, pretrained: Pretrained, settings: Settings) -> tuple[Perplexity, ExactAnswers]:
+def _evaluate(
+    logits: Logits, pretrained: Pretrained, settings: Settings, console: Console
+) -> tuple[Perplexity, ExactAnswers]:
     """What ``--eval`` asks for, of the dense model and of the result alike."""
     assert settings.evaluate is not None
     limit = longest(pretrained.model)
     length = min(settings.window, limit or settings.window)
     words, bos = pretrained.tokenizer, settings.bos
     windows = read_windows(settings.evaluate, words, samples=settings.windows, length=length, bos=bos)
-    return perplexity(logits, windows), exact_answers(logits, words, limit=limit, bos=bos)
+    found = perplexity(logits, windows, progress=console.progress)
+    return found, exact_answers(logits, words, limit=limit, bos=bos, progress=console.progress)

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from .calibrate.patterns import NM, Pattern, Unstructured
 from .calibrate.update import DAMPING
 from .passes.dialect.storage import FP32, Storage
@@ -125,6 +127,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "samples": settings.calibration.samples,
         "seq_len": settings.calibration.length,
         "seed": settings.calibration.seed,
+        "threads": torch.get_num_threads() if recipe else None,  # the bits of a whole run depend on it
         "bos": "where the tokenizer puts one" if settings.bos else "none",
         "dtype": settings.storage.kind,
         "group": settings.storage.group or None,
