@@ -11,7 +11,7 @@ LOCK   := requirements.lock
 OLDEST := .ci/oldest.lock
 SOURCES := $(shell git ls-files '*.py' '*.pyi' '*.cpp' '*.h' '*.cu' '*.cuh' '*CMakeLists.txt' pyproject.toml)
 
-.PHONY: demo test slow lint types bench sanitize cuda gpu-check clean setup update oldest newest
+.PHONY: demo test slow lint types bench sanitize races cuda gpu-check clean setup update oldest newest
 
 setup: $(VENV)/installed
 
@@ -99,6 +99,15 @@ sanitize: $(VENV)/dependencies
 	  -DSPARSIFY_CUDA=OFF
 	$(BIN)/cmake --build build/sanitize
 	cd build/sanitize && ../../$(BIN)/ctest --output-on-failure
+
+# The same kernel tests on four threads, under the thread sanitizer (which wants addresses that are not random).
+races: $(VENV)/dependencies
+	$(BIN)/cmake -S . -B build/races -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DSPARSIFY_PYTHON=OFF -DSPARSIFY_SANITIZE=THREAD -DSPARSIFY_BUILD_TESTS=ON -DSPARSIFY_CUDA=OFF
+	$(BIN)/cmake --build build/races --target kernel_test
+	for isa in portable avx2 avx512 avx512vnni avx512bf16 amx amx-model; do \
+	  SPARSIFY_ISA=$$isa setarch -R build/races/tests/runtime/cpu/kernel_test; code=$$?; \
+	  [ $$code = 0 ] || [ $$code = 77 ] || exit 1; done
 
 # Every GPU kernel for six architectures; docs/cuda_resources.md, and an error where one spills registers.
 # Where there is no nvcc, its wheels (200 MB) are put beside the environment.
