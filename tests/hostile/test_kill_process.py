@@ -1,4 +1,4 @@
-"""The command, ended by SIGKILL right after or right before a rename or removal: what is there is old, new or plainly none."""
+"""The command, ended by SIGKILL around a rename or removal: what is there is old, new or plainly none."""
 
 import hashlib
 import json

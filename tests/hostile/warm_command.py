@@ -1,4 +1,4 @@
-"""Runs the command many times, each in a process of its own that has everything imported, and kills it where it is told.
+"""Runs the command many times, each in a forked process that has everything imported, and kills it where it is told.
 
 ``python warm_command.py`` under ``LD_PRELOAD`` of ``kill_at_step.c``. A line of JSON in is one run of
 ``python -m sparsify_export``: its arguments, the folder to run in, the step below that folder to die at (0: none) and
