@@ -16,7 +16,7 @@ from torch import Tensor
 from ..dialect.packed import OPS, TENSORS
 from .protos import TORCH, graphs, nbytes, read_float
 from .view import STANDARD, Model, Place
-from .weights import NoWeight, Weight, blocks, integer, passes_on, plain, root, stored
+from .weights import NoWeight, Weight, blocks, codes, integer, passes_on, plain, root, stored
 
 MICROSOFT = "com.microsoft"
 UNROUNDED = "its activations are no longer rounded to 8 bits"
@@ -320,7 +320,7 @@ def _without_shared(model: Model, linears: list[Linear], outputs: set[str]) -> t
         readers = {id(linear.nodes[0]): linear for linear in linears}
         keep = []
         for linear in linears:
-            reason = _other_reader(linear, readers, outputs)
+            reason = _other_reader(model, linear, readers, outputs)
             if reason:
                 weight = linear.weight
                 left.append(
@@ -341,9 +341,9 @@ def _without_shared(model: Model, linears: list[Linear], outputs: set[str]) -> t
         linears = keep
 
 
-def _other_reader(linear: Linear, linears: dict[int, Linear], outputs: set[str]) -> str:
+def _other_reader(model: Model, linear: Linear, linears: dict[int, Linear], outputs: set[str]) -> str:
     """Why the weight cannot change for this linear alone; "" if it can."""
-    tensors = [_origin(linear)]
+    tensors = [_origin(model, linear)]
     while tensors:
         tensor = tensors.pop()
         if tensor.name in outputs:
@@ -353,21 +353,25 @@ def _other_reader(linear: Linear, linears: dict[int, Linear], outputs: set[str])
             if other is not None and other.weight.name == linear.weight.name:
                 if other.weight.rows_first != linear.weight.rows_first:
                     return f"{other.path} reads its weight the other way round"
+                if other.weight.value != linear.weight.value:
+                    return f"{other.path} reads the same codes through another scale"
                 if root(other.nodes[0].inputs[1]).casts != root(linear.nodes[0].inputs[1]).casts:
                     return f"{other.path} reads its weight through other casts"
-            elif passes_on(node) or (linear.weight.quantised and node.op == "DequantizeLinear"):
+            elif passes_on(node) or (linear.weight.quantised and node.op in ("DequantizeLinear", "Mul")):
                 tensors += node.outputs
             else:
                 return f"{node.op} {node.name or node.outputs[0].name} reads the same weight"
     return ""
 
 
-def _origin(linear: Linear) -> gs.Tensor:
+def _origin(model: Model, linear: Linear) -> gs.Tensor:
     """The tensor that holds the weight's values."""
     origin = root(linear.nodes[0].inputs[1]).tensor
-    if origin.inputs and origin.inputs[0].op == "DequantizeLinear":
-        origin = root(origin.inputs[0].inputs[0]).tensor
-    return origin
+    if not origin.inputs:
+        return origin
+    maker = origin.inputs[0]
+    side = 0 if maker.op == "DequantizeLinear" else codes(model, maker)
+    return origin if side is None else root(maker.inputs[side]).tensor
 
 
 def _constant_expressions(model: Model) -> dict[str, onnx.TensorProto]:

@@ -150,7 +150,7 @@ def _quantised(ours: Tensor, own: Tensor, sparse: Sparse) -> bool:
 
 
 def _tensor(graph: onnx.GraphProto, stored: Stored) -> onnx.TensorProto | None:
-    """The stored weight; None where a DequantizeLinear makes it."""
+    """The stored weight; None where a DequantizeLinear or a Mul makes it."""
     tensor: onnx.TensorProto | None = None
     if stored.initializer:
         tensor = graph.initializer[stored.index]

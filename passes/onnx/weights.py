@@ -16,6 +16,9 @@ from .protos import TORCH, nbytes, read_float
 from .quantised import dequantise, dequantise_blocks
 from .view import STANDARD, Model
 
+CODES = frozenset(getattr(onnx.TensorProto, name) for name in ("INT8", "UINT8", "INT4", "UINT4"))
+"""The types of quantised numbers that every float type holds as they are."""
+
 
 class NoWeight(Exception):
     """Why a tensor is not the weight of a linear; the message goes into the report."""
@@ -27,8 +30,8 @@ class Weight:
 
     Attributes:
         name: the tensor that holds its values.
-        value: the tensor that gives the same values in float: itself, or the output of DequantizeLinear; "" where
-            there is none.
+        value: the tensor that gives the same values in float: itself, or the output of DequantizeLinear or of a Mul
+            with the scale; "" where there is none.
         shape: ``(out_features, in_features)``.
         rows_first: whether ``value`` is ``[out_features, in_features]`` rather than transposed.
         dtype: the float type that the linear sees.
@@ -111,6 +114,8 @@ def plain(model: Model, tensor: gs.Tensor, *, rows_first: bool) -> Weight:
     producer = origin.tensor.inputs[0] if isinstance(origin.tensor, gs.Variable) and origin.tensor.inputs else None
     if producer is not None and producer.op == "DequantizeLinear":
         return _dequantised(model, producer, origin, rows_first=rows_first ^ origin.transposed)
+    if producer is not None and (side := codes(model, producer)) is not None:
+        return _scaled(model, producer, side, origin, rows_first=rows_first ^ origin.transposed)
     proto = stored(model, origin.tensor)
     if proto.data_type not in TORCH:
         raise NoWeight(f"its weight holds {kind(proto)}")
@@ -151,6 +156,45 @@ def _dequantised(model: Model, node: gs.Node, origin: Root, *, rows_first: bool)
     return Weight(
         tensors[0].name, value, shape, rows_first, dtype, True, sum(map(nbytes, protos)), _bits(protos[0]), read
     )
+
+
+def codes(model: Model, node: gs.Node) -> int | None:
+    """Which input of ``Mul(Cast(codes), scale)`` the codes are: integers of 8 bits or fewer; None for another node."""
+    if node.op != "Mul" or (node.domain or "") not in STANDARD:
+        return None
+    for side, tensor in enumerate(node.inputs):
+        proto = model.constants.get(root(tensor).tensor.name)
+        if proto is not None and proto.data_type in CODES:
+            return side
+    return None
+
+
+def _scaled(model: Model, node: gs.Node, side: int, origin: Root, *, rows_first: bool) -> Weight:
+    """The weight of ``Mul(Cast(codes), scale)``: one scale, or one for each row or column."""
+    values, scale = root(node.inputs[side]), root(node.inputs[1 - side])
+    protos = [stored(model, part.tensor) for part in (values, scale)]
+    shape = _matrix(protos[0], rows_first ^ values.transposed)
+    if protos[1].data_type not in TORCH:
+        raise NoWeight(f"its scale holds {kind(protos[1])}")
+    held = scale.dtype(protos[1].data_type)
+    dtype = origin.casts[-1] if origin.casts else held
+    if torch.float64 in (held, dtype):
+        raise NoWeight("its weight is double")
+    wanted = shape if rows_first else shape[::-1]
+    dims = [1, 1, *protos[1].dims][-2:]
+    if scale.transposed or len(protos[1].dims) > 2 or any(x not in (1, y) for x, y in zip(dims, wanted, strict=True)):
+        raise NoWeight("its scale is not one number, nor one for each row or column")
+    _check_casts(origin, held)
+
+    def read() -> Tensor:
+        numbers, factors = (read_float(proto, model.folder).float() for proto in protos)
+        numbers, factors = values.rounded(numbers), scale.rounded(factors)
+        product = (numbers.T if values.transposed else numbers) * factors  # exact in float32 for 16 bits
+        matrix = origin.rounded(product.to(held))
+        return matrix if rows_first else matrix.T.contiguous()
+
+    size, value = sum(map(nbytes, protos)), node.outputs[0].name
+    return Weight(values.tensor.name, value, shape, rows_first, dtype, True, size, _bits(protos[0]), read)
 
 
 def integer(model: Model, values: gs.Tensor, scale: gs.Tensor, zero_point: gs.Tensor | None) -> Weight:

@@ -23,7 +23,7 @@ def eights(k=64, n=32):
 
 
 def entry_op(form):
-    return "Gemm" if form == "DequantizeLinear" else form
+    return {"DequantizeLinear": "Gemm", "Cast and Mul": "MatMul"}.get(form, form)
 
 
 def quantised(form):
@@ -38,6 +38,10 @@ def quantised(form):
         return nodes, weights
     if form == "DequantizeLinear":
         nodes = [node("DequantizeLinear", ["w", "s"], ["v"]), node("Gemm", ["x", "v", "b"], ["y"], name="fc")]
+        return nodes, {"w": eights(), "s": scale, "b": bias}
+    if form == "Cast and Mul":
+        nodes = [node("Cast", ["w"], ["f"], to=1), node("Mul", ["f", "s"], ["v"])]
+        nodes += [node("MatMul", ["x", "v"], ["m"], name="fc"), node("Add", ["m", "b"], ["y"])]
         return nodes, {"w": eights(), "s": scale, "b": bias}
     if form == "DynamicQuantizeMatMul":
         nodes = [node("DynamicQuantizeMatMul", ["x", "w", "s", "", "b"], ["y"], name="fc", domain=MICROSOFT)]
@@ -58,16 +62,17 @@ def quantised(form):
     return nodes, {"w": eights(), "s": scale, "b": bias}
 
 
-@pytest.mark.parametrize(
-    "form", ["MatMulNBits", "DequantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"]
-)
+FORMS = ["MatMulNBits", "DequantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"]
+
+
+@pytest.mark.parametrize("form", [*FORMS, "Cast and Mul"])
 def test_sparse_quantised_weights_are_lowered_where_that_is_smaller(tmp_path, form, capsys):
     nodes, weights = quantised(form)
     path = saved(build(nodes, {"x": ["t", 64]}, ["y"], weights), tmp_path)
     report = compiled(path, tmp_path / "o.onnx", "--dtype", "bf16")
     (entry,) = report["linears"]
     assert (entry["op"], entry["pattern"]) == ("linear_nm", "1:4")
-    rounded = form not in ("MatMulNBits", "DequantizeLinear")
+    rounded = form not in ("MatMulNBits", "DequantizeLinear", "Cast and Mul")
     assert entry["reason"] == ("its activations are no longer rounded to 8 bits" if rounded else "")
     assert [n.op_type for n in onnx.load(str(tmp_path / "o.onnx")).graph.node] == ["linear_nm"]
     if form != "MatMulNBits":  # whose scales, one for every 32 numbers, take as much again
@@ -220,12 +225,31 @@ def test_scales_of_zero_are_found_in_the_file_however_little_the_outputs_show(tm
     assert "each linear" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_pruned_file_stores_its_weights_as_the_given_one_does_and_does_not_grow(tmp_path, bits, capsys):
-    if bits == 4:
+@pytest.mark.parametrize("op", ["Mul", "DequantizeLinear"])
+def test_codes_that_two_scales_turn_into_weights_stay_as_they_are(tmp_path, op, capsys):
+    """Pruned for one linear, with its scale, they would be the other's too: one of them would be wrong."""
+    codes = ["w", "w"] if op == "DequantizeLinear" else ["f", "f"]
+    nodes = [
+        node("Cast", ["w"], ["f"], to=1),
+        node(op, [codes[0], "s"], ["v"]),
+        node(op, [codes[1], "t"], ["u"]),
+        node("MatMul", ["x", "v"], ["a"], name="one"),
+        node("MatMul", ["x", "u"], ["b"], name="two"),
+        node("Add", ["a", "b"], ["h"]),
+        node("Relu", ["h"], ["y"]),
+    ][op == "DequantizeLinear" :]
+    scale = np.full(32, 2.0**-9, np.float32)
+    path = saved(build(nodes, {"x": ["t", 64]}, ["y"], {"w": eights(), "s": scale, "t": 2 * scale}), tmp_path)
+    said = refused(capsys, tmp_path / "o.onnx", path, "--nm", "2:4", "--dtype", "int8")
+    assert "two reads the same codes through another scale" in said
+
+
+@pytest.mark.parametrize(("form", "bits"), [("DequantizeLinear", 8), ("Cast and Mul", 8), ("MatMulNBits", 4)])
+def test_a_pruned_file_stores_its_weights_as_the_given_one_does_and_does_not_grow(tmp_path, form, bits, capsys):
+    if form == "MatMulNBits":
         path = nbits_model(tmp_path)
     else:
-        nodes, weights = quantised("DequantizeLinear")
+        nodes, weights = quantised(form)
         path = saved(build(nodes, {"x": ["t", 64]}, ["y"], weights), tmp_path)
     assert main([str(path), "--nm", "2:4", "-o", str(tmp_path / "o.onnx")]) == 0
     assert f"int{bits}, as the file stores its weights" in " ".join(capsys.readouterr().out.split())

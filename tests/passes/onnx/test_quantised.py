@@ -75,6 +75,33 @@ def test_four_bit_dequantize_linear(tmp_path):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (1, 6), (32, 1)], ids=str)
+@pytest.mark.parametrize("first", [True, False], ids=["codes first", "scale first"])
+def test_cast_and_mul(tmp_path, shape, first):
+    weights = {"w": rng().integers(-128, 128, (32, 6)).astype(np.int8)}
+    weights["s"] = rng(1).uniform(0.5, 2, shape).astype(np.float32)
+    nodes = [node("Cast", ["w"], ["f"], to=1), node("Mul", ["f", "s"] if first else ["s", "f"], ["v"])]
+    proto = build([*nodes, node("MatMul", ["x", "v"], ["y"])], {"x": ["t", 32]}, ["y"], weights)
+    got, want = read_and_run(proto, tmp_path, 32)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["after the scale", "before the scale"])
+def test_cast_and_mul_in_half_precision_of_a_transposed_weight(tmp_path, late):
+    """As PyTorch stores it, ``[N, K]`` with a scale for each row of it; the product is rounded once to float16."""
+    weights = {"w": rng().integers(0, 256, (6, 32)).astype(np.uint8)}
+    weights["s"] = rng(1).uniform(0.5, 2, (6, 1) if late else 6).astype(np.float16)
+    cast, transpose, scale = (
+        node("Cast", ["w" if late else "t"], ["f"], to=10),
+        node("Transpose", ["m" if late else "w"], ["g" if late else "t"], perm=[1, 0]),
+        node("Mul", ["f", "s"], ["m"]),
+    )
+    order = [cast, scale, transpose] if late else [transpose, cast, scale]
+    nodes = [*order, node("Cast", ["g" if late else "m"], ["v"], to=1), node("MatMul", ["x", "v"], ["y"])]
+    got, want = read_and_run(build(nodes, {"x": ["t", 32]}, ["y"], weights), tmp_path, 32)
+    assert torch.equal(got.float(), want)
+
+
 def test_dynamic_quantisation_keeps_the_weight(tmp_path):
     values = rng().integers(-100, 100, (32, 6)).astype(np.int8)
     scale = rng(1).uniform(0.01, 0.02, 6).astype(np.float32)
