@@ -11,7 +11,7 @@ LOCK   := requirements.lock
 OLDEST := .ci/oldest.lock
 SOURCES := $(shell git ls-files '*.py' '*.pyi' '*.cpp' '*.h' '*.cu' '*.cuh' '*CMakeLists.txt' pyproject.toml)
 
-.PHONY: demo test slow lint types bench sanitize races cuda gpu-check clean setup update oldest newest
+.PHONY: demo test slow lint types bench sanitize races kills cuda gpu-check clean setup update oldest newest
 
 setup: $(VENV)/installed
 
@@ -99,6 +99,10 @@ sanitize: $(VENV)/dependencies
 	  -DSPARSIFY_CUDA=OFF
 	$(BIN)/cmake --build build/sanitize
 	cd build/sanitize && ../../$(BIN)/ctest --output-on-failure
+
+# SIGKILL before and after every rename and removal of the command: most of an hour.
+kills: setup
+	SPARSIFY_EVERY_STEP=1 $(BIN)/pytest -m slow -s tests/hostile/test_kill_process.py
 
 # The same kernel tests on four threads, under the thread sanitizer (which wants addresses that are not random).
 races: $(VENV)/dependencies
