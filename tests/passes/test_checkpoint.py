@@ -199,10 +199,10 @@ def test_another_version_says_which(tmp_path):
     toy.run(BALANCED, tmp_path / "kept")
     file = tmp_path / "kept" / "run.json"
     run = json.loads(file.read_text())
-    assert run["format"] == 2
+    assert run["format"] == 3
     file.write_text(json.dumps({**run, "version": "0.0.1", "format": 1}))
     here = version("sparsify-export")
-    why = rf"the format of checkpoints \(1 there, 2 here\), the version of sparsify-export \(0.0.1 there, {here} here\)"
+    why = rf"the format of checkpoints \(1 there, 3 here\), the version of sparsify-export \(0.0.1 there, {here} here\)"
     with pytest.raises(InputError, match=why):
         toy.run(BALANCED, tmp_path / "kept")
 
