@@ -13,6 +13,7 @@ import onnx_ir as ir
 import psutil  # type: ignore[import-untyped]
 
 from ..errors import InputError
+from .checksums import add_checksums
 from .protos import external, graphs, is_external, nbytes, opened, tensors
 
 ALIGNMENT = 64  # a cache line, and the widest vector register; ONNX Runtime maps the file as it is
@@ -141,6 +142,7 @@ def _publish(path: Path, sizes: Iterable[int], write: Callable[[Data], onnx.Mode
         with (stage / "data").open("wb") as file:
             data = Data(file, stage / "data", path.name)
             proto = write(data)
+        add_checksums(proto, stage)
         with (stage / path.name).open("wb") as out:
             out.write(proto.SerializeToString())
             out.flush()

@@ -125,17 +125,26 @@ def bench_command(
             terminal.print(f"left out {reason}", highlight=False)
 
 
-def inspect_command(model: Path, /, *, log_file: Path | None = None) -> None:
+def inspect_command(
+    model: Path, /, *, verify: Annotated[bool, Parameter(negative="")] = False, log_file: Path | None = None
+) -> None:
     """List every linear of an ONNX file: shape, pattern, bytes, lowered or left dense and why.
 
     Args:
         model: an .onnx file, or a folder that holds model.onnx.
+        verify: instead, compare the data of every sparse linear with the checksum that was written with the file.
         log_file: file that warnings of libraries and tracebacks are appended to.
     """
     log_to(log_file)
+    from .passes.onnx.checksums import verify_checksums
     from .runtime.inspection import inspect, render
+    from .runtime.session import model_file
 
-    terminal.print(render(inspect(model)))
+    if verify:
+        checked = verify_checksums(model_file(model))
+        terminal.print(f"{checked.linears} linears, {checked.nbytes} bytes: as they were written", highlight=False)
+    else:
+        terminal.print(render(inspect(model)))
 
 
 def simulate_command(
