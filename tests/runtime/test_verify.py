@@ -156,7 +156,7 @@ def test_rotary_tables_that_change_with_length_end_the_text_there(make, limit, t
     logits, past = session.step(ids, np.ones_like(ids), session.empty_past(1))
     wanted = made.model(input_ids=torch.from_numpy(ids)).logits
     assert compare_unproven(torch.from_numpy(logits), wanted).ok
-    with pytest.raises(Exception, match="invalid index found"):
+    with pytest.raises(InputError, match="the model fails on a text of"):
         session.step(ids[:, :1], np.ones((1, limit + 1), np.int64), past)
 
 
