@@ -12,7 +12,7 @@ from families import GROUPED, TEXT, VOCABULARY, WIDE
 from onnx import numpy_helper
 from sparsify_export.calibration_data import probes_of
 from sparsify_export.passes.equivalence import compare_unproven
-from sparsify_export.passes.errors import VerificationError
+from sparsify_export.passes.errors import InputError, VerificationError
 from sparsify_export.passes.frontend import trace as tracing
 from sparsify_export.passes.frontend.load import describe
 from sparsify_export.passes.frontend.trace import trace
