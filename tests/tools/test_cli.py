@@ -84,6 +84,7 @@ def test_rates_and_patterns_that_besa_learns_are_lowered(folder, text, tmp_path,
 
 
 def test_auto_leaves_dense_what_this_machine_runs_slower(folder, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.terminal, "width", 200)
     quick, slow = (Speed(0.0, (figure,) * 3, (figure,) * 3) for figure in (1e-9, 2e-9))
     monkeypatch.setattr(machine, "measure_dense", lambda: quick)
     monkeypatch.setattr(machine, "measure_sparse", lambda pattern, storage: slow)
@@ -115,6 +116,7 @@ def test_eval_bench_inspect_and_generate_take_what_was_written(exported, text, c
 
 
 def test_simulate_takes_folders_and_files(folder, exported, capsys, monkeypatch):
+    monkeypatch.setattr(cli.terminal, "width", 200)
     found = {}
     for model in (folder, exported):
         assert main(["simulate", str(model), "--json", "--tokens", "1000"]) == 0
