@@ -5,7 +5,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from ..errors import InputError
 from .linears import find_linears
 from .view import read_model
 
@@ -16,8 +15,6 @@ def own_dtype(path: Path) -> Literal["int8", "int4"] | None:
     Raises:
         InputError: the file cannot be read.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
     numbers: Counter[int] = Counter()
     for linear in find_linears(read_model(path))[0]:
         numbers[linear.weight.bits if linear.weight.quantised else 32] += math.prod(linear.weight.shape)

@@ -14,6 +14,7 @@ import torch
 from commands import SHORT, names, refused
 from families import VOCABULARY, random_model
 from safetensors.torch import load_file, save_file
+from sparsify_export import cli
 from sparsify_export.calibrate import besa
 from sparsify_export.cli import main
 from sparsify_export.passes.cost import Speed
@@ -160,6 +161,7 @@ def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, cap
 def test_integers_are_stored_verified_and_shown(
     folder, text, tmp_path, capsys, monkeypatch, flags, op, group, quantiser
 ):
+    monkeypatch.setattr(cli.terminal, "width", 200)  # a slow run makes another cell wide, and this one wrap
     out = tmp_path / "model.onnx"
     assert main([str(folder), *flags, "--calibration", str(text), *SHORT[:4], "-o", str(out)]) == 0
     shown = capsys.readouterr().out

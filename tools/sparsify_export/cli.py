@@ -263,7 +263,8 @@ def compile_command(
         },
     )
     # What an .onnx file stores in 8 or 4 bits would grow in floats, pruned or not.
-    own = own_dtype(Path(model)) if model.endswith(".onnx") and not (dtype or engine or ops == "standard") else None
+    stores = model.endswith(".onnx") and Path(model).is_file() and not (dtype or engine or ops == "standard")
+    own = own_dtype(Path(model)) if stores else None
     dtype = dtype or own or ("fp16" if engine else "fp32")
     ops = ops or ("standard" if engine else "sparse")
     positive("--samples", samples)
