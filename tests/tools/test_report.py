@@ -60,6 +60,7 @@ def reported(request, tmp_path_factory):
         pruning_seconds={},
         distilled=(),
         model=folder / "m.onnx",
+        uncrossed=(),
     )
     report.save(folder / "m.json", files=["m.onnx"])
     shown = Console(width=240)
