@@ -211,11 +211,16 @@ def at_the_result(step: str) -> bool:
     return any(".partial" not in path for path in step.split("\t")[1:])
 
 
+def without(name: str) -> set[None]:
+    """For a moment an older folder is gone and the new one not there: two folders do not change places in one step."""
+    return {None} if "folder" in name else set()
+
+
 @pytest.mark.parametrize("name", ["file", "onnx folder"])
 def test_killed_after_every_step_at_the_place_of_the_result(name, command, base):
     it = Killings(CASES[name], command, base / f"{name}, quick", older=True)
     states = [it.kill(step, before=False) for step, said in enumerate(it.steps, 1) if at_the_result(said)]
-    assert {OLD, NEW} <= {*states} <= {OLD, NEW, None}
+    assert {OLD, NEW} <= {*states} <= {OLD, NEW, *without(name)}
     assert len(states) >= 3
 
 
@@ -232,5 +237,6 @@ def test_killed_around_every_step(name, older, command, base):
     it = Killings(CASES[name], command, base / f"{name}, {older}", older=older)
     steps = [n for n, said in enumerate(it.steps, 1) if EVERY_STEP or at_the_result(said) or n % 16 == 0]
     states = [it.kill(step, before=before) for step in steps for before in ((False, True) if EVERY_STEP else (False,))]
-    assert {OLD if older else None, NEW} <= {*states} <= {OLD if older else None, NEW, None}
+    first = OLD if older else None
+    assert {first, NEW} <= {*states} <= {first, NEW, *without(name)}
     print(f"{len(states)} kills, {len(it.repeated)} kinds of ruin: {Counter(states)}")  # noqa: T201

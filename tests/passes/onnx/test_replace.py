@@ -107,7 +107,9 @@ def test_everything_that_is_said_about_a_model_stays(tmp_path):
     )
     proto.opset_import.append(helper.make_opsetid("own", 1))
     result, _, _ = lower(proto, tmp_path)
-    for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string", "metadata_props"):
+    *kept, ours = result.metadata_props
+    assert (kept, ours.key) == ([*proto.metadata_props], "sparsify.checksums")
+    for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         assert getattr(result, name) == getattr(proto, name), name
     for name in ("name", "doc_string", "metadata_props", "input", "output"):
         assert getattr(result.graph, name) == getattr(proto.graph, name), name
