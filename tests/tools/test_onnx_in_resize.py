@@ -8,7 +8,7 @@ from onnx_models import build, dense, node, rng, saved
 
 @pytest.mark.parametrize("by", ["scales", "sizes"])
 def test_resized_position_embeddings(tmp_path, by):
-    """A grid of 4 x 4 positions of 64 numbers becomes 8 x 8; scales are float32, which float64 leaves as they are."""
+    """A grid of 4 x 4 positions of 64 numbers becomes 8 x 8, and what reads it is lowered and verified."""
     weights = {
         "positions": rng(1).standard_normal((1, 64, 4, 4)).astype(np.float32),
         "scales": np.array([1, 1, 2.0, 2.0], np.float32),
