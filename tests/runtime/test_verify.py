@@ -20,7 +20,7 @@ from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.lower import to_onnx
 from sparsify_export.passes.onnx.spread import SpreadRotaryTables
-from sparsify_export.runtime.published import ask
+from sparsify_export.runtime.published import ask, put_weights
 from sparsify_export.runtime.session import CausalSession, open_session
 from sparsify_export.runtime.verify import expect, verify
 from sparsify_export.settings import Settings
@@ -117,6 +117,20 @@ def test_positions_of_decoders_begin_where_the_model_begins(tmp_path, monkeypatc
     monkeypatch.setattr(tracing, "first_position", lambda model: 0)
     with pytest.raises(VerificationError, match="the traced graph differs from the model's own forward"):
         dense(seeded(make), tmp_path)
+
+
+def test_a_model_of_16_bits_is_asked_in_float32_which_is_the_same_on_every_processor():
+    """The numbers are those of 16 bits, how they are added up is not."""
+    model = seeded(lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half()
+    key = "model.model.layers.0.mlp.up_proj.weight"
+    weight = torch.full((GROUPED["hidden_size"], GROUPED["intermediate_size"]), 0.1, dtype=torch.float16)
+    norm = model.model.norm.weight.detach().clone()
+    put_weights(model, {key: weight}, frozenset([key]))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weight.t().float())
+    assert torch.equal(model.model.norm.weight, norm.float())
 
 
 def test_a_cache_that_drops_entries_is_found_by_the_generation_loop(tmp_path, monkeypatch):

@@ -100,7 +100,8 @@ def finish_engine(
         rounded = {key: codes.activations for key, codes in quantised.items()}
         put_weights(pruned.pretrained.model, params, pruned.transposed)
         probes = [_in_dtype(probe, dtype) for probe in pruned.probes]
-        published = [ask(pruned.pretrained.model, traced, probe) for probe in probes]
+        asked = [ask(pruned.pretrained.model, traced, _in_dtype(probe, torch.float32)) for probe in probes]
+        published = [replace(told, batch=_in_dtype(told.batch, dtype)) for told in asked]
         expected = expect(partition(traced.program), params, published, rounded)
         del params
         entries = lower_linears(
