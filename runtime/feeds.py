@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from ..passes.errors import InputError
-from ..passes.frontend.batches import load_npz
+from ..passes.frontend.npz import load_npz
 
 Feed: TypeAlias = dict[str, Any]
 """Arrays by input name."""

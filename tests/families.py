@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,14 @@ def random_model(name: str) -> Any:
         if parameter.dim() == 1:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+@cache
+def partitioned(name: str) -> Partition:
+    """The blocks of a family's model, for who only reads them: tracing takes seconds."""
+    traced = trace(describe(random_model(name)))
+    canonicalise(traced.program)
+    return partition(traced.program)
 
 
 def compile_family(

@@ -70,7 +70,7 @@ def test_file_equals_the_model_with_and_without_our_library(compiled):
     assert {result.how.split(",")[0] for result in results} == {"kernels", "functions"}
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "bert"))])
 def test_fine_tuning_keeps_the_pattern_and_mends_both_halves(name, tmp_path):
     tune = Tune(epochs=2, rate=0.02, tokens_per_step=40)
     plain, tuned = (compile_family(name, tmp_path, tune=choice) for choice in (None, tune))
@@ -87,8 +87,7 @@ def test_fine_tuning_keeps_the_pattern_and_mends_both_halves(name, tmp_path):
         assert torch.equal(weight, plain.params[key]) or not torch.signbit(weight[weight == 0]).any()
 
 
-@pytest.mark.parametrize("storage", [FP32, Storage("int4", 32)], ids=str)
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize(("name", "storage"), [("llama", Storage("int4", 32)), ("bert", FP32)], ids=["llama", "bert"])
 def test_distillation_mends_the_output_and_the_file_holds_its_weights(name, storage, tmp_path):
     quantise = Quantise(storage, "joint") if storage.quantised else None
     compiled = compile_family(name, tmp_path, storage=storage, quantise=quantise, distil=Distil(epochs=2, rate=0.01))
@@ -104,8 +103,16 @@ def test_distillation_mends_the_output_and_the_file_holds_its_weights(name, stor
     verify(compiled.path, compiled.traced, expect(compiled.parts, stored, compiled.published(stored), rounded))
 
 
-@pytest.mark.parametrize("storage", [Storage("bf16"), Storage("int8"), Storage("int4", 32)], ids=str)
-@pytest.mark.parametrize(("name", "pattern"), [("llama", NM(2, 4)), ("bert", Unstructured(0.5))])
+@pytest.mark.parametrize(
+    ("name", "pattern", "storage"),
+    [
+        ("llama", NM(2, 4), Storage("int8")),
+        ("llama", NM(2, 4), Storage("bf16")),
+        ("bert", Unstructured(0.5), Storage("bf16")),
+        ("bert", Unstructured(0.5), Storage("int4", 32)),
+    ],
+    ids=["llama-int8", "llama-bf16", "bert-bf16", "bert-int4"],
+)
 def test_every_storage_is_verified_against_its_own_rounding(name, pattern, storage, tmp_path):
     compiled = compile_family(name, tmp_path, pattern=pattern, storage=storage)
     assert {entry.op for entry in compiled.lowered if not entry.reason} == {op_name(pattern, storage)}

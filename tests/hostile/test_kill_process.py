@@ -216,6 +216,7 @@ def without(name: str) -> set[None]:
     return {None} if "folder" in name else set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["file", "onnx folder"])
 def test_killed_after_every_step_at_the_place_of_the_result(name, command, base):
     it = Killings(CASES[name], command, base / f"{name}, quick", older=True)

@@ -113,6 +113,7 @@ def test_a_missing_file_is_named(tmp_path):
         read_collection(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_collection_of_docstrings(tmp_path):
     """Made from this machine's standard library: read by what evaluates it, and nothing calibrated on is in it."""
     file = Path(__file__).parents[2] / "tools" / "docstring_retrieval.py"

@@ -82,7 +82,7 @@ ROTARY = {
 }
 
 
-@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("eurobert", marks=pytest.mark.slow)])
 def test_rotary_encoders_take_any_batch_in_stock_onnx_runtime_and_with_the_library(name, tmp_path, monkeypatch):
     made = dense(seeded(ROTARY[name]), tmp_path)
     verify(made.path, made.traced, made.expected)
@@ -175,7 +175,7 @@ def test_rotary_tables_that_change_with_length_end_the_text_there(make, limit, t
 
 
 # Run once with 30 seeds: 0 false alarms, 30 of 30 planted errors found.
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_one_label_classifier_passes_and_a_planted_error_of_a_thousandth_is_found(seed, tmp_path):
     config = transformers.BertConfig(**WIDE, **TEXT, num_labels=1, type_vocab_size=1)
     made = dense(seeded(lambda: transformers.BertForSequenceClassification(config), seed), tmp_path)
@@ -228,7 +228,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] if x in ("layoutlm", "falcon") else []) for x in OTHERS]
+)
 def test_models_of_other_shapes_are_written_and_verified(name, tmp_path):
     made = dense(seeded(OTHERS[name]), tmp_path)
     verify(made.path, made.traced, made.expected)

@@ -28,6 +28,7 @@ def windowed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_long_window_of_a_small_model_is_crossed(windowed, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(compiler, "ask", lambda *args, ask=compiler.ask: asked.append(args[2]) or ask(*args))

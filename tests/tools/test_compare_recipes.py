@@ -58,7 +58,11 @@ def test_dense_is_the_model_itself(base, folder, text):
 
 @pytest.mark.parametrize(
     ("method", "pattern", "zeros", "learned"),
-    [("wanda", "2:4", 0.5, 0), ("cg+fold", "2:4", 0.5, 0.5), ("ria", "0.75+int4", 0.75, 0)],
+    [
+        pytest.param("wanda", "2:4", 0.5, 0, marks=pytest.mark.slow),
+        ("cg+fold", "2:4", 0.5, 0.5),
+        ("ria", "0.75+int4", 0.75, 0),
+    ],
 )
 def test_a_cell_is_pruned_and_says_what_it_took(base, method, pattern, zeros, learned):
     cell = replace(base, method=method, pattern=pattern)

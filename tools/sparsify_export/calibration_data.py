@@ -11,7 +11,6 @@ from .passes.errors import InputError
 from .passes.frontend.batches import (
     TOKENS_PER_BATCH,
     Batch,
-    load_npz,
     read_npz,
     read_windows,
     token_batches,
@@ -19,6 +18,7 @@ from .passes.frontend.batches import (
 )
 from .passes.frontend.kv_cache import empty_past
 from .passes.frontend.load import Pretrained
+from .passes.frontend.npz import load_npz
 from .passes.frontend.positions import longest, windows_of
 from .passes.frontend.trace import Traced
 from .passes.recipe import Recipe

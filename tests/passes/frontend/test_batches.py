@@ -12,7 +12,6 @@ from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend import batches as module
 from sparsify_export.passes.frontend.batches import (
     Batch,
-    load_npz,
     read_npz,
     read_text,
     read_windows,
@@ -20,6 +19,7 @@ from sparsify_export.passes.frontend.batches import (
     written_by_itself,
 )
 from sparsify_export.passes.frontend.load import describe
+from sparsify_export.passes.frontend.npz import load_npz
 from sparsify_export.passes.frontend.trace import Traced, trace
 
 

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from families import FAMILIES, random_model
+from families import FAMILIES, partitioned
 from sparsify_export.calibrate.patterns import NM
 from sparsify_export.calibrate.update import relative_error
 from sparsify_export.passes.equivalence import compare_unproven
 from sparsify_export.passes.frontend.batches import Batch
-from sparsify_export.passes.frontend.load import describe
-from sparsify_export.passes.frontend.trace import trace
 from sparsify_export.passes.fx.attended import averages, find_attended
-from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.pipeline import prune
 from sparsify_export.passes.recipe import Recipe
@@ -26,9 +23,7 @@ FUSED = {"phi3", "gpt2"}  # one linear for queries, keys and values
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_values_of_every_family_are_found(name):
-    traced = trace(describe(random_model(name)))
-    canonicalise(traced.program)
-    for block in partition(traced.program).blocks:
+    for block in partitioned(name).blocks:
         paths = {linear.node: linear.path.rpartition(".")[2] for linear in block.linears}
         found = [paths[node] for node in find_attended(block)]
         assert found == [] if name in FUSED else found in (["v_proj"], ["value"])

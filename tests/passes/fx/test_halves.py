@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, random_model
-from sparsify_export.passes.frontend.load import describe
-from sparsify_export.passes.frontend.trace import trace
-from sparsify_export.passes.fx.canonical import canonicalise
+from families import FAMILIES, partitioned
 from sparsify_export.passes.fx.halves import residual_adds, split_halves
 from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.fx.run import run_part
@@ -176,8 +173,6 @@ HALVES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_halves_of_every_family(name):
-    traced = trace(describe(random_model(name)))
-    canonicalise(traced.program)
-    parts = partition(traced.program)
+    parts = partitioned(name)
     for block in parts.blocks:
         assert sorted(map(sorted, names_of(split_halves(block, parts.params)))) == sorted(map(sorted, HALVES[name]))

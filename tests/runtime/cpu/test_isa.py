@@ -25,7 +25,9 @@ def _run(isa, *command):
 
 
 @pytest.mark.skipif("SPARSIFY_ISA" in os.environ, reason="already chosen")
-@pytest.mark.parametrize("isa", ALL[1:])
+@pytest.mark.parametrize(
+    "isa", [isa if isa in ("avx2", "portable") else pytest.param(isa, marks=pytest.mark.slow) for isa in ALL[1:]]
+)
 def test_every_slower_instruction_set(isa):
     if ALL.index(isa) <= ALL.index(_native.isa()):
         pytest.skip(f"this machine prefers {_native.isa()}")
@@ -35,6 +37,7 @@ def test_every_slower_instruction_set(isa):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("SPARSIFY_ISA" in os.environ, reason="already chosen")
 def test_the_model_of_the_tiles():
     """The AMX kernels on any machine with AVX-512 BF16: what runs on tiles there runs on tiles_model.h here."""
