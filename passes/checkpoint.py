@@ -22,6 +22,7 @@ from .dialect.storage import Storage
 from .errors import InputError
 from .frontend.batches import Batch
 from .fx.partition import Part, Partition
+from .mapped import as_bytes
 from .quantise import Gridded
 from .recipe import BlockReport, FoldReport, LinearReport, Recipe, TuneReport
 
@@ -43,6 +44,7 @@ PARTS = {
     "text": "the calibration text",
 }
 """What decides a run, and what it is called in messages."""
+ALIGNMENT = 64
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -113,8 +115,11 @@ class Checkpoint:
             raise InputError(f"{folder} cannot hold a checkpoint: {error}") from error
         return cls(folder, hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest())
 
-    def save(self, name: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+    def save(self, name: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Tensor]:
         """Keep one step. Tensors are written one by one, so none but those that are not contiguous are copied.
+
+        Returns:
+            The tensors, as they lie in the file that was written.
 
         Raises:
             InputError: it cannot be written.
@@ -125,6 +130,8 @@ class Checkpoint:
             _write(self._file(name), lambda path: _write_tensors(path, tensors, metadata))
         except OSError as error:
             raise InputError(f"{self.folder} cannot be written: {error}") from error
+        with safe_open(self._file(name), framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in tensors}
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and notes of one step; None if it is not done.
@@ -276,24 +283,21 @@ def sync_to_disk(path: Path) -> None:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file: length and JSON of the header, then the tensors as they lie in memory.
 
-    The library's own writer first makes bytes of all of them.
+    The library's own writer first makes bytes of all of them. Tensors begin at multiples of 64 bytes: products of
+    numbers that begin elsewhere may have other bits than those of an unbroken run.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+    ordered = sorted(tensors.items(), key=lambda pair: pair[1].nbytes % ALIGNMENT > 0)  # the format allows no holes
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(_bytes(tensor))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """A tensor's memory."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for _, tensor in ordered:
+            file.write(as_bytes(tensor))
 
 
 def _hash(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
@@ -302,5 +306,5 @@ def _hash(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         if tensor.numel():
-            found.update(_bytes(tensor))
+            found.update(as_bytes(tensor))
     return found.hexdigest()

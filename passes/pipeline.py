@@ -34,6 +34,7 @@ from .fx.linears import Linear
 from .fx.partition import Partition
 from .fx.run import Values, advance, shared_names, start, walk
 from .given_masks import masks_by_weight
+from .mapped import mapped
 from .observe import observe
 from .permute import permute
 from .quantise import Gridded, quantise_block, quantised_errors
@@ -110,10 +111,12 @@ def prune(
         else:
             before = dict(params)
             report, on_grid, made = _prune_block(block, params, states, dense, batches, check)
-            if checkpoint is not None:
-                changed = {f"params/{key}": new for key, new in params.items() if new is not before[key]}
-                tensors, grids = from_grids(on_grid)
-                checkpoint.save(
+            changed = {f"params/{key}": new for key, new in params.items() if new is not before[key]}
+            tensors, grids = from_grids(on_grid)
+            if checkpoint is None:
+                held = {name: mapped(new) for name, new in {**changed, **tensors}.items()}
+            else:
+                held = checkpoint.save(
                     f"block-{len(reports)}",
                     {**changed, **tensors},
                     {
@@ -122,6 +125,8 @@ def prune(
                         "patterns": {key: str(its) for key, its in made.items()},
                     },
                 )
+            _take(params, held)
+            on_grid = to_grids(held, grids)
         reports.append(report)
         if len(reports) == 1 and (thin := _thin(report, batches)):
             note(thin)
@@ -169,11 +174,16 @@ def _restore_block(
 ) -> tuple[BlockReport, dict[str, Gridded], dict[str, Pattern]]:
     """What ``_prune_block`` did before: its weights, and what they make of the batches."""
     run_dense(block, params, dense)
-    params.update({key.removeprefix("params/"): new for key, new in tensors.items() if key.startswith("params/")})
+    _take(params, tensors)
     for values in [*states, check]:
         advance(block.part, values, params, block.names, block.kept)
     made = {key: parse(text) for key, text in notes["patterns"].items()}
     return to_report(notes["report"]), to_grids(tensors, notes["grids"]), made
+
+
+def _take(params: MutableMapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Replace weights by those of a step, which lie in its file and take no memory."""
+    params.update({key.removeprefix("params/"): new for key, new in tensors.items() if key.startswith("params/")})
 
 
 def _prune_block(

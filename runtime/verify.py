@@ -20,7 +20,7 @@ from ..passes.errors import VerificationError
 from ..passes.frontend.batches import Batch
 from ..passes.frontend.trace import Traced
 from ..passes.fx.partition import Partition
-from ..passes.fx.run import Values, run_part_float64, run_part_rounded, start
+from ..passes.fx.run import Values, live_after, run_part_float64, run_part_rounded, start
 from .feeds import NUMPY
 from .published import DECODED, Published, counted
 from .session import CausalSession, open_session
@@ -121,8 +121,10 @@ def _run(
 ) -> Outputs:
     """The first ``count`` float outputs."""
     values = start(partition, batch.inputs)
-    for part in partition.parts:
+    for part, needed in zip(partition.parts, live_after(partition), strict=True):
         values.update(run(part, values, params, partition.params))
+        for dead in [name for name in values if name not in needed and name not in partition.outputs]:
+            del values[dead]
     floats = [values[name] for name in partition.outputs if values[name].is_floating_point()]
     return tuple(floats[:count])
 

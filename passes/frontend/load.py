@@ -3,8 +3,9 @@
 import contextlib
 import inspect
 import io
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +19,14 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
 from ..files import LARGEST_JSON, check_regular, read_json
+from ..mapped import parameters_mapped
 from .forms import check_files, check_quantiser, custom_code
 from .unread import check_gguf, check_unread
 
 TENSOR_COUNT_AT = 8  # bytes into a GGUF file: behind magic and version, 8 bytes, little endian
+NUMBERS = 1 << 24
+"""Of a weight that are looked at at a time."""
+ASYNC = "HF_DEACTIVATE_ASYNC_LOAD"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHARDS = "model.safetensors.index.json"
 MOST = {re.compile(r"labels$"): 1_000_000, re.compile(r"(layers?|blocks?|depths?|experts)$"): 10_000}
@@ -31,7 +36,7 @@ TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model as it was published, in float32 and eval mode.
+    """A model as it was published, in float32 and eval mode; what was loaded lies in mapped files.
 
     Attributes:
         model: the module.
@@ -76,7 +81,7 @@ def load(source: str, *, trust_remote_code: bool = False) -> Pretrained:
         use = {} if "gguf_file" in options else {"use_safetensors": True}
         # Handing the config over spares a GGUF file two more readings of its vocabulary. The reader of GGUF draws a
         # progress bar that cannot be turned off; ours is on the screen already.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), parameters_mapped(), _one_by_one():
             known = {"config": config, "dtype": torch.float32, "output_loading_info": True, **use, **options}
             (model, info), notes = _with_attention(auto, where, known)
     except InputError:
@@ -148,7 +153,7 @@ def describe(
     model = model.eval().requires_grad_(False)
     model.config.return_dict = True  # what is returned is known by name
     for name, weight in model.named_parameters():
-        if not bool(weight.isfinite().all()):
+        if not all(bool(rows.isfinite().all()) for rows in torch.split(weight.flatten(), NUMBERS)):
             raise InputError(f"{source} is damaged: {name} holds NaN or infinity")
     parameters = inspect.signature(model.forward).parameters
     if "decoder_input_ids" in parameters:
@@ -273,6 +278,20 @@ def _with_attention(auto: Any, where: str, options: Mapping[str, Any]) -> tuple[
         made = auto.from_pretrained(where, attn_implementation="eager", **options)
     name = type(made[0]).__name__
     return made, [f"{name} has no form of attention that is one op, so its products and softmax are written out"]
+
+
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Inside, transformers reads a weight when it is wanted; otherwise its threads read ahead as much as they can."""
+    before = os.environ.get(ASYNC)
+    os.environ[ASYNC] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ASYNC]
+        else:
+            os.environ[ASYNC] = before
 
 
 def _model_class(config: Any) -> Any:

@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..mapped import mapped
 from .replace import replace_node
 
 aten = torch.ops.aten
@@ -77,7 +78,7 @@ def parameter_names(program: ExportedProgram) -> dict[str, str]:
 
 def _transpose_parameter(program: ExportedProgram, placeholder: torch.fx.Node, key: str) -> None:
     weight = program.state_dict[key]
-    program.state_dict[key] = torch.nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)
+    program.state_dict[key] = torch.nn.Parameter(mapped(weight.detach().t()), requires_grad=False)
     placeholder.meta["val"] = placeholder.meta["val"].t().contiguous()
 
 

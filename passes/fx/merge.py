@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from ..dialect.packed import OPS, stack
 from ..frontend.trace import PREFIX
+from ..mapped import mapped
 from .canonical import parameter_names
 from .linears import module_path
 from .replace import drop_unused, replace_node
@@ -144,7 +145,7 @@ def _refill(program: ExportedProgram, holder: Node, tensor: Tensor, parts: Seque
     is_parameter = isinstance(program.state_dict[parts[0]], torch.nn.Parameter)
     for key in parts:
         del program.state_dict[key]
-    key = _joined(parts)
+    key, tensor = _joined(parts), mapped(tensor)
     (spec,) = [spec for spec in program.graph_signature.input_specs if spec.arg.name == holder.name]
     spec.target = key
     holder.meta["val"] = holder.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)

@@ -4,6 +4,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from ..mapped import mapped
 from .canonical import parameter_names
 from .replace import replace_node
 
@@ -29,7 +30,7 @@ def plain_linears(program: ExportedProgram) -> None:
         key = names.get(weight.name, "")
         if key not in program.state_dict or len(weight.users) != 1:
             continue
-        program.state_dict[key] = torch.nn.Parameter(program.state_dict[key].detach().t().contiguous(), False)
+        program.state_dict[key] = torch.nn.Parameter(mapped(program.state_dict[key].t()), False)
         weight.meta["val"] = weight.meta["val"].t().contiguous()
         with graph.inserting_before(node):
             product = graph.call_function(aten.matmul.default, (x, weight))

@@ -16,6 +16,7 @@ from ..dialect import packed
 from ..dialect.packed import OnGrid, Packed
 from ..dialect.storage import FP32, Storage
 from ..errors import InputError
+from ..mapped import mapped
 from .canonical import parameter_names
 from .linears import Linear, find_linears
 from .replace import drop_unused, replace_node
@@ -182,5 +183,5 @@ def _holder(program: ExportedProgram, weight: Node, key: str, tensor: Tensor) ->
         holder: Node = graph.placeholder(f"{weight.name}_{key.rpartition('.')[2]}")
     holder.meta["val"] = weight.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
     specs.insert(index, InputSpec(InputKind.BUFFER, TensorArgument(holder.name), key, persistent=True))
-    program.state_dict[key] = tensor
+    program.state_dict[key] = mapped(tensor)
     return holder

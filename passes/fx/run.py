@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
+from torch.fx.node import map_aggregate
 
 from ...calibrate.matmul import linear
 from .partition import Part, Partition
 
+aten = torch.ops.aten
 Values = dict[str, Any]
 """The live values of one batch by their name in the outer graph: tensors, and sizes as ints."""
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
+NUMBERS = 1 << 23
+"""Of a weight that are float64 at a time."""
 Rounding = Callable[[Tensor], Tensor]
 """What becomes of the input of a linear."""
 
@@ -110,10 +115,12 @@ def run_part_rounded(
 
 
 def run_part_float64(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> Values:
-    """As ``run_part`` in float64 throughout: the truth that float32 results are measured against."""
-    arguments = [_to_float64(a) for a in _arguments(part, values, params, names)]
+    """As ``run_part`` in float64 throughout: the truth that float32 results are measured against.
+
+    Weights become float64 where they are read, so that there is no second, larger copy of all that a part has.
+    """
     with torch.no_grad():
-        results = _Float64(part.module).run(*arguments)
+        results = _Float64(part.module).run(*_arguments(part, values, params, names))
     return _named(part, results)
 
 
@@ -249,15 +256,20 @@ class _Float64(Interpreter):
     """Computes in float64 where the graph says float32 or a 16-bit float, casts included."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args = tuple(torch.float64 if _is_narrow(a) else a for a in args)
-        kwargs = {k: torch.float64 if _is_narrow(v) else v for k, v in kwargs.items()}
-        result = super().call_function(target, args, kwargs)
-        return _to_float64(result)
-
-
-def _is_narrow(value: Any) -> bool:
-    return isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
+        if target is aten.embedding.default:  # which rows, and then only those in float64
+            return _to_float64(super().call_function(target, args, kwargs))
+        if target is aten.linear.default and args[1].numel() > NUMBERS:
+            x, weight, bias = (*args, None)[:3]
+            rows = max(1, NUMBERS // weight.shape[1])
+            biases = [None] * len(weight) if bias is None else [_to_float64(its) for its in bias.split(rows)]
+            parts = zip(weight.split(rows), biases, strict=False)
+            return torch.cat([aten.linear(_to_float64(x), _to_float64(part), its) for part, its in parts], dim=-1)
+        args, kwargs = map_aggregate((args, kwargs), _to_float64)
+        return _to_float64(super().call_function(target, args, kwargs))
 
 
 def _to_float64(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and _is_narrow(value.dtype) else value
+    """A narrower tensor or dtype as float64, anything else as it is."""
+    if isinstance(value, Tensor) and value.dtype in NARROW:
+        return value.double()
+    return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value

@@ -11,8 +11,10 @@ from typing import BinaryIO
 import onnx
 import onnx_ir as ir
 import psutil  # type: ignore[import-untyped]
+import torch
 
 from ..errors import InputError
+from ..mapped import as_bytes
 from .checksums import add_checksums
 from .protos import external, graphs, is_external, nbytes, opened, tensors
 
@@ -113,7 +115,8 @@ class Data:
         self._write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
         # 1 MiB at a time: one giant write would be copied whole by the buffered writer.
-        raw = memoryview(tensor.tobytes())
+        held = getattr(tensor, "raw", None)  # of a tensor of torch, whose bytes would be a copy
+        raw = as_bytes(held) if isinstance(held, torch.Tensor) else memoryview(tensor.tobytes())
         for start in range(0, len(raw), 1 << 20):
             self._write(raw[start : start + (1 << 20)])
         return offset, len(raw)

@@ -22,6 +22,7 @@ from .passes.fx.linears import find_linears
 from .passes.fx.partition import Partition, partition
 from .passes.fx.rewrite import lower_linears, stored_weights
 from .passes.lower import to_onnx
+from .passes.mapped import mapped
 from .passes.recipe import Timings
 from .passes.sparsify import Sparsified, sparsify
 from .plan import engine_sizes
@@ -220,4 +221,4 @@ def store(traced: Traced, params: Mapping[str, Tensor]) -> None:
 
 def as_stored(params: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> dict[str, Tensor]:
     """The weights as the file holds them: those that were packed, unpacked again."""
-    return {key: packed[key].unpack() if key in packed else value for key, value in params.items()}
+    return {key: mapped(packed[key].unpack()) if key in packed else value for key, value in params.items()}
