@@ -4,6 +4,7 @@ The files have no names: their space is free as soon as nothing reads the tensor
 They lie in the folder that TMPDIR names, else in /var/tmp, which is on a disk where /tmp may be memory.
 """
 
+import ctypes
 import os
 import tempfile
 from collections.abc import Iterator
@@ -52,6 +53,12 @@ def mapped(tensor: Tensor) -> Tensor:
 def is_mapped(tensor: Tensor) -> bool:
     """Whether a tensor lies in a mapped file."""
     return tensor.untyped_storage().is_shared()
+
+
+def give_back() -> None:
+    """Hand memory that was freed to the kernel; glibc's malloc keeps what lay in blocks of less than 32 MiB."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # other libraries give it back at once
+        trim(0)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Latency, size and memory of an exported file, alone or against another one, measured in turns."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,20 @@ import torch
 from rich.table import Table
 
 from ..passes.errors import InputError
+from ..passes.mapped import give_back
 from ..passes.onnx.protos import data_files
 from .artifact import artifact_file, causal, open_artifact
 from .feeds import make_feed, read_feeds
+from .pieces import Piece, cut
 from .session import CausalSession, open_session, sparse_runs
 from .tensorrt.session import check_can_run, is_plan
 
+log = logging.getLogger(__name__)
+
 PREFILL = (16, 128, 512)
 DECODE = (64, 1024)
+ROWS = ("prefill 128", "decode 64", "batch 1")
+"""What a result is compared by."""
 WARM_UP = 2
 AT_LEAST = 5  # runs of a row, however long it takes
 
@@ -148,16 +155,51 @@ def compare_kernels(path: Path, *, repeats: int = 9, row_seconds: float = 5.0) -
 
     Without the kernels the functions in the file unpack every weight once, while it is loaded, and dense products
     run: the same model on the same machine, dense. One prefill and one decode row are enough to see a gain or none.
+    Of a large file each piece is measured by itself (pieces.py), and what is told is the sum.
     """
+    if pieces := cut(path):
+        return _compare_pieces(path, pieces, repeats, row_seconds)
     sides = [_workloads(open_session(path, kernels=kernels)) for kernels in (True, False)]
-    names = tuple(name for name in ("prefill 128", "decode 64", "batch 1") if name in sides[0])
+    names = tuple(name for name in ROWS if name in sides[0])
     return _measure_rows(sides, names, repeats, row_seconds, lambda stage, done, total: None)[0]
+
+
+def _compare_pieces(path: Path, pieces: Sequence[Piece], repeats: int, seconds: float) -> tuple[Row, ...]:
+    """`compare_kernels` of a file in pieces, whose inputs are what the pieces before it make."""
+    rows = []
+    for name, feed in _feeds(open_session(path)).items():
+        try:
+            rows.append(_row(name, _times_of_pieces(pieces, feed, repeats, seconds / len(pieces))))
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class of their own
+            log.warning("%s in pieces: %s", name, error)
+    return tuple(rows)
+
+
+def _times_of_pieces(pieces: Sequence[Piece], feed: Mapping[str, Any], repeats: int, seconds: float) -> np.ndarray:
+    """Times ``[repeats, 2]`` of a whole run in milliseconds, with kernels and without; a piece has so many seconds."""
+    values = dict(feed)
+    times: list[np.ndarray] = []
+    for piece in pieces:
+        own = {name: values[name] for name in piece.inputs}
+        runs: list[Run] = [
+            partial(piece.open(kernels=kernels).run, list(piece.outputs), own) for kernels in (True, False)
+        ]
+        for run in runs * WARM_UP:
+            made: Any = run()
+        values |= {name: x for name, x in zip(piece.outputs, made, strict=True) if name in piece.crossing}
+        for name in piece.dead:
+            values.pop(name, None)
+        times.append(_alternate(runs, repeats, seconds))
+        del runs, run, made, own
+        give_back()
+    total: np.ndarray = np.sum([each[: min(map(len, times))] for each in times], axis=0)
+    return total
 
 
 def compare_plans(path: Path, against: Path, *, repeats: int = 9) -> tuple[Row, ...]:
     """Measure an engine in turns with the one built without sparse tactics: one prefill and one decode row."""
     sides = [_workloads(open_artifact(file)) for file in (path, against)]
-    names = tuple(name for name in ("prefill 128", "decode 64", "batch 1") if name in sides[0])
+    names = tuple(name for name in ROWS if name in sides[0])
     return _measure_rows(sides, names, repeats, 5.0, lambda stage, done, total: None)[0]
 
 
@@ -252,6 +294,22 @@ def _workloads(session: Any, folder: Path | None = None) -> dict[str, Run]:
     return {"batch 1": _call(session, None)}
 
 
+def _feeds(session: Any) -> dict[str, dict[str, Any]]:
+    """The inputs of ``ROWS`` that a file has, as `_workloads` makes them up."""
+    if _is_causal(session):
+        model, past = causal(session), [i.name for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+        feeds = {}
+        for name, tokens, length in (("prefill 128", 128, 0), ("decode 64", 1, 64)):
+            ids, mask, cache = _tokens(model, tokens, length)
+            feeds[name] = dict(zip(past, (x.numpy() for x in cache), strict=True))
+            feeds[name] |= {"input_ids": ids, "attention_mask": mask}
+        return feeds
+    shape = next((i.shape for i in session.get_inputs() if i.name == "input_ids"), None)
+    if shape is None:
+        return {"batch 1": make_feed(session, {}, {}, seed=0, length=None)}
+    return {} if isinstance(shape[-1], int) else {"prefill 128": make_feed(session, {}, {}, seed=0, length=128)}
+
+
 def _is_causal(session: Any) -> bool:
     """Whether it decodes with a KV cache as what we write does. Other tools' decoders may want more than a cache."""
     names = [i.name for i in session.get_inputs()]
@@ -260,9 +318,14 @@ def _is_causal(session: Any) -> bool:
 
 
 def _step(causal: CausalSession, tokens: int, past: int) -> Run:
+    given = _tokens(causal, tokens, past)
+    return lambda: causal.run_only(*given)
+
+
+def _tokens(causal: CausalSession, tokens: int, past: int) -> tuple[Any, Any, Any]:
+    """Random token ids, a mask without padding and a random cache."""
     ids = np.random.default_rng(0).integers(causal.vocabulary, size=(1, tokens))
-    mask, cache = np.ones((1, past + tokens), np.int64), causal.random_past(1, past)
-    return lambda: causal.run_only(ids, mask, cache)
+    return ids, np.ones((1, past + tokens), np.int64), causal.random_past(1, past)
 
 
 def _call(session: Any, length: int | None) -> Run:

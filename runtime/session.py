@@ -55,12 +55,9 @@ def open_session(
     Raises:
         InputError: there is no such file, or ONNX Runtime cannot read it.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong arrives as an exception; on the terminal it stands once
+    options = options_for(kernels=kernels)
     if threads is not None:
         options.intra_op_num_threads = threads
-    if kernels:
-        options.register_custom_ops_library(str(library_path()))
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -77,6 +74,15 @@ def open_session(
         )
     except Exception as error:  # its exceptions have no common base class of their own
         raise InputError(f"cannot open {file}: {_first_line(error)}") from error
+
+
+def options_for(*, kernels: bool) -> ort.SessionOptions:
+    """Options with which nothing is printed, and our library where ``kernels`` says so."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong arrives as an exception; on the terminal it stands once
+    if kernels:
+        options.register_custom_ops_library(str(library_path()))
+    return options
 
 
 def model_file(path: Path) -> Path:

@@ -1,5 +1,7 @@
 """Every family through the whole compiler: exact counts, exact patterns, and decoding equal to torch."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -18,6 +20,7 @@ from sparsify_export.passes.frontend.trace import trace
 from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.recipe import Distil, Quantise, Tune
+from sparsify_export.runtime import pieces
 from sparsify_export.runtime.inspection import check_pattern
 from sparsify_export.runtime.session import CausalSession, open_session, sparse_runs
 from sparsify_export.runtime.verify import expect, verify
@@ -63,11 +66,21 @@ def test_file_holds_exactly_2_of_4_and_kept_weights_bit_for_bit(family):
         assert not torch.signbit(weight[weight == 0]).any()
 
 
-def test_file_equals_the_model_with_and_without_our_library(compiled):
-    results = verify(
-        compiled.path, compiled.traced, expect(compiled.parts, compiled.params, compiled.published(compiled.params))
-    )
+def test_file_equals_the_model_with_and_without_our_library_and_in_pieces(compiled, monkeypatch):
+    expected = expect(compiled.parts, compiled.params, compiled.published(compiled.params))
+    results = verify(compiled.path, compiled.traced, expected)
     assert {result.how.split(",")[0] for result in results} == {"kernels", "functions"}
+    (data,) = compiled.path.parent.glob(f"{compiled.path.name}.*.data")
+    monkeypatch.setattr(pieces, "MOST", data.stat().st_size // 2)
+    in_pieces = verify(compiled.path, compiled.traced, expected, {"functions": False})
+    assert [x.how.endswith("decoding") for x in in_pieces] == [
+        x.how.endswith("decoding") for x in results[-len(in_pieces) :]
+    ]
+    assert all(" pieces" in result.how for result in in_pieces)
+    if compiled.traced.kind == "causal":
+        other = [replace(each, cache=tuple(-x for x in each.cache)) for each in expected]
+        with pytest.raises(VerificationError, match=r"differs from the model \(functions, in \d+ pieces, decoding\)"):
+            verify(compiled.path, compiled.traced, other, {"functions": False})
 
 
 @pytest.mark.parametrize("name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "bert"))])
