@@ -7,7 +7,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
 from ...calibrate.patterns import Pattern, Unstructured, find_pattern
@@ -16,10 +15,9 @@ from ..dialect import packed
 from ..dialect.packed import OnGrid, Packed
 from ..dialect.storage import FP32, Storage
 from ..errors import InputError
-from ..mapped import mapped
 from .canonical import parameter_names
 from .linears import Linear, find_linears
-from .replace import drop_unused, replace_node
+from .replace import drop_unused, place_beside, replace_node
 
 
 @dataclass(frozen=True)
@@ -161,27 +159,9 @@ def _replace(program: ExportedProgram, node: Node, stored: Packed) -> None:
     x, weight, *bias = node.args
     assert isinstance(weight, Node)
     key = parameter_names(program)[weight.name]
-    holders = [_holder(program, weight, f"{key}.{name}", tensor) for name, tensor in stored.tensors.items()]
+    holders = [place_beside(program, weight, f"{key}.{name}", tensor) for name, tensor in stored.tensors.items()]
     op = getattr(torch.ops.sparsify, stored.op).default
     with graph.inserting_before(node):
         new = graph.call_function(op, (x, *holders, bias[0] if bias else None, *stored.attributes.values()))
     new.meta = dict(node.meta)
     replace_node(program, node, new)
-
-
-def _holder(program: ExportedProgram, weight: Node, key: str, tensor: Tensor) -> Node:
-    """The placeholder of one packed tensor; linears that share a weight share it."""
-    graph = program.graph_module.graph
-    specs = program.graph_signature.input_specs
-    placeholders: list[Node] = [node for node in graph.nodes if node.op == "placeholder"]
-    for spec, node in zip(specs, placeholders, strict=True):
-        if spec.target == key:
-            return node
-    # Placeholders and specs correspond by position; right behind the dense weight is as good a place as any.
-    index = placeholders.index(weight) + 1
-    with graph.inserting_after(weight):
-        holder: Node = graph.placeholder(f"{weight.name}_{key.rpartition('.')[2]}")
-    holder.meta["val"] = weight.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
-    specs.insert(index, InputSpec(InputKind.BUFFER, TensorArgument(holder.name), key, persistent=True))
-    program.state_dict[key] = mapped(tensor)
-    return holder

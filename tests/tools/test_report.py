@@ -52,6 +52,7 @@ def reported(request, tmp_path_factory):
         settings={"ops": "sparse", "dtype": "fp32"},
         blocks=blocks,
         lowered=[Lowered(linear, "2:4", "LinearNM", "", 4 * 64 * 128, 2 * 64 * 128) for linear in linears],
+        embeddings=(),
         verified=[],
         evaluation=None,
         latency=[],

@@ -15,6 +15,7 @@ from sparsify_export.passes.frontend.batches import read_windows, token_batches
 from sparsify_export.passes.frontend.load import Pretrained, load
 from sparsify_export.passes.frontend.trace import Traced, trace
 from sparsify_export.passes.fx.canonical import canonicalise
+from sparsify_export.passes.fx.embeddings import quantise_embeddings, stored_tables
 from sparsify_export.passes.fx.partition import Partition, partition
 from sparsify_export.passes.fx.rewrite import lower_linears, stored_weights
 from sparsify_export.passes.fx.run import run_model, run_part_rounded
@@ -59,7 +60,9 @@ def measure(cell: Cell) -> dict[str, Any]:
             store(traced, params)
             lowered = lower_linears(traced.program, storage=storage, on_grid=done.on_grid, patterns=done.patterns)
             packed = stored_weights(traced.program, lowered)
-            params, rounded = as_stored(params, packed), dict.fromkeys(packed, storage.activations)
+            tables = quantise_embeddings(traced.program) if storage.quantised else []
+            params = as_stored(params, {**packed, **stored_tables(traced.program, tables)})
+            rounded = dict.fromkeys(packed, storage.activations)
     logits = graph_logits(pretrained, traced, parts, params, rounded)
     found = perplexity(logits, evaluation)
     answers = exact_answers(logits, pretrained.tokenizer)

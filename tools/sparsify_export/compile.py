@@ -18,6 +18,7 @@ from .passes.frontend.load import load
 from .passes.frontend.positions import longest
 from .passes.frontend.trace import Traced, trace
 from .passes.fx.canonical import canonicalise, parameter_names
+from .passes.fx.embeddings import Table, quantise_embeddings, stored_tables
 from .passes.fx.linears import find_linears
 from .passes.fx.partition import Partition, partition
 from .passes.fx.rewrite import lower_linears, stored_weights
@@ -151,7 +152,8 @@ def _compile(
         )
         packed = stored_weights(traced.program, lowered)
         rounded = dict.fromkeys(packed, settings.storage.activations)
-        stored = as_stored(params, packed)
+        embeddings = quantise_embeddings(traced.program) if settings.storage.quantised else []
+        stored = as_stored(params, {**packed, **stored_tables(traced.program, embeddings)})
         put_weights(pretrained.model, stored, transposed)
         published = [ask(pretrained.model, traced, probe) for probe in probes]
         expected = expect(parts, stored, published, rounded)
@@ -174,6 +176,7 @@ def _compile(
         settings=plain(settings),
         blocks=done.blocks,
         lowered=lowered,
+        embeddings=embeddings,
         verified=verified,
         evaluation=Evaluation(*before, *after) if before and after else None,
         latency=latency,
@@ -219,6 +222,6 @@ def store(traced: Traced, params: Mapping[str, Tensor]) -> None:
             state[key] = torch.nn.Parameter(params[key], requires_grad=False)
 
 
-def as_stored(params: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> dict[str, Tensor]:
+def as_stored(params: Mapping[str, Tensor], packed: Mapping[str, Packed | Table]) -> dict[str, Tensor]:
     """The weights as the file holds them: those that were packed, unpacked again."""
     return {key: mapped(packed[key].unpack()) if key in packed else value for key, value in params.items()}

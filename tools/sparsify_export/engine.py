@@ -133,6 +133,7 @@ def finish_engine(
         settings=plain(settings),
         blocks=pruned.done.blocks,
         lowered=lowered,
+        embeddings=(),
         verified=verified,
         evaluation=Evaluation(*before, *after) if before and after else None,
         latency=latency,

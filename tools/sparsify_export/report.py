@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .passes.frontend.trace import PREFIX
+from .passes.fx.embeddings import Embedding
 from .passes.fx.rewrite import Lowered
 from .passes.onnx.protos import data_files
 from .passes.recipe import BlockReport, DistilReport
@@ -106,6 +107,7 @@ class Report:
         distilled: what training all blocks together made of the model's output: nothing where that was not asked for,
             and with joint quantisation first of the floats, then on the grid. The errors of blocks and of linears are
             those before it, ``error_quantised`` between the two is against the floats.
+        embeddings: every embedding table, where they were to be stored as 8-bit codes.
         uncrossed: sliding windows, in tokens, that no text of verification was long enough to cross.
         engine: what is known about a TensorRT engine: its options, why it was not built, what is in it; None for ONNX.
     """
@@ -125,6 +127,7 @@ class Report:
     stored_linear_bytes: int
     given_bytes: int | None = None
     distilled: tuple[DistilReport, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
     uncrossed: tuple[int, ...] = ()
     engine: Mapping[str, Any] | None = None
 
@@ -140,6 +143,7 @@ def build_report(
     settings: Mapping[str, Any],
     blocks: Sequence[BlockReport],
     lowered: Sequence[Lowered],
+    embeddings: Sequence[Embedding],
     verified: Sequence[Verified],
     evaluation: Evaluation | None,
     latency: Sequence[Row],
@@ -191,6 +195,7 @@ def build_report(
         dense_linear_bytes=sum(entry.dense_bytes for entry in inside),
         stored_linear_bytes=sum(entry.stored_bytes for entry in inside),
         distilled=distilled,
+        embeddings=tuple(embeddings),
         uncrossed=uncrossed,
     )
 
@@ -343,6 +348,8 @@ def _totals(report: Report) -> Table:
         )
     if lowered and report.engine is None and report.settings["dtype"] in ("int8", "int4"):
         table.add_row("their activations", "quantised to 8 bits, each token by itself")
+    for embedding in report.embeddings:
+        table.add_row(f"table {embedding.path} {list(embedding.shape)}", _told_table(embedding))
     if report.machine is not None:
         table.add_row(
             "lowered where it is faster on", f"{report.machine['processor']}, {report.machine['threads']} threads"
@@ -372,6 +379,14 @@ def _totals(report: Report) -> Table:
         windows = ", ".join(map(str, report.uncrossed))
         table.add_row("not verified", f"texts longer than the sliding window of {windows} tokens")
     return table
+
+
+def _told_table(entry: Embedding) -> str:
+    """How an embedding table is stored, or why it stays as it was."""
+    if entry.reason:
+        return f"{_mb(entry.dense_bytes)} of floats: {entry.reason}"
+    sizes = f"{_mb(entry.stored_bytes)} of {_mb(entry.dense_bytes)}"
+    return f"{sizes}: 8-bit codes, a scale a row, squared error {entry.error:.1e} of its squared norm"
 
 
 def _retained(report: Report) -> float | None:
