@@ -14,6 +14,7 @@ from .fx.attended import Attended
 from .fx.linears import Linear
 from .fx.partition import Part
 from .fx.run import Values, advance
+from .parts import ONE, Parts
 from .recipe import Note, Progress, Recipe, Score, Timings
 
 GROUPS: Mapping[Score, Group] = {
@@ -69,10 +70,10 @@ class Block:
         state = {present for _, present in self.cache}
         return [name for name in self.part.outputs if name and name not in state]
 
-    def rows(self, key: str) -> tuple[int, ...]:
-        """Rows of a weight that are one linear, such as q, k and v of a fused one, if all that read it agree on it."""
-        found = {linear.rows for linear in self.pruned if linear.weight == key}
-        return found.pop() if len(found) == 1 else (next(x.out_features for x in self.pruned if x.weight == key),)
+    def parts(self, key: str) -> Parts:
+        """The linears that a weight is made of, such as q, k and v of a fused one, if all that read it agree on it."""
+        found = {linear.parts for linear in self.pruned if linear.weight == key}
+        return found.pop() if len(found) == 1 else ONE
 
     def fitted_to(self, linear: Linear) -> str:
         """Whose second moments a linear is fitted to: the node it reads, or its own, for what attention makes of it."""
@@ -135,7 +136,8 @@ def _score(block: Block, key: str, weight: Tensor, norm: Tensor, inverse: Tensor
     if block.recipe.score == "wanda":
         return scores.wanda(weight, norm)
     power = block.recipe.ria_power  # RIA's column sums are those of one linear
-    return torch.cat([scores.ria(rows, norm, power) for rows in torch.split(weight, list(block.rows(key)))])
+    parts = block.parts(key)
+    return parts.joined([scores.ria(rows, norm, power) for rows in parts.split(weight)])
 
 
 def mask(block: Block, key: str, score: Tensor) -> Tensor:
@@ -145,10 +147,8 @@ def mask(block: Block, key: str, score: Tensor) -> Tensor:
     """
     if block.given:
         return block.given[key]
-    group = GROUPS[block.recipe.score]
-    return torch.cat(
-        [masks.keep_mask(rows, block.recipe.pattern, group) for rows in torch.split(score, list(block.rows(key)))]
-    )
+    group, parts = GROUPS[block.recipe.score], block.parts(key)
+    return parts.joined([masks.keep_mask(rows, block.recipe.pattern, group) for rows in parts.split(score)])
 
 
 def alike(block: Block, keys: Iterable[str]) -> dict[tuple[str, ...], list[str]]:

@@ -125,16 +125,20 @@ def _update_rows(
     cautious: bool,
 ) -> tuple[Tensor, Tensor]:
     """`update` of each of the linears that a fused one is made of: their weights do not compete with each other."""
-    new, keep = [], []
-    begin = 0
-    for rows in torch.split(weight, list(block.rows(key))):
-        its = slice(begin, begin := begin + len(rows))
-        own = RowCounts(target.pruned[its]) if isinstance(target, RowCounts) else target
-        own = own[its] if isinstance(own, Tensor) else own
-        done = update(rows, inputs, own, per=GROUPS[block.recipe.score], cautious=cautious)
-        new.append(done[0])
-        keep.append(done[1])
-    return torch.cat(new), torch.cat(keep)
+    parts = block.parts(key)
+    rows = parts.split(weight)
+    targets: list[Pattern | RowCounts | Tensor]
+    if isinstance(target, RowCounts):
+        targets = [RowCounts(pruned) for pruned in parts.split(target.pruned)]
+    elif isinstance(target, Tensor):
+        targets = [*parts.split(target)]
+    else:
+        targets = [target] * len(rows)
+    done = [
+        update(each, inputs, own, per=GROUPS[block.recipe.score], cautious=cautious)
+        for each, own in zip(rows, targets, strict=True)
+    ]
+    return parts.joined([new for new, _ in done]), parts.joined([keep for _, keep in done])
 
 
 def _prepare(block: Block, path: str, hessian: Tensor, damping: float) -> Inputs:

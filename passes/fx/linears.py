@@ -1,17 +1,22 @@
 """The linear layers of a canonical graph."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from ..frontend.trace import PREFIX
+from ..parts import ONE, Axes, Parts, Reader, find_parts
 
 aten = torch.ops.aten
-SAME = (aten.view.default, aten.reshape.default, aten.alias.default, aten.clone.default, aten.contiguous.default)
+VIEWS = (aten.view.default, aten.reshape.default)
+COPIES = (aten.alias.default, aten.clone.default, aten.contiguous.default)
 SPLITS = (aten.split.Tensor, aten.split.default, aten.split_with_sizes.default, aten.chunk.default)
+CUTS = {**dict.fromkeys(SPLITS, 2), aten.unbind.int: 1, aten.select.int: 1, aten.slice.Tensor: 1}
+"""Ops that take ranges of an axis, and where among their arguments they say which axis."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Linear:
         input: name of the FX node it reads; linears with the same input share one statistic.
         weight: parameter ``[out_features, in_features]``, its key in the state dict.
         bias: parameter ``[out_features]`` or None.
-        parts: sizes of the ranges of outputs that the graph takes apart, such as q, k and v; empty for one range.
+        parts: the linears that it is made of, such as q, k and v.
     """
 
     path: str
@@ -34,12 +39,7 @@ class Linear:
     bias: str | None
     out_features: int
     in_features: int
-    parts: tuple[int, ...] = ()
-
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """How many outputs each of the linears has that this one was made of, as far as the graph tells them apart."""
-        return self.parts or (self.out_features,)
+    parts: Parts = ONE
 
 
 def find_linears(graph: Graph, params: Mapping[str, str]) -> list[Linear]:
@@ -69,52 +69,59 @@ def find_linears(graph: Graph, params: Mapping[str, str]) -> list[Linear]:
                 bias=params[bias.name] if bias is not None else None,
                 out_features=out_features,
                 in_features=in_features,
-                parts=_parts(node),
+                parts=find_parts(node, out_features, _readers),
             )
         )
     return found
 
 
-def _parts(node: Node) -> tuple[int, ...]:
-    """The sizes of the ranges that a linear's last axis is cut into; empty if something reads across a cut."""
-    ranges = _ranges(node, int(node.meta["val"].shape[-1]))
-    if ranges is None or len(ranges) < 2:
-        return ()
-    ordered = sorted(ranges)
-    ends = [0, *(end for _, end in ordered)]
-    if [begin for begin, _ in ordered] != ends[:-1] or ends[-1] != node.meta["val"].shape[-1]:
-        return ()
-    return tuple(end - begin for begin, end in ordered)
-
-
-def _ranges(value: Node, size: int) -> set[tuple[int, int]] | None:
-    """What the readers of a value take of its last axis, from and to; None if one of them takes all of it."""
-    found: set[tuple[int, int]] = set()
+def _readers(value: Node, axes: Axes) -> Iterator[Reader[Node]]:
+    """What reads a value that holds the outputs of a linear; see ``find_parts``."""
+    rank = value.meta["val"].dim()
     for user in value.users:
-        made = user.meta.get("val")
-        last = value.meta["val"].dim() - 1
-        if user.target in SAME and made is not None and made.shape[-1] == size:
-            inner = _ranges(user, size)
-            if inner is None:
-                return None
-            found |= inner
-        elif user.target in SPLITS and made is not None and _axis(user, 2, last) == last:
-            ends = list(accumulate(int(piece.shape[-1]) for piece in made))
-            found |= set(zip([0, *ends[:-1]], ends, strict=True))
-        elif user.target is aten.slice.Tensor and _axis(user, 1, last) == last and len(user.args) < 5:
-            begin, end = (user.args[2] or 0, user.args[3]) if len(user.args) == 4 else (0, size)
-            if not isinstance(begin, int) or not isinstance(end, int | None):
-                return None
-            begin, end, _ = slice(begin, end).indices(size)
-            found.add((begin, end))
+        args: Any = user.args
+        if user.target in COPIES:
+            yield user, axes
+        elif user.target in VIEWS:
+            after = axes.reshaped(user.meta["val"].shape)
+            yield None if after is None else (user, after)
+        elif user.target is aten.transpose.int:
+            order = list(range(rank))
+            first, second = (axis % rank for axis in args[1:])
+            order[first], order[second] = second, first
+            yield user, axes.permuted(order)
+        elif user.target is aten.permute.default:
+            yield user, axes.permuted(args[1])
+        elif user.target in CUTS:
+            place = _axis(user, CUTS[user.target], rank) - rank
+            ranges = _ranges(user, value.meta["val"].shape[place]) if place in axes.places else None
+            yield from [None] if ranges is None else [axes.cut(place, begin, end) for begin, end in ranges]
         else:
-            return None
-    return found
+            yield None
 
 
-def _axis(node: Node, place: int, last: int) -> int:
-    axis = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
-    return axis % (last + 1) if isinstance(axis, int) else -1
+def _ranges(user: Node, size: int) -> list[tuple[int, int]] | None:
+    """What a reader takes of an axis of ``size``, from and to; None where that is no range."""
+    args: Any = user.args
+    made = user.meta["val"]
+    if user.target in SPLITS:
+        axis = _axis(user, CUTS[user.target], made[0].dim())
+        ends = list(accumulate(int(piece.shape[axis]) for piece in made))
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+    if user.target is aten.unbind.int:
+        return [(index, index + 1) for index in range(size)]
+    if user.target is aten.select.int:
+        return [(args[2] % size, args[2] % size + 1)]
+    given: list[Any] = list(args[2:])
+    begin, end, step = given + [None, None, 1][len(given) :]
+    if step != 1 or not all(isinstance(x, int | None) for x in (begin, end)):
+        return None
+    return [slice(begin, end).indices(size)[:2]]
+
+
+def _axis(node: Node, place: int, rank: int) -> int:
+    axis: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
+    return int(axis) % rank
 
 
 def module_path(node: Node) -> str:

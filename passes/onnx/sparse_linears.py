@@ -14,10 +14,12 @@ from ..cost import Worth
 from ..dialect.packed import Packed, pack, packed_bytes
 from ..dialect.storage import FLOATS, FP32, Storage
 from ..errors import InputError
+from ..parts import ONE, Parts
 from ..recipe import Recipe
 from ..skip import named_by
 from .head import gives_output
 from .linears import LeftOut, Linear
+from .parts import parts_of
 from .spool import Spool
 from .view import Model, Place
 
@@ -155,7 +157,8 @@ def make_sparse(
         reason = next((reasons[linear.place] for linear in group if reasons[linear.place]), "")
         if not reason:
             try:
-                made = _make(group, recipe, norms.get(name), storage, sparse_ops, packed, dense, worth)
+                fused = parts_of(model, group) if recipe is not None else ONE
+                made = _make(group, recipe, fused, norms.get(name), storage, sparse_ops, packed, dense, worth)
             except ValueError as error:
                 raise InputError(f"{group[0].path}: {error}") from error
             if isinstance(made, str):
@@ -189,6 +192,7 @@ def _reasons(left: Sequence[LeftOut]) -> str:
 def _make(
     group: Sequence[Linear],
     recipe: Recipe | None,
+    fused: Parts,
     norm: Tensor | None,
     storage: Storage,
     sparse_ops: bool,
@@ -196,7 +200,7 @@ def _make(
     dense: Spool,
     worth: Worth | None,
 ) -> list[Sparse] | str:
-    """One weight and the linears that share it; a reason if it stays as it is."""
+    """One weight, made of the linears ``fused``, and the linears that share it; a reason if it stays as it is."""
     source = group[0].weight
     weight = source.read()
     if not bool(weight.isfinite().all()):
@@ -210,8 +214,8 @@ def _make(
         if pattern is None:
             return "the weight is dense"
     else:
-        score = _score(weight, norm, recipe)
-        keep = _keep(score, recipe)
+        score = fused.joined([_score(rows, norm, recipe) for rows in fused.split(weight)])
+        keep = fused.joined([_keep(rows, recipe) for rows in fused.split(score)])
         retained = masks.retained(score, keep)
         weight = torch.where(keep, weight, 0.0)  # literal +0.0, never -0.0
         pattern = recipe.pattern
