@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..calibrate.statistics import ActNorm
 from ..passes.errors import InputError
+from ..passes.onnx.twin import read_raw
 from .feeds import Feed
 
 BUDGET = 1 << 30
@@ -68,7 +69,7 @@ def _chunk(names: Sequence[str], wanted: Mapping[str, int], tokens: int, budget:
 
 def _with_outputs(path: Path, names: Sequence[str]) -> ort.InferenceSession:
     """The model with more outputs, as a session; weights beside the file are found there."""
-    proto = onnx.load(str(path), load_external_data=False)
+    proto = read_raw(path)
     known = {value.name for value in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
     options = ort.SessionOptions()

@@ -6,8 +6,8 @@ from .linears import Linear
 from .view import STANDARD, Model
 
 _SHAPES = """
-    Cast CastLike Concat DepthToSpace Expand Flatten Gather GatherElements GatherND Identity Pad Reshape Shape Size
-    Slice SpaceToDepth Split SplitToSequence Squeeze Tile Transpose Unsqueeze
+    Cast CastLike Concat DepthToSpace DequantizeLinear Expand Flatten Gather GatherElements GatherND Identity Pad
+    QuantizeLinear Reshape Shape Size Slice SpaceToDepth Split SplitToSequence Squeeze Tile Transpose Unsqueeze
 """
 _POINTWISE = "Abs Add Clip Div Equal Exp Greater Less Log Max Min Mul Neg Not Pow Round Sqrt Sub Where"
 _CHOICES = """
@@ -15,7 +15,7 @@ _CHOICES = """
     ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Sigmoid Softmax Tanh TopK ZipMap
 """
 MOVES = frozenset(_SHAPES.split()) | frozenset(_CHOICES.split())
-"""Ops that move numbers, or make probabilities, choices or unit vectors of them."""
+"""Ops that move numbers or round them, or make probabilities, choices or unit vectors of them."""
 POINTWISE = frozenset(_POINTWISE.split())
 """Ops on one number of the linear's and constants; the activations that layers have between them are not among them."""
 

@@ -15,20 +15,28 @@ from torch import Tensor
 
 from ..dialect.packed import OPS, TENSORS
 from .protos import TORCH, graphs, nbytes, read_float
+from .unfold import MICROSOFT, NOT_UNFOLDED
 from .view import STANDARD, Model, Place
 from .weights import NoWeight, Weight, blocks, codes, integer, passes_on, plain, root, stored
 
-MICROSOFT = "com.microsoft"
 UNROUNDED = "its activations are no longer rounded to 8 bits"
 
 
 @dataclass(frozen=True)
 class Bias:
-    """A constant ``[N]`` (or one number for all) that is added, times a factor; read as ``name``."""
+    """A constant ``[N]`` (or one number for all) that is added, times a factor; read as ``name``.
+
+    Codes of 32 bits have their scale as the factor, one number or ``[N]``.
+    """
 
     name: str
     proto: onnx.TensorProto
-    factor: float
+    factor: float | Tensor
+
+    def is_read_as_stored(self, rows: int) -> bool:
+        """Whether a sparse op of so many outputs can read the constant itself."""
+        unscaled = isinstance(self.factor, float) and self.factor == 1.0
+        return unscaled and self.proto.data_type == onnx.TensorProto.FLOAT and list(self.proto.dims) == [rows]
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,8 @@ def _other_product(node: gs.Node, constants: dict[str, onnx.TensorProto]) -> lis
     weights = [proto for proto in stored_ if len(proto.dims) > 1]
     if not weights:
         return []
-    left = _left_out(node, largest := max(weights, key=nbytes), f"the op {node.op} is left as it is")
+    why = NOT_UNFOLDED if node.op in ("QLinearMatMul", "QGemm") else f"the op {node.op} is left as it is"
+    left = _left_out(node, largest := max(weights, key=nbytes), why)
     if "Conv" in node.op:  # [out, in, side, side]: a linear on the numbers that the window covers
         left = replace(left, shape=(largest.dims[0], math.prod(largest.dims[1:])), dims=())
     return [left]
@@ -187,7 +196,7 @@ def _linear(model: Model, node: gs.Node, outputs: set[str]) -> Linear:
 
 def _make(model: Model, node: gs.Node, x: gs.Tensor, weight: Weight, **more: object) -> Linear:
     values = {"nodes": (node,), "y": node.outputs[0], **more}
-    return Linear(_path(node), node.op, model.places[id(node)], x=x, weight=weight, **values)
+    return Linear(_path(node), model.called(node), model.places[id(node)], x=x, weight=weight, **values)
 
 
 def _matmul(model: Model, node: gs.Node) -> Linear:
@@ -272,8 +281,11 @@ def _with_add(model: Model, linear: Linear, outputs: set[str]) -> Linear:
 
 
 def _bias(model: Model, tensor: gs.Tensor, weight: Weight, factor: float) -> Bias | None:
-    """A constant float bias: one number for each output, or one for all."""
+    """A constant float bias: one number for each output, or one for all; or codes of it, as static quantisers write."""
     origin = root(tensor)  # exporters let equal biases share one tensor through Identity
+    maker = origin.tensor.inputs[0] if origin.tensor.inputs else None
+    if maker is not None and maker.op == "DequantizeLinear" and not origin.casts and factor == 1.0:
+        return _coded_bias(model, tensor, maker, weight.shape[0])
     try:
         proto = stored(model, origin.tensor)
     except NoWeight:
@@ -285,6 +297,23 @@ def _bias(model: Model, tensor: gs.Tensor, weight: Weight, factor: float) -> Bia
     rows = weight.shape[0]
     fits = list(proto.dims) in ([rows], [1, rows], [], [1], [1, 1])
     return Bias(tensor.name, proto, factor) if fits and proto.data_type in TORCH else None
+
+
+def _coded_bias(model: Model, tensor: gs.Tensor, node: gs.Node, rows: int) -> Bias | None:
+    """A bias behind a DequantizeLinear: 32-bit codes, one scale or one for each output, zero points of 0."""
+    try:
+        codes_, scale, *point = (stored(model, x) for x in node.inputs if x.name)
+    except NoWeight:
+        return None
+    if (
+        codes_.data_type != onnx.TensorProto.INT32
+        or list(codes_.dims) != [rows]
+        or list(scale.dims) not in ([], [1], [rows])
+    ):
+        return None
+    if scale.data_type != onnx.TensorProto.FLOAT or any(bool(read_float(x, model.folder).any()) for x in point):
+        return None
+    return Bias(tensor.name, codes_, read_float(scale, model.folder).reshape(-1))
 
 
 def _own_bias(model: Model, node: gs.Node, index: int, weight: Weight) -> Bias | None:

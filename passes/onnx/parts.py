@@ -7,8 +7,9 @@ from itertools import accumulate
 import onnx_graphsurgeon as gs  # type: ignore[import-untyped]
 
 from ..parts import ONE, Axes, Parts, Reader, find_parts
-from .linears import MICROSOFT, Linear
+from .linears import Linear
 from .protos import opened
+from .unfold import MICROSOFT
 from .view import STANDARD, Model
 
 

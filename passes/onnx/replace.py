@@ -127,7 +127,7 @@ def _bias(model: Model, graph: onnx.GraphProto, linear: Linear, names: set[str])
         return ""
     rows = linear.weight.shape[0]
     constant = next((n for n, t in model.constants.items() if t is bias.proto), "")
-    if bias.factor == 1.0 and bias.proto.data_type == onnx.TensorProto.FLOAT and list(bias.proto.dims) == [rows]:
+    if bias.is_read_as_stored(rows):
         return constant
     values = bias.factor * read_float(bias.proto, model.folder).float().reshape(-1).expand(rows)
     name = _unused(f"{constant}.bias", names)
@@ -147,7 +147,8 @@ def _unread(model: Model, linears: Sequence[Linear]) -> tuple[set[Place], set[st
             dead |= {x.name for x in node.outputs if x.name not in kept}
     # The bias, where it is used as it is, and what the sparse op reads now are read by the new node.
     alive = {linear.x.name for linear in linears} | outputs
-    alive |= {name for name, t in model.constants.items() if any(x.bias and x.bias.proto is t for x in linears)}
+    read = [x.bias.proto for x in linears if x.bias is not None and x.bias.is_read_as_stored(x.weight.shape[0])]
+    alive |= {name for name, t in model.constants.items() if any(t is proto for proto in read)}
     for linear in linears:
         for node in linear.nodes:
             node.inputs.clear()

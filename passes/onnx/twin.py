@@ -24,6 +24,7 @@ from .protos import ONNX, TORCH, graphs, is_external, location, read_float, remo
 from .replace import IR_WITH_FUNCTIONS
 from .sparse_linears import Sparse
 from .spool import Spool
+from .unfold import unfold
 from .view import Model, Place
 
 DOUBLE, FLOAT, BFLOAT16 = onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
@@ -160,11 +161,12 @@ def _tensor(graph: onnx.GraphProto, stored: Stored) -> onnx.TensorProto | None:
 
 
 def read_raw(path: Path) -> onnx.ModelProto:
-    """The file as it is, but that its initializers are no inputs (before IR 4 all had to be)."""
+    """The file as it is, but that its initializers are no inputs (before IR 4 all had to be), and unfolded."""
     proto = onnx.load(str(path), load_external_data=False)
     stored = {tensor.name for tensor in proto.graph.initializer}
     if proto.ir_version < 4:
         remove(proto.graph.input, lambda value: value.name in stored)
+    unfold(proto)
     return proto
 
 

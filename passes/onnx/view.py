@@ -20,6 +20,7 @@ from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException  # type: 
 from ..errors import InputError
 from .names import make_names_unique
 from .protos import graphs, is_external, location, nbytes, tensors
+from .unfold import Unfolded, unfold
 
 G_LOGGER.severity = G_LOGGER.CRITICAL  # it tells about every type that numpy does not have
 STANDARD = ("", "ai.onnx")
@@ -39,12 +40,13 @@ class Model:
 
     Attributes:
         path: the file.
-        proto: what it holds, every name made unique; weights that lie beside it are not read.
+        proto: what it holds, every name made unique, see ``unfolded``; weights that lie beside it are not read.
         opset: version of the standard ops.
         valid: whether ONNX's checker accepts it. ONNX Runtime runs some models that it does not.
         constants: every initializer, and every tensor that a Constant node holds, by name.
         views: onnx-graphsurgeon's graphs, in the order of ``protos.graphs``.
         places: where each node of the views stands, by ``id``.
+        unfolded: the products of 8-bit activations that ``proto`` and the views have written out in float.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class Model:
     constants: dict[str, onnx.TensorProto]
     views: list[gs.Graph]
     places: dict[int, Place] = field(repr=False)
+    unfolded: list[Unfolded] = field(repr=False)
 
     @property
     def folder(self) -> Path:
@@ -68,6 +71,11 @@ class Model:
     def outputs(self) -> set[str]:
         """Every tensor that is an output of its graph."""
         return {tensor.name for view in self.views for tensor in view.outputs}
+
+    def called(self, node: gs.Node) -> str:
+        """What the file calls a product."""
+        before = (x.node.op_type for x in self.unfolded if x.product == node.outputs[0].name)
+        return next(before, str(node.op))
 
     def names(self) -> set[str]:
         """Every name of a tensor in use, so that new ones can differ."""
@@ -103,13 +111,14 @@ def read_model(path: Path) -> Model:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     _check_nodes(proto, path)
+    unfolded = unfold(proto)
     try:
         root = gs.import_onnx(proto)
     except (OnnxGraphSurgeonException, UnicodeDecodeError, KeyError, ValueError) as error:
         raise InputError(f"cannot read {path}: onnx-graphsurgeon says {str(error).splitlines()[0]}") from error
     views = list(_views(root))
     places = {id(n): Place(g, i) for g, view in enumerate(views) for i, n in enumerate(view.nodes)}
-    return Model(path, proto, opset, _valid(path), _constants(proto), views, places)
+    return Model(path, proto, opset, _valid(path), _constants(proto), views, places, unfolded)
 
 
 def _views(view: gs.Graph) -> Iterator[gs.Graph]:
@@ -162,6 +171,7 @@ def _check_data(tensor: onnx.TensorProto, path: Path) -> None:
 _LEAST = {"MatMul": 2, "Gemm": 2, "MatMulInteger": 2, "Cast": 1, "Transpose": 1, "Identity": 1, "DequantizeLinear": 2}
 _LEAST |= {"FusedMatMul": 2, "MatMulNBits": 3, "MatMulIntegerToFloat": 4, "DynamicQuantizeMatMul": 3}
 _LEAST |= {"DynamicQuantizeLinear": 1, "Add": 2, "Mul": 2, "Gather": 2, "GroupQueryAttention": 5}
+_LEAST |= {"QLinearMatMul": 8, "QGemm": 6}
 """How many inputs the ops that are looked into have at least; onnx-graphsurgeon does not ask."""
 
 

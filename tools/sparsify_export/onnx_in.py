@@ -19,6 +19,7 @@ from .passes.onnx.seeds import seed
 from .passes.onnx.sparse_linears import Sparse, choose, make_sparse
 from .passes.onnx.spool import Spool
 from .passes.onnx.twin import End, Twin, dense_twin, ends, link_data, mute, read_raw, twins, zeroed
+from .passes.onnx.unfold import Unfolded, fold_back
 from .passes.onnx.view import Model, read_model
 from .passes.onnx.write import write_proto
 from .report import LinearEntry, Report
@@ -102,12 +103,14 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
     with stages.run("write"):
         console.progress("writing", 0, 0)
         beside = twins(model, sparse)
-        written = _write(model, sparse, target.model, settings)
+        lowered = {entry.linear.nodes[0].outputs[0].name for entry in sparse}
+        kept = [entry for entry in model.unfolded if entry.product not in lowered]
+        written = _write(model, sparse, kept, target.model, settings)
         packed.file.unlink()
     with stages.run("verify"):
         console.progress("verifying", 0, 0)
         ways = (("kernels", True), ("functions", False)) if lowering else (("standard ops", False),)
-        verified = _verify(path, target, written, beside, model.opset, checked, ways)
+        verified = _verify(path, target, written, beside, kept, model.opset, checked, ways)
     with stages.run("measure"):
         console.progress("measuring", 0, 0)
         latency = compare_files(target.model, path, feeds[0]) if sparse and lowering else ()
@@ -234,11 +237,12 @@ def _norms(
     return {name: total.sqrt().float() for name, total in squares.items()}
 
 
-def _write(model: Model, sparse: list[Sparse], out: Path, settings: Settings) -> onnx.ModelProto:
+def _write(model: Model, sparse: list[Sparse], kept: list[Unfolded], out: Path, settings: Settings) -> onnx.ModelProto:
     if settings.ops == "sparse":
         replace_linears(model, sparse)
     else:
         exchange_weights(model, sparse)
+    fold_back(model.proto, kept)
     describe(model, {"onnx_source": str(model.path), "settings": told(settings)})
     write_proto(model.proto, out, base=model.folder, check=model.valid)
     return model.proto
@@ -249,6 +253,7 @@ def _verify(
     target: Target,
     written: onnx.ModelProto,
     beside: Sequence[Twin],
+    kept: Sequence[Unfolded],
     opset: int,
     checked: Sequence[Feed],
     ways: Sequence[tuple[str, bool]],
@@ -269,6 +274,7 @@ def _verify(
     try:
         for exact in (False, True):
             proto = dense_twin(source, beside, values, opset=opset, exact=exact)
+            fold_back(proto, kept)
             own[exact].write_bytes(alone(proto, ends(given, beside), features, dtypes).SerializeToString())
             seed(proto)
             twin[exact].write_bytes(proto.SerializeToString())
