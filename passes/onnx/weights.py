@@ -39,6 +39,7 @@ class Weight:
         stored_bytes: all parts in the file.
         bits: of one stored number.
         read: reads ``[out_features, in_features]`` in the type of ``value``, float32 where there is none.
+        group: neighbours along in_features that share a scale; 0 where there are no such groups.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Weight:
     stored_bytes: int
     bits: int
     read: Callable[[], Tensor]
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,9 @@ def _dequantised(model: Model, node: gs.Node, origin: Root, *, rows_first: bool)
 
     dtype = origin.dtype(protos[1].data_type)
     value = node.outputs[0].name
-    return Weight(
-        tensors[0].name, value, shape, rows_first, dtype, True, sum(map(nbytes, protos)), _bits(protos[0]), read
-    )
+    size = sum(map(nbytes, protos))
+    group = block if axis % 2 == int(rows_first) else 0
+    return Weight(tensors[0].name, value, shape, rows_first, dtype, True, size, _bits(protos[0]), read, group)
 
 
 def codes(model: Model, node: gs.Node) -> int | None:
@@ -240,7 +242,7 @@ def blocks(model: Model, node: gs.Node) -> Weight:
         return dequantise_blocks(*parts, shape=shape, bits=bits, block_size=block, packed_points=packed_points)
 
     dtype = TORCH[protos[1].data_type]
-    return Weight(tensors[0].name, "", shape, False, dtype, True, sum(map(nbytes, protos)), bits, read)
+    return Weight(tensors[0].name, "", shape, False, dtype, True, sum(map(nbytes, protos)), bits, read, block)
 
 
 def stored(model: Model, tensor: gs.Tensor) -> onnx.TensorProto:

@@ -5,12 +5,14 @@ import json
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from onnx_command import WAYS, compiled, refused
 from onnx_models import MICROSOFT, build, dense, node, rng, saved, sparse_kn
 from sparsify_export import onnx_in
 from sparsify_export.cli import main
+from sparsify_export.passes.dialect.storage import Storage
 from sparsify_export.passes.onnx import sparse_linears
+from sparsify_export.passes.onnx.own_storage import own_storage
 from sparsify_export.runtime import verify_onnx
 from sparsify_export.runtime.inspection import inspect
 
@@ -255,5 +257,33 @@ def test_a_pruned_file_stores_its_weights_as_the_given_one_does_and_does_not_gro
     assert f"int{bits}, as the file stores its weights" in " ".join(capsys.readouterr().out.split())
     report = json.loads((tmp_path / "o.onnx.report.json").read_text())
     assert {entry["op"] for entry in report["linears"]} == {f"linear_nm_int{bits}"}
+    assert report["settings"]["group"] == (32 if bits == 4 else None)
     given = {info.path: info.stored_bytes for info in inspect(path)}
     assert all(entry["stored_bytes"] < given[entry["path"]] for entry in report["linears"])
+
+
+@pytest.mark.parametrize(
+    ("form", "block", "group"),
+    [
+        ("MatMulNBits", 16, 128),
+        ("MatMulNBits", 32, 32),
+        ("MatMulNBits", 64, 64),
+        ("along K", 32, 32),
+        ("along N", 32, 128),
+    ],
+)
+def test_groups_of_4_bits_are_those_of_the_file_where_our_ops_have_them(form, block, group, tmp_path):
+    if form == "MatMulNBits":
+        attributes = {"K": 64, "N": 64, "bits": 4, "block_size": block, "domain": MICROSOFT}
+        weights = {"w": rng().integers(0, 256, (64, 64 // block, block // 2)).astype(np.uint8)}
+        nodes = [node("MatMulNBits", ["x", "w", "s"], ["y"], **attributes)]
+        proto = build(nodes, {"x": ["t", 64]}, ["y"], weights | {"s": np.ones((64, 64 // block), np.float32)})
+    else:
+        axis = 0 if form == "along K" else 1
+        shape = [64, 64]
+        shape[axis] //= block
+        nodes = [node("DequantizeLinear", ["w", "s"], ["v"], axis=axis, block_size=block)]
+        nodes += [node("MatMul", ["x", "v"], ["y"])]
+        proto = build(nodes, {"x": ["t", 64]}, ["y"], {"s": np.ones(shape, np.float32)}, opset=21, ir=10)
+        proto.graph.initializer.append(helper.make_tensor("w", TensorProto.INT4, [64, 64], np.ones(64 * 64, np.int8)))
+    assert own_storage(saved(proto, tmp_path)) == Storage("int4", group)

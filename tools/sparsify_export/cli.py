@@ -214,7 +214,7 @@ def compile_command(
             in: fp16, the default, bf16 or fp32; or int8 or fp8, for engines only, with --nm: products of pruned linears
             are of 8-bit codes between Q and DQ, activations with one scale each, calibrated, and the rest is fp16.
             TensorRT may run such products dense.
-        group: neighbouring weights that share an int4 scale; default 128.
+        group: neighbouring weights that share an int4 scale; default 128, or as an .onnx file of 4 bits has it.
         quantise: how pruned weights become int8 or int4: each to the nearest, the default of fast; by a sweep that
             hands errors on to other weights, the default of balanced; or joint, the default of best, where clipping
             strengths are learned too: by --tune or --distil together with the weights, by --allocate with the rates.
@@ -242,7 +242,7 @@ def compile_command(
     from .passes.checkpoint import Checkpoint
     from .passes.dialect.storage import FP32, Storage
     from .passes.given_masks import read_masks
-    from .passes.onnx.own_storage import own_dtype
+    from .passes.onnx.own_storage import GROUP, own_storage
     from .plan import EngineSettings, check_codes, check_engine_flags, not_built
     from .report import render
     from .settings import Calibration, Settings, parse_pattern
@@ -263,9 +263,9 @@ def compile_command(
         },
     )
     # What an .onnx file stores in 8 or 4 bits would grow in floats, pruned or not.
-    stores = model.endswith(".onnx") and Path(model).is_file() and not (dtype or engine or ops == "standard")
-    own = own_dtype(Path(model)) if stores else None
-    dtype = dtype or own or ("fp16" if engine else "fp32")
+    asked = model.endswith(".onnx") and Path(model).is_file() and not engine and ops != "standard"
+    own = own_storage(Path(model)) if asked and (dtype is None or (dtype == "int4" and group is None)) else None
+    dtype = dtype or (own.kind if own else "fp16" if engine else "fp32")
     ops = ops or ("standard" if engine else "sparse")
     positive("--samples", samples)
     positive("--seq-len", seq_len, least=2)
@@ -288,7 +288,8 @@ def compile_command(
     codes = engine.codes if engine else None
     if codes is None:
         assert dtype != "fp8"  # which was refused without an engine
-        storage = Storage(dtype, (group or 128) if dtype == "int4" else 0)
+        shared = group or (own.group if own else 0) or GROUP
+        storage = Storage(dtype, shared if dtype == "int4" else 0)
         on_grid = storage if ops == "sparse" else FP32
     else:
         storage = Storage("fp16")
@@ -397,7 +398,7 @@ def _refuse_ignored(flags: dict[str, object]) -> None:
         raise InputError(f"{given[0]} has no effect without --nm or --sparsity, since nothing is pruned")
 
 
-def _settings_table(model: str, out: str, effort: str | None, settings: Any, own: str | None) -> Table:
+def _settings_table(model: str, out: str, effort: str | None, settings: Any, own: Any) -> Table:
     from .onnx_in import told
     from .settings import plain
 
@@ -408,6 +409,7 @@ def _settings_table(model: str, out: str, effort: str | None, settings: Any, own
         table.add_row("effort", effort)
     for name, value in (told(settings) if model.endswith(".onnx") else plain(settings)).items():
         if value not in (None, []):
-            said = f"{value}, as the file stores its weights" if name == "dtype" and own else str(value)
+            as_given = own is not None and value == {"dtype": own.kind, "group": own.group}.get(name)
+            said = f"{value}, as the file stores its weights" if as_given else str(value)
             table.add_row(name.replace("_", " "), said)
     return table
