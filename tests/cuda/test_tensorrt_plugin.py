@@ -6,6 +6,7 @@ to it, or to several of them (10.x and 11.x) with a colon between.
 
 import ctypes
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -75,6 +76,40 @@ def test_compiles_with_the_real_cuda_headers(headers, source, tmp_path):
         pytest.skip(f"needs CUDA's headers, and {CUDA_HEADERS} has none")
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem", headers, "-isystem", CUDA_HEADERS]
     subprocess.run(["c++", *flags, f"-I{ROOT / 'cuda'}", "-fsyntax-only", source], check=True)
+
+
+@pytest.fixture(scope="module", params=HEADERS, ids=str)
+def host(request, tmp_path_factory):
+    """Runs a program that loads the static library by dlopen, with and without a TensorRT in the process."""
+    kernels = cuda_emulated.build()
+    folder = tmp_path_factory.mktemp("host")
+    major = re.search(r"define TRT_MAJOR_ENTERPRISE (\d+)", (request.param / "NvInferVersion.h").read_text())[1]
+    flags, shared = [*FLAGS, "-isystem", request.param], ["-shared", "-x", "none", kernels.library._name]
+    tensorrt, library = folder / f"libnvinfer.so.{major}", folder / "libsparsify_tensorrt_static.so"
+    program, source = folder / "host", ROOT / "tests/cuda/plugin_host.cpp"
+    mock = ["-DSPARSIFY_LIBNVINFER", "-Wno-deprecated-declarations", "-shared", f"-Wl,-soname,{tensorrt.name}"]
+    subprocess.run(["c++", *flags, *mock, source, "-o", tensorrt], check=True)
+    subprocess.run(["c++", *flags, *SOURCES, *shared, "-o", library, "-ldl"], check=True)
+    subprocess.run(["c++", *flags, source, "-o", program, "-ldl"], check=True)
+
+    def run(*, with_tensorrt):
+        given = [program, library, *([tensorrt] if with_tensorrt else [])]
+        return subprocess.run(given, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def test_a_host_that_only_calls_dlopen_gets_the_plugins(host):
+    """trtexec and Triton keep TensorRT's symbols to themselves: RTLD_LAZY | RTLD_LOCAL."""
+    done = host(with_tensorrt=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "sparsify::linear_bitmask 1\nsparsify::linear_nm 1\n"
+
+
+def test_a_host_without_tensorrt_is_told_so_and_lives(host):
+    done = host(with_tensorrt=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert re.fullmatch(r"sparsify: found no libnvinfer\.so\.1\d .*; load TensorRT before the plugins\n", done.stderr)
 
 
 def words(packed):
