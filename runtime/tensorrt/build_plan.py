@@ -8,9 +8,13 @@ with zeros anywhere the library of our plugins, and nothing else; rich shows the
 import argparse
 import importlib.util
 import json
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,8 @@ Show = Callable[[str, int, int], object]
 SPARSE = re.compile(r"sparse|sptensor|spgemm", re.IGNORECASE)
 PRODUCT = re.compile(rf"gemm|gemv|cutlass|xmma|matmul|{SPARSE.pattern}", re.IGNORECASE)
 """What the names of tactics that multiply matrices hold."""
+
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
 
 
 class PlanError(RuntimeError):
@@ -100,13 +106,61 @@ class Log(trt.ILogger):
             self.sparsity.append(msg)
 
 
-class Monitor(trt.IProgressMonitor):
-    """Shows the two outermost levels of phases; Ctrl-C stops the build at the next step."""
+class Stop:
+    """Whether a signal has asked to stop while TensorRT works.
 
-    def __init__(self, show: Show) -> None:
+    Its bindings drop every exception that a logger or ``phase_start`` raises, and a handler's comes wherever Python
+    runs next. What Python writes to the wake-up descriptor is not lost.
+    """
+
+    def __init__(self, arrived: int | None) -> None:
+        self._arrived = arrived
+        self._number = 0
+
+    def asked(self) -> bool:
+        """Whether one has."""
+        try:
+            numbers = os.read(self._arrived, 64) if self._arrived is not None else b""
+        except BlockingIOError:
+            numbers = b""
+        self._number = next((number for number in numbers if number in STOPPING), self._number)
+        return self._number != 0
+
+    def raise_again(self) -> None:
+        """Raise what the signal's handler raises, if one has."""
+        if self.asked():
+            signal.raise_signal(self._number)
+            raise KeyboardInterrupt  # the handler raised nothing
+
+
+@contextmanager
+def heard() -> Iterator[Stop]:
+    """Inside, signals are noted. Outside the main thread, to which Python sends no signals, none is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield Stop(None)
+        return
+    arrived, waking = os.pipe()
+    os.set_blocking(arrived, False)
+    os.set_blocking(waking, False)
+    before = signal.set_wakeup_fd(waking, warn_on_full_buffer=False)
+    try:
+        stop = Stop(arrived)
+        yield stop
+        stop.raise_again()
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(arrived)
+        os.close(waking)
+
+
+class Monitor(trt.IProgressMonitor):
+    """Shows the two outermost levels of phases; a signal stops the build at the next step."""
+
+    def __init__(self, show: Show, stop: Stop) -> None:
         trt.IProgressMonitor.__init__(self)
-        self.stopped = False
         self._show = show
+        self._stop = stop
+        self.interrupted = False
         self._steps: dict[str, int] = {}
         self._outermost: set[str] = set()
 
@@ -124,8 +178,8 @@ class Monitor(trt.IProgressMonitor):
             if phase_name in self._steps:
                 self._show(phase_name, step + 1, self._steps[phase_name])
         except KeyboardInterrupt:  # it must not travel through TensorRT's own frames
-            self.stopped = True
-        return not self.stopped
+            self.interrupted = True
+        return not (self.interrupted or self._stop.asked())
 
     def phase_finish(self, phase_name: str) -> None:
         """A phase ends."""
@@ -147,11 +201,12 @@ def build(options: Options, folder: Path, *, show: Show, library: Path | None = 
     check_version()
     if wanted := sorted({linear["plugin"] for linear in options.linears} - {""}):
         load_plugins(library or folder / LIBRARY, wanted)
-    sparse = build_one(options, folder, folder / options.plan, sparse=options.sparse, show=show)
-    dense = None
-    if options.sparse:
-        beside = folder / f"{options.plan.rpartition('.')[0]}.dense.plan"
-        dense = build_one(options, folder, beside, sparse=False, show=show)
+    with heard() as stop:
+        sparse = build_one(options, folder, folder / options.plan, sparse=options.sparse, show=show, stop=stop)
+        dense = None
+        if options.sparse:
+            beside = folder / f"{options.plan.rpartition('.')[0]}.dense.plan"
+            dense = build_one(options, folder, beside, sparse=False, show=show, stop=stop)
     return {
         "tensorrt": trt.__version__,
         "plan": sparse.plan.name,
@@ -198,7 +253,7 @@ def load_plugins(library: Path, wanted: Sequence[str]) -> None:
             raise PlanError(f"{library} holds no plugin {name} of the namespace {NAMESPACE}, version {VERSION}")
 
 
-def build_one(options: Options, folder: Path, plan: Path, *, sparse: bool, show: Show) -> Engine:
+def build_one(options: Options, folder: Path, plan: Path, *, sparse: bool, show: Show, stop: Stop) -> Engine:
     """Build one engine, look inside, and write it beside its place and rename it."""
     log = Log()
     try:
@@ -211,7 +266,7 @@ def build_one(options: Options, folder: Path, plan: Path, *, sparse: bool, show:
     parser = trt.OnnxParser(network, log)  # kept until the engine is built: the network only points at its weights
     parse(parser, folder / options.onnx)
     allow_decomposition(network)
-    monitor = Monitor(show)
+    monitor = Monitor(show, stop)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -222,7 +277,8 @@ def build_one(options: Options, folder: Path, plan: Path, *, sparse: bool, show:
     add_profiles(builder, config, options.profiles)
     use_timing_cache(config, folder / options.timing_cache)
     built = builder.build_serialized_network(network, config)
-    if monitor.stopped:
+    stop.raise_again()
+    if monitor.interrupted:
         raise KeyboardInterrupt
     if built is None:
         raise PlanError(f"TensorRT built nothing: {' '.join(log.errors) or 'it gives no reason'}")

@@ -1,12 +1,17 @@
 """The builder, as the script that is written, against a double that offers what the real bindings do."""
 
+import contextlib
 import importlib.util
 import json
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sparsify_export.runtime import tensorrt
+from sparsify_export.signals import Stopped, stoppable
 from trt_double import Double
 
 SCRIPT = Path(tensorrt.__file__).with_name("build_plan.py")
@@ -160,6 +165,52 @@ def test_progress_is_shown_and_ctrl_c_stops_the_build(build):
 
     with pytest.raises(KeyboardInterrupt):
         build(script)
+
+
+def dropping(*calls):
+    """Call as the bindings do: exceptions of a logger and of ``phase_start`` go nowhere."""
+    for call in calls:
+        with contextlib.suppress(BaseException):
+            call()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["parser", "logger", "phase_start"])
+def test_a_signal_whose_exception_the_bindings_drop_stops_the_build(build, tmp_path, number, where):
+    steps = []
+
+    def script(double):
+        def make(self, network, config):
+            monitor = double.called("IBuilderConfig.progress_monitor")[-1][0]
+            log = double.called("Builder")[-1][0]
+            if where == "phase_start":
+                monitor._show = lambda *_: signal.raise_signal(number)
+            dropping(lambda: monitor.phase_start("Building", None, 9))
+            if where == "logger":
+                log.errors = SimpleNamespace(append=lambda message: signal.raise_signal(number))
+                dropping(lambda: log.log(double.ILogger.ERROR, "an error"))
+            monitor._show = lambda *_: None
+            steps.append(monitor.step_complete("Building", 0))
+            return None if not steps[-1] else double.IHostMemory(b"engine")
+
+        def parse(self, path):
+            dropping(lambda: signal.raise_signal(number) if where == "parser" else None)
+            return True
+
+        return {"Builder.build_serialized_network": make, "OnnxParser.parse_from_file": parse}
+
+    kept = signal.set_wakeup_fd(-1)
+    with stoppable(), pytest.raises(Stopped) as stopped:
+        build(script)
+    assert stopped.value.number == number
+    assert steps == [False]  # and no second engine is begun
+    assert not (tmp_path / "m.plan").exists()
+    assert signal.set_wakeup_fd(kept) == -1  # as it was found
+
+
+def test_a_build_in_another_thread_runs_without_signals(build):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(build).result()[0] == 0
 
 
 def parser_error(double):
