@@ -80,6 +80,7 @@ class Engine:
         plan_bytes: of the file.
         weight_bytes: of its weights, as TensorRT counts them.
         log: the lines that TensorRT logs about sparsity.
+        warnings: what TensorRT warns of, each once.
         layers: its layers, as the engine inspector describes them.
     """
 
@@ -87,15 +88,17 @@ class Engine:
     plan_bytes: int
     weight_bytes: int
     log: tuple[str, ...]
+    warnings: tuple[str, ...]
     layers: tuple[Any, ...]
 
 
 class Log(trt.ILogger):
-    """Keeps errors and what is said about sparsity."""
+    """Keeps errors, warnings, and what is said about sparsity."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
         self.errors: list[str] = []
+        self.warnings: list[str] = []
         self.sparsity: list[str] = []
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
@@ -104,6 +107,8 @@ class Log(trt.ILogger):
             self.errors.append(msg)
         elif "(Sparsity)" in msg:
             self.sparsity.append(msg)
+        elif severity == trt.ILogger.WARNING:
+            self.warnings.append(msg)
 
 
 class Stop:
@@ -216,6 +221,7 @@ def build(options: Options, folder: Path, *, show: Show, library: Path | None = 
         "dense_plan_bytes": dense.plan_bytes if dense else None,
         "dense_weight_bytes": dense.weight_bytes if dense else None,
         "log": list(sparse.log),
+        "warnings": list(dict.fromkeys(sparse.warnings + (dense.warnings if dense else ()))),
         "linears": [{**linear, **verdict(linear["name"], linear["plugin"], sparse)} for linear in options.linears],
     }
 
@@ -290,7 +296,8 @@ def build_one(options: Options, folder: Path, plan: Path, *, sparse: bool, show:
     described = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     weight_bytes = engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE)
     replace(plan, memoryview(built))
-    return Engine(plan, built.nbytes, weight_bytes, tuple(log.sparsity), tuple(described.get("Layers", ())))
+    warnings = tuple(dict.fromkeys(log.warnings))
+    return Engine(plan, built.nbytes, weight_bytes, tuple(log.sparsity), warnings, tuple(described.get("Layers", ())))
 
 
 def parse(parser: trt.OnnxParser, onnx: Path) -> None:
@@ -419,7 +426,7 @@ def summary(found: Mapping[str, Any]) -> list[str]:
     for linear in able:
         if linear["picked"] != "yes":
             lines.append(f"  {linear['name']}: {linear['picked']}, {linear['why']}")
-    return lines
+    return lines + [f"TensorRT warns: {warning}" for warning in found["warnings"]]
 
 
 def read_options(file: Path) -> Options:

@@ -18,6 +18,10 @@ Profiles: TypeAlias = dict[str, dict[str, list[list[int]]]]
 CONTEXT = 2048
 """Tokens in a context where the model takes more and nothing is asked for."""
 
+PIECES = 4
+"""In so many a prompt as long as the context is read, where nothing is asked for. A profile gives each input a range of
+its own, so at most S tokens are read after at most context - S: with S the context, none could follow a past."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -49,14 +53,17 @@ def parse_range(flag: str, text: str) -> Range:
     return least, typical, most
 
 
-def choose_sizes(batch: str | None, sequence: str | None, context: int | None, *, longest: int | None) -> Sizes:
+def choose_sizes(
+    batch: str | None, sequence: str | None, context: int | None, *, longest: int | None, cached: bool
+) -> Sizes:
     """Fill in what was not given, and refuse what cannot be.
 
     Args:
         batch: ``--batch``; default 1,1,1.
-        sequence: ``--seq``; default 1 to the context, typically 128.
+        sequence: ``--seq``; default 1 to the context, with a cache to a quarter of it; typically 128.
         context: ``--context``; default what the model takes, up to ``CONTEXT``.
         longest: tokens that the model takes; None where it does not say.
+        cached: whether the model has a KV cache, so that longer prompts can be read in pieces.
 
     Raises:
         InputError: a range contradicts itself or the context, or the context is longer than the model's.
@@ -66,7 +73,8 @@ def choose_sizes(batch: str | None, sequence: str | None, context: int | None, *
     context = context or min(longest or CONTEXT, CONTEXT)
     if context < 2:
         raise InputError(f"--context {context} is too small; want 2 or more")
-    tokens = parse_range("--seq", sequence) if sequence else (1, min(128, context), context)
+    most = max(1, context // PIECES) if cached else context
+    tokens = parse_range("--seq", sequence) if sequence else (1, min(128, most), most)
     if tokens[2] > context:
         raise InputError(f"--seq {sequence} asks for {tokens[2]} tokens at once, more than the context of {context}")
     return Sizes(parse_range("--batch", batch) if batch else (1, 1, 1), tokens, context)
@@ -75,7 +83,9 @@ def choose_sizes(batch: str | None, sequence: str | None, context: int | None, *
 def profiles_for(path: Path, sizes: Sizes) -> Profiles:
     """The profiles of an ONNX file that this tool wrote, from the names of its inputs' axes.
 
-    A decoder gets two: ``prefill`` takes prompts after any past, none typically, and ``decode`` one token after a past.
+    A decoder gets two: ``prefill`` takes prompts, up to S tokens after a past of up to context - S, none typically, and
+    ``decode`` one token after any past. At every corner past and tokens add up to the mask, or TensorRT would try
+    shapes that contradict each other. Longer prompts are read in pieces (``pieces``).
     """
     inputs = onnx.load(str(path), load_external_data=False).graph.input
     shapes = {
@@ -85,7 +95,7 @@ def profiles_for(path: Path, sizes: Sizes) -> Profiles:
     prefill = {
         "batch_size": batch,
         "sequence_length": tokens,
-        "past_sequence_length": (0, 0, context - tokens[0]),
+        "past_sequence_length": (0, 0, context - tokens[2]),
         "total_sequence_length": (tokens[0], tokens[1], context),
     }
     if not any(name.startswith("past_key_values.") for name in shapes):
@@ -98,6 +108,24 @@ def profiles_for(path: Path, sizes: Sizes) -> Profiles:
         "total_sequence_length": (2, half + 1, context),
     }
     return {"prefill": _at(shapes, prefill), "decode": _at(shapes, decode)}
+
+
+def pieces(past: int, tokens: int, *, most: int, most_past: int) -> list[int]:
+    """In which pieces a profile takes tokens after a past.
+
+    What is left over by whole pieces comes first, so that the last one follows at most context - ``most``. A few tokens
+    near the end of the context are read one by one, by the profile for decoding.
+
+    Args:
+        past: tokens in the cache.
+        tokens: tokens to read.
+        most: tokens that the profile takes at once.
+        most_past: tokens in the cache after which it does.
+    """
+    if tokens > most:
+        rest = tokens % most
+        return [rest] * (rest > 0) + [most] * (tokens // most)
+    return [tokens] if past <= most_past else [1] * tokens
 
 
 def _at(shapes: Mapping[str, Sequence[str | int]], axes: Mapping[str, Range]) -> dict[str, list[list[int]]]:

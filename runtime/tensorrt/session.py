@@ -1,5 +1,6 @@
 """Run a TensorRT engine through the interface of an ONNX Runtime session; buffers are torch tensors on the GPU."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,10 +16,12 @@ from ...passes.errors import InputError, NotBuiltError
 from ...passes.onnx.plugin import LIBRARY
 from ...passes.onnx.plugin import OP as PLUGIN
 from ..session import CausalSession, Floats, Ints, Past
+from .profiles import pieces
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
+LOG = logging.getLogger(__name__)
 SUFFIXES = (".plan", ".engine")
 DEVICE = "cuda"
 
@@ -68,8 +71,8 @@ class PlanSession:
         """Load an engine.
 
         Raises:
-            InputError: there is no such file, it is no engine of this TensorRT and GPU, or the plugins beside it
-                cannot be loaded.
+            InputError: there is no such file, or it is no engine of this TensorRT and GPU, maybe because it needs the
+                plugins beside it, which cannot be loaded.
             NotBuiltError: engines cannot be run here.
         """
         check_can_run(path)
@@ -78,23 +81,32 @@ class PlanSession:
         from .build_plan import Log, PlanError, load_plugins
 
         log = Log()
+        trt.init_libnvinfer_plugins(log, "")  # TensorRT's own, which some of its operators are
+        unloaded = ""
         if (library := path.with_name(LIBRARY)).is_file():
             try:
                 load_plugins(library, [PLUGIN])
-            except PlanError as error:
-                raise InputError(str(error)) from error
+            except PlanError as error:  # an engine may do without them
+                unloaded = f"; {error}"
         self._runtime = trt.Runtime(log)  # kept: the engine lives in it
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
-            raise InputError(f"{path} is not an engine of this TensorRT and GPU: {' '.join(log.errors)}")
+            raise InputError(f"{path} is not an engine of this TensorRT and GPU: {' '.join(log.errors)}{unloaded}")
         self._engine: trt.ICudaEngine = engine
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        profiles = range(engine.num_optimization_profiles)
+        # One context runs at a time, so all share the memory that the largest needs.
+        room = max(1, *(engine.get_device_memory_size_for_profile_v2(index) for index in profiles))
+        self._activations = torch.empty(room, dtype=torch.uint8, device=DEVICE)
         self._contexts: list[trt.IExecutionContext] = []
-        for index in range(engine.num_optimization_profiles):
-            context = engine.create_execution_context()
+        for index in profiles:
+            context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if context is None or not context.set_optimization_profile_async(index, self._stream.cuda_stream):
                 raise InputError(f"{path} cannot be run on this GPU: {' '.join(log.errors)}")
+            context.set_device_memory(self._activations.data_ptr(), room)
             self._contexts.append(context)
+        for warning in dict.fromkeys(log.warnings):
+            LOG.warning("TensorRT: %s", warning)
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self._inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self._outputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
@@ -155,6 +167,11 @@ class PlanSession:
         self._stream.synchronize()
         return results
 
+    def most(self, name: str) -> list[tuple[int, ...]]:
+        """The largest shape of an input in each profile."""
+        profiles = range(len(self._contexts))
+        return [tuple(self._engine.get_tensor_profile_shape(name, index)[2]) for index in profiles]
+
     def _context(self, shapes: Mapping[str, tuple[int, ...]]) -> "trt.IExecutionContext":
         """The context of the last profile that takes these shapes; later profiles are narrower."""
         for index in reversed(range(len(self._contexts))):
@@ -192,10 +209,22 @@ class CausalPlan(CausalSession):
         self._run(ids, mask, past)
 
     def _run(self, ids: Ints, mask: Ints, past: Past) -> dict[str, Tensor]:
-        feed = dict(zip(self._past, past, strict=True))
-        for name, array in (("input_ids", ids), ("attention_mask", mask)):
-            feed[name] = self.session.upload(name, array)
-        return self.session.run_on_gpu(feed)
+        """All tokens, in as many pieces as the engine's profile for prompts wants."""
+        tokens = [shape[1] for shape in self.session.most("input_ids")]
+        prefill = tokens.index(max(tokens))
+        most_past = self.session.most(self._past[0])[prefill][2]
+        logits: list[Tensor] = []
+        results: dict[str, Tensor] = {}
+        begin, cached = 0, mask.shape[1] - ids.shape[1]
+        for size in pieces(cached, ids.shape[1], most=tokens[prefill], most_past=most_past):
+            end = begin + size
+            feed = dict(zip(self._past, past, strict=True))
+            for name, array in (("input_ids", ids[:, begin:end]), ("attention_mask", mask[:, : cached + end])):
+                feed[name] = self.session.upload(name, array)
+            results = self.session.run_on_gpu(feed)
+            logits.append(results["logits"])
+            past, begin = [results[name] for name in self._present], end
+        return {**results, "logits": logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)}
 
 
 def _fits(shape: tuple[int, ...], least: Sequence[int], _: Sequence[int], most: Sequence[int]) -> bool:

@@ -99,7 +99,7 @@ def test_options_and_report_say_what_is_wanted_and_possible(written):
     options = json.loads(written.with_name("model.trt.json").read_text())
     assert options["onnx"] == "model.trt.onnx"
     assert options["sparse"]
-    assert options["profiles"]["prefill"]["attention_mask"] == [[1, 1], [1, 64], [2, 64]]
+    assert options["profiles"]["prefill"]["attention_mask"] == [[1, 1], [1, 16], [2, 64]]
     assert options["profiles"]["decode"]["input_ids"] == [[1, 1], [1, 1], [2, 1]]
     linears = {linear["name"]: linear for linear in options["linears"]}
     gate = linears["model.layers.0.mlp.gate_proj+up_proj"]

@@ -223,7 +223,8 @@ def compile_command(
             runs slower.
         lower_for: tokens in a call that --lower auto decides for; default 1, decoding.
         batch: texts at once that an engine takes, as min,opt,max; default 1,1,1.
-        seq: tokens at once that an engine takes, as min,opt,max; default 1 to the context, best at 128.
+        seq: tokens at once that an engine takes, as min,opt,max; default 1 to a quarter of the context, best at 128;
+            longer prompts are read in pieces. Without a KV cache to the context.
         context: tokens of a text at most that an engine takes; default what the model takes, up to 2048.
         workspace: MiB of memory that a tactic of an engine may use; default as TensorRT decides.
         eval_: text file to measure perplexity on, before and after; exact answers are counted as well.

@@ -262,6 +262,8 @@ def _build(
         except PlanError as error:
             why = str(error)
             (target.stage / target.out.name).unlink(missing_ok=True)  # one of the two engines may have been built
+    for warning in found.get("warnings", ()):
+        console.note(f"TensorRT warns: {warning}")
     if found and found["dense_plan"] and not why_not(run=True):
         with stages.run("measure"):
             latency = compare_plans(target.stage / found["plan"], target.stage / found["dense_plan"])

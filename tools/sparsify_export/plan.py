@@ -22,7 +22,7 @@ class EngineSettings:
 
     Attributes:
         batch: texts at once, ``min,opt,max``; None for one.
-        sequence: tokens at once, ``min,opt,max``; None for any up to the context.
+        sequence: tokens at once, ``min,opt,max``; None for any up to the context, or a quarter of it with a KV cache.
         context: tokens of a text at most; None for what the model takes, within reason.
         workspace_mib: memory that a tactic may use; None leaves it to TensorRT.
         codes: what the products of pruned linears are of; None for what everything else is computed in.
@@ -121,7 +121,8 @@ def engine_sizes(engine: EngineSettings, pretrained: Pretrained) -> Sizes:
         flag = "--seq" if engine.sequence else "--context"
         raise InputError(f"{flag} has no effect: {pretrained.source} does not take text")
     limit = longest(pretrained.model) if is_text else None
-    return choose_sizes(engine.batch, engine.sequence, engine.context, longest=limit)
+    cached = pretrained.kind == "causal"
+    return choose_sizes(engine.batch, engine.sequence, engine.context, longest=limit, cached=cached)
 
 
 def not_built(out: Path, engine: Mapping[str, Any]) -> str:

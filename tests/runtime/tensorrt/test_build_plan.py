@@ -135,6 +135,22 @@ def test_the_log_is_believed_before_the_inspector(build, tmp_path):
     ]
 
 
+def test_warnings_are_kept_and_shown(build, tmp_path, capsys):
+    def script(double):
+        def make(self, network, config):
+            log = double.called("Builder")[-1][0]
+            for _ in range(2):
+                log.log(double.ILogger.WARNING, "profile 0 is ignored")
+            log.log(double.ILogger.INFO, "nothing")
+            return double.IHostMemory(b"engine")
+
+        return {"Builder.build_serialized_network": make}
+
+    assert build(script)[0] == 0
+    assert json.loads((tmp_path / "m.plan.layers.json").read_text())["warnings"] == ["profile 0 is ignored"]
+    assert capsys.readouterr().out.splitlines()[-1] == "TensorRT warns: profile 0 is ignored"
+
+
 def test_a_dense_model_gets_one_engine_and_no_flag(build, tmp_path):
     code, double = build(sparse=False, workspace_mib=None)
     assert code == 0

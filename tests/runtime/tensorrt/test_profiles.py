@@ -3,7 +3,7 @@
 import onnx
 import pytest
 from sparsify_export.passes.errors import InputError
-from sparsify_export.runtime.tensorrt.profiles import Sizes, choose_sizes, parse_range, profiles_for
+from sparsify_export.runtime.tensorrt.profiles import Sizes, choose_sizes, parse_range, pieces, profiles_for
 
 
 def onnx_file(folder, inputs):
@@ -27,7 +27,7 @@ def test_a_decoder_gets_a_profile_for_prompts_and_one_for_decoding(tmp_path):
         "prefill": {
             "input_ids": [[1, 1], [2, 8], [4, 64]],
             "attention_mask": [[1, 1], [2, 8], [4, 100]],
-            "past_key_values.0.key": [[1, 2, 0, 16], [2, 2, 0, 16], [4, 2, 99, 16]],
+            "past_key_values.0.key": [[1, 2, 0, 16], [2, 2, 0, 16], [4, 2, 36, 16]],
         },
         "decode": {
             "input_ids": [[1, 1], [2, 1], [4, 1]],
@@ -39,22 +39,51 @@ def test_a_decoder_gets_a_profile_for_prompts_and_one_for_decoding(tmp_path):
 
 def test_images_get_one_profile(tmp_path):
     path = onnx_file(tmp_path, {"pixel_values": ["batch_size", 3, 32, 32]})
-    sizes = choose_sizes("1,8,16", None, None, longest=None)
+    sizes = choose_sizes("1,8,16", None, None, longest=None, cached=False)
     assert profiles_for(path, sizes) == {"all": {"pixel_values": [[1, 3, 32, 32], [8, 3, 32, 32], [16, 3, 32, 32]]}}
 
 
 def test_what_is_not_given_comes_from_the_model():
-    assert choose_sizes(None, None, None, longest=8192) == Sizes((1, 1, 1), (1, 128, 2048), 2048)
-    assert choose_sizes(None, None, None, longest=64) == Sizes((1, 1, 1), (1, 64, 64), 64)
-    assert choose_sizes(None, "2,4,8", 4096, longest=8192) == Sizes((1, 1, 1), (2, 4, 8), 4096)
+    assert choose_sizes(None, None, None, longest=8192, cached=False) == Sizes((1, 1, 1), (1, 128, 2048), 2048)
+    assert choose_sizes(None, None, None, longest=8192, cached=True) == Sizes((1, 1, 1), (1, 128, 512), 2048)
+    assert choose_sizes(None, None, None, longest=64, cached=True) == Sizes((1, 1, 1), (1, 16, 16), 64)
+    assert choose_sizes(None, None, 2, longest=64, cached=True) == Sizes((1, 1, 1), (1, 1, 1), 2)
+    assert choose_sizes(None, "2,4,8", 4096, longest=8192, cached=True) == Sizes((1, 1, 1), (2, 4, 8), 4096)
 
 
-@pytest.mark.parametrize("least_context", [2, 3])
-def test_every_profile_is_in_order_even_for_the_shortest_context(tmp_path, least_context):
+@pytest.mark.parametrize("sequence", [None, "2,4,8", "1,8,8"])
+@pytest.mark.parametrize("context", [8, 9, 2048])
+def test_past_and_tokens_add_up_to_the_mask_at_every_corner(tmp_path, sequence, context):
+    shapes = {"input_ids": ["batch_size", "sequence_length"], "attention_mask": ["batch_size", "total_sequence_length"]}
+    path = onnx_file(tmp_path, {**shapes, "past_key_values.0.key": ["batch_size", 1, "past_sequence_length", 1]})
+    for profile in profiles_for(path, choose_sizes(None, sequence, context, longest=4096, cached=True)).values():
+        for ids, mask, past in zip(*profile.values(), strict=True):
+            assert past[2] + ids[1] == mask[1]
+        for least, typical, most in profile.values():
+            assert all(a <= b <= c for a, b, c in zip(least, typical, most, strict=True))
+
+
+@pytest.mark.parametrize("context", [2, 3])
+def test_every_profile_is_in_order_even_for_the_shortest_context(tmp_path, context):
     path = onnx_file(tmp_path, {"past_key_values.0.key": ["batch_size", 1, "past_sequence_length", 1]})
-    for shapes in profiles_for(path, choose_sizes(None, None, least_context, longest=8)).values():
+    for shapes in profiles_for(path, choose_sizes(None, None, context, longest=8, cached=True)).values():
         for least, typical, most in shapes.values():
             assert all(a <= b <= c for a, b, c in zip(least, typical, most, strict=True))
+
+
+def test_every_prompt_after_every_past_is_read_in_pieces_that_a_profile_takes():
+    context, most = 23, 5  # which does not divide it
+    for past in range(context):
+        for tokens in range(1, context - past + 1):
+            found = pieces(past, tokens, most=most, most_past=context - most)
+            assert sum(found) == tokens
+            cached = past
+            for size in found:
+                assert size == 1 or (size <= most and cached <= context - most)
+                cached += size
+    assert pieces(0, 16, most=8, most_past=24) == [8, 8]
+    assert pieces(0, 17, most=8, most_past=24) == [1, 8, 8]
+    assert pieces(30, 2, most=8, most_past=24) == [1, 1]
 
 
 @pytest.mark.parametrize("text", ["1", "1,2", "a,b,c", "1,,3", "-1,2,3", "1.5,2,3", "1,2,3,4", ""])
@@ -71,8 +100,8 @@ def test_a_range_that_contradicts_itself_is_refused(text):
 
 def test_profiles_that_contradict_each_other_or_the_model_are_refused():
     with pytest.raises(InputError, match="--seq 1,8,64 asks for 64 tokens at once, more than the context of 32"):
-        choose_sizes(None, "1,8,64", 32, longest=128)
+        choose_sizes(None, "1,8,64", 32, longest=128, cached=True)
     with pytest.raises(InputError, match="--context 256 is longer than the 128 tokens that the model takes"):
-        choose_sizes(None, None, 256, longest=128)
+        choose_sizes(None, None, 256, longest=128, cached=True)
     with pytest.raises(InputError, match="--context 1 is too small"):
-        choose_sizes(None, None, 1, longest=128)
+        choose_sizes(None, None, 1, longest=128, cached=True)

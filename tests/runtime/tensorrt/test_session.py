@@ -21,9 +21,10 @@ from trt_double import Double
 RANGES = {
     "input_ids": ([1, 1], [1, 16]),
     "attention_mask": ([1, 1], [1, 32]),
-    "past_key_values.0.key": ([1, 1, 0, 8], [1, 1, 31, 8]),
-    "past_key_values.0.value": ([1, 1, 0, 8], [1, 1, 31, 8]),
+    "past_key_values.0.key": ([1, 1, 0, 8], [1, 1, 16, 8]),
+    "past_key_values.0.value": ([1, 1, 0, 8], [1, 1, 16, 8]),
 }
+"""For prompts; decoding takes one token after up to 31."""
 
 
 class Context:
@@ -69,8 +70,8 @@ def plan(surface, tiny, tmp_path, monkeypatch):
 
     def profile(self, name, index):
         least, most = RANGES[name]
-        if index and name == "input_ids":
-            most = [1, 1]
+        if index and name != "attention_mask":
+            most = [1, 1] if name == "input_ids" else [1, 1, 31, 8]
         return [least, least, most]
 
     double = Double(surface, {})
@@ -79,6 +80,7 @@ def plan(surface, tiny, tmp_path, monkeypatch):
     double.script |= {
         "ICudaEngine.num_optimization_profiles": 2,
         "ICudaEngine.num_io_tensors": len(values),
+        "ICudaEngine.get_device_memory_size_for_profile_v2": lambda self, index: [4096, 512][index],
         "ICudaEngine.get_tensor_name": lambda self, index: list(values)[index],
         "ICudaEngine.get_tensor_mode": lambda self, name: mode.INPUT if name in inputs else mode.OUTPUT,
         "ICudaEngine.get_tensor_dtype": lambda self, name: floats[values[name].type],
@@ -128,10 +130,30 @@ def test_plugins_beside_an_engine_are_loaded_before_it(plan):
     assert order.index("IPluginRegistry.load_library") < order.index("Runtime.deserialize_cuda_engine")
     open_artifact(plan.path)
     assert known == [str(library)]  # once
+    # One that cannot be loaded matters only to an engine that needs it.
     known.clear()
     plan.double.script["IPluginRegistry.load_library"] = lambda self, plugin_path: None
-    with pytest.raises(InputError, match=r"TensorRT cannot load .*libsparsify_tensorrt\.so"):
+    open_artifact(plan.path)
+    plan.double.script["Runtime.deserialize_cuda_engine"] = lambda *_: None
+    with pytest.raises(InputError, match=r"not an engine .*TensorRT cannot load .*libsparsify_tensorrt\.so"):
         open_artifact(plan.path)
+
+
+def test_the_plugins_of_tensorrt_are_there_before_the_engine_is_read(plan):
+    open_artifact(plan.path)
+    order = [name for name, _ in plan.double.calls]
+    assert order.index("init_libnvinfer_plugins") < order.index("Runtime.deserialize_cuda_engine")
+
+
+def test_warnings_go_to_the_log(plan, caplog):
+    def read(self, content):
+        log = plan.double.called("Runtime")[-1][0]
+        log.log(plan.double.ILogger.WARNING, "built by another GPU")
+        return plan.double.value("ICudaEngine")
+
+    plan.double.script["Runtime.deserialize_cuda_engine"] = read
+    open_artifact(plan.path)
+    assert [record.getMessage() for record in caplog.records] == ["TensorRT: built by another GPU"]
 
 
 def test_every_call_uses_the_stream_and_the_narrowest_profile(plan):
@@ -148,10 +170,34 @@ def test_every_call_uses_the_stream_and_the_narrowest_profile(plan):
     assert set(plan.double.called("IExecutionContext.execute_async_v3")) == {(7,)}
 
 
+@pytest.mark.parametrize(("past", "tokens", "runs"), [(0, 17, 2), (0, 31, 2), (0, 32, 2), (3, 20, 2), (20, 5, 5)])
+def test_longer_prompts_are_read_in_pieces(plan, past, tokens, runs):
+    engine, onnx = causal(open_artifact(plan.path)), CausalSession(open_session(plan.onnx))
+    ids = np.arange(past + tokens)[None] % 13 + 1
+    mask = np.ones_like(ids)
+    cached = engine.step(ids[:, :past], mask[:, :past], engine.empty_past(1))[1] if past else engine.empty_past(1)
+    before = len(plan.double.called("IExecutionContext.execute_async_v3"))
+    logits, present = engine.step(ids[:, past:], mask, cached)
+    assert len(plan.double.called("IExecutionContext.execute_async_v3")) - before == runs
+    wanted, theirs = onnx.step(ids, mask, onnx.empty_past(1))
+    np.testing.assert_allclose(logits, wanted[:, past:], rtol=1e-4, atol=1e-5)
+    for mine, other in zip(present, theirs, strict=True):
+        np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_all_contexts_share_the_memory_of_the_largest_profile(plan):
+    session = open_artifact(plan.path)
+    managed = plan.double.ExecutionContextAllocationStrategy.USER_MANAGED
+    assert plan.double.called("ICudaEngine.create_execution_context") == [(managed,)] * 2
+    (first, size), second = plan.double.called("IExecutionContext.set_device_memory")
+    assert (first, size) == second == (session._activations.data_ptr(), 4096)
+    assert session._activations.nbytes == 4096
+
+
 def test_what_the_engine_was_not_built_for_is_refused(plan):
     engine = causal(open_artifact(plan.path))
-    with pytest.raises(InputError, match=r"not built for .*input_ids \[1, 17\]"):
-        generate(engine, [list(range(1, 18))], max_new_tokens=1)
+    with pytest.raises(InputError, match=r"not built for past_key_values.0.key \[1, 1, 17, 8\]"):
+        generate(engine, [[1 + i % 13 for i in range(33)]], max_new_tokens=1)
     with pytest.raises(InputError, match=r"not built for .*input_ids \[2, 3\]"):
         generate(engine, [[1, 2, 3], [4, 5, 6]], max_new_tokens=1)
 
