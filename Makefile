@@ -117,7 +117,7 @@ races: $(VENV)/dependencies
 	  SPARSIFY_ISA=$$isa setarch -R build/races/tests/runtime/cpu/kernel_test; code=$$?; \
 	  [ $$code = 0 ] || [ $$code = 77 ] || exit 1; done
 
-# Every GPU kernel for six architectures; docs/cuda_resources.md, and an error where one spills registers.
+# Every GPU kernel for eight architectures; docs/cuda_resources.md, and an error where one spills registers.
 # Where there is no nvcc, its wheels (200 MB) are put beside the environment.
 NVCC_WHEELS := nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl nvidia-nvvm
 cuda: setup

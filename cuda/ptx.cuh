@@ -24,6 +24,13 @@ namespace sparsify_cuda {
 
 #ifdef __CUDACC__
 
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1205
+#error "mma.sp::ordered_metadata wants CUDA 12.5 or newer"
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "2:4 tensor cores begin with sm_80"
+#endif
+
 // D = A B + D, with A [16, 16] and B [16, 8].
 template <class T>
 __device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

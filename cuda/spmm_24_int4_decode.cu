@@ -35,19 +35,19 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks)
     spmm_24_int4_decode(const int8_t* __restrict__ codes, const float* __restrict__ steps,
                         const uint8_t* __restrict__ values, const uint8_t* __restrict__ indices,
                         const __half* __restrict__ scales, const float* __restrict__ bias, Y* __restrict__ y, int64_t M,
-                        int64_t N, int64_t K, int64_t pitch, int64_t group, int64_t token_blocks) {
+                        int64_t N, int64_t K, int64_t pitch, int group_bits, int64_t token_blocks) {
   const int lane = threadIdx.x % 32;
   const int64_t row = blockIdx.x / token_blocks * kWarps + threadIdx.x / 32;
   const int64_t first_token = blockIdx.x % token_blocks * tokens;
   if (row >= N) return;  // the whole warp
 
-  const __half* row_scales = scales + row * ((K + group - 1) / group);
+  const __half* row_scales = scales + row * (((K - 1) >> group_bits) + 1);
   float sum[tokens] = {};
   for (int64_t k = lane * kColumns; k < K; k += 32 * kColumns) {
     uint32_t kept[2], places[1];
     load_words<wide>(kept, values + row * (K / 4) + k / 4, (K - k) / 4);
     load_words<wide>(places, indices + row * ((K + 7) / 8) + k / 8, (K - k + 7) / 8);
-    const float scale = to_float(row_scales[k / group]);
+    const float scale = to_float(row_scales[k >> group_bits]);
 #pragma unroll
     for (int t = 0; t < tokens; ++t) {
       uint32_t x[8];  // 0 behind column K, so what stands for weights there does not matter
@@ -84,7 +84,7 @@ extern "C" cudaError_t sparsify_spmm_24_int4(DType y_type, const int8_t* codes, 
       if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
       return launch(spmm_24_int4_decode<Y, tokens, wide>, dim3(unsigned(blocks)), dim3(32 * kWarps), stream, codes,
                     steps, values, indices, static_cast<const __half*>(scales), bias, static_cast<Y*>(y), M, N, K,
-                    code_pitch(K), int64_t{group}, token_blocks);
+                    code_pitch(K), group == 32 ? 5 : group == 64 ? 6 : 7, token_blocks);
     };
     return for_tokens<8>(M, all_wide(K, codes, values, indices), run);
   });

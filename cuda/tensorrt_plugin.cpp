@@ -6,7 +6,7 @@
 //   linear_nm       x [..., K], values [N, K / 2], indices, bias [N] FP32                    n = 2, m = 4
 //
 // One output, y [..., N] of x's type. x and values: both FP16, both BF16, or FP32 with any of the three. The bias may
-// be left out. TensorRT's plugins know no UINT8: mask and indices come as INT32 [words], the bytes of kernels.h in their
+// be left out; whether it is there is kept in the plan as a field of ours, `bias` (0 or 1). TensorRT's plugins know no UINT8: mask and indices come as INT32 [words], the bytes of kernels.h in their
 // order, with zeros behind them up to a whole word. Weights are network constants and trusted, as the kernels do.
 //
 // Loaded by IPluginRegistry::loadLibrary (trtexec --dynamicPlugins), which asks for getCreators; needs no symbol of
@@ -31,6 +31,7 @@ using sparsify_cuda::DType;
 
 constexpr char kVersion[] = "1";
 constexpr char kNamespace[] = "sparsify";
+constexpr char kBias[] = "bias";
 
 std::atomic<ILoggerFinder*> logger_finder{nullptr};
 
@@ -118,11 +119,12 @@ class SparseLinear final : public IPluginV3,
  public:
   using Fields = std::array<int32_t, Op::kFields.size()>;
 
-  explicit SparseLinear(const Fields& fields) : fields_(fields) {
+  SparseLinear(const Fields& fields, int32_t has_bias) : fields_(fields), has_bias_(has_bias) {
     for (size_t i = 0; i < fields_.size(); ++i) {
       serialised_[i] = PluginField(Op::kFields[i], &fields_[i], PluginFieldType::kINT32, 1);
       state_ += (i ? ", " : "") + (Op::kFields[i] + (" = " + std::to_string(fields_[i])));
     }
+    serialised_.back() = PluginField(kBias, &has_bias_, PluginFieldType::kINT32, 1);
     collection_ = {int32_t(serialised_.size()), serialised_.data()};
   }
   SparseLinear(const SparseLinear&) = delete;  // serialised_ points into the object: see clone
@@ -138,7 +140,7 @@ class SparseLinear final : public IPluginV3,
   }
   IPluginV3* clone() noexcept override {
     try {
-      return new SparseLinear(fields_);
+      return new SparseLinear(fields_, has_bias_);
     } catch (const std::bad_alloc&) {
       return nullptr;
     }
@@ -185,6 +187,7 @@ class SparseLinear final : public IPluginV3,
   int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t count, const DynamicPluginTensorDesc*,
                           int32_t) noexcept override {
     if (!takes(count)) return 1;
+    has_bias_ = count == Op::kWeights + 2;
     PluginTensorDesc now[Op::kWeights + 2];
     for (int32_t i = 0; i < count; ++i) now[i] = in[i].desc;
     return check(now, count);
@@ -250,10 +253,10 @@ class SparseLinear final : public IPluginV3,
   }
 
   Fields fields_;
-  std::array<PluginField, Op::kFields.size()> serialised_;
+  int32_t has_bias_;  // known when the plugin is configured; cloned and serialised
+  std::array<PluginField, Op::kFields.size() + 1> serialised_;
   PluginFieldCollection collection_;
   std::string state_;
-  bool has_bias_ = false;
 };
 
 template <class Op>
@@ -283,7 +286,9 @@ class Creator final : public IPluginCreatorV3One {
         complain(node + ": " + why);
         return nullptr;
       }
-      return new SparseLinear<Op>(fields);
+      int32_t has_bias = 0;  // a node does not say; a plan does
+      find(given, kBias, has_bias);
+      return new SparseLinear<Op>(fields, has_bias);
     } catch (const std::bad_alloc&) {
       return nullptr;
     }

@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ARCHITECTURES = (80, 86, 87, 89, 90, 100, 110, 120)
+OLDEST = (13, 0)
+"""The release of nvcc that knows them all."""
+
 WHEEL = ROOT / "build/nvcc/nvidia/cu13"
 """Where ``pip install --target build/nvcc nvidia-cuda-nvcc ...`` puts the toolkit."""
 
@@ -154,7 +157,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(nvcc)
         return 0
     said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release [\d.]+, V([\d.]+)", said)
+    release = re.search(r"release (\d+)\.(\d+), V([\d.]+)", said)
+    if release is None or (int(release[1]), int(release[2])) < OLDEST:
+        told = f"release {release[1]}.{release[2]}" if release else "an unknown release"
+        print(f"want nvcc {OLDEST[0]}.{OLDEST[1]} or newer, which knows sm_110; {nvcc} is {told}", file=sys.stderr)
+        return 1
     objects = ROOT / "build/cuda"
     objects.mkdir(parents=True, exist_ok=True)
     sources = sorted((ROOT / "cuda").glob("*.cu"))
@@ -162,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         usages = [u for found in pool.map(lambda s: compile_one(nvcc, s, objects), sources) for u in found]
     print(f"{len(sources)} files, {len(usages)} kernels in {time.monotonic() - begin:.0f} s", file=sys.stderr)
-    page = table(usages, f"nvcc {release[1]}" if release else "nvcc of unknown version")
+    page = table(usages, f"nvcc {release[3]}")
     if args.out:
         args.out.write_text(page)
     else:

@@ -59,6 +59,8 @@ class Options:
         workspace_mib: memory that a tactic may use; None leaves it to TensorRT.
         timing_cache: name of the file that keeps what was timed.
         source: the model that all of this was made from.
+        level: how long TensorRT looks for fast tactics, its ``builder_optimization_level``; 3 is its own default, with 5
+            it also compiles kernels for these shapes and compares everything.
     """
 
     onnx: str
@@ -69,6 +71,7 @@ class Options:
     workspace_mib: int | None
     timing_cache: str
     source: str
+    level: int = 3
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,7 @@ def build_one(options: Options, folder: Path, plan: Path, *, sparse: bool, show:
     monitor = Monitor(show, stop)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
+    config.builder_optimization_level = options.level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)

@@ -9,6 +9,9 @@ from ...passes.errors import VerificationError
 from ...passes.onnx.plugin import OP
 from ..inspection import weights
 
+FEWEST = 256
+"""K and N below which a sparse tactic is rarely the faster one, by NVIDIA's word (NVIDIA/TensorRT#3849 and #4065)."""
+
 Eligible: TypeAlias = Literal["yes", "maybe", "no"]
 
 
@@ -62,7 +65,8 @@ def eligibility(k: int, n: int, *, two_of_four: bool, bits: int) -> tuple[Eligib
     """Whether sparse tensor cores may run a product with a weight ``[K, N]``, and the reason if not surely.
 
     The sizes are those below which no sparse kernel was found to run (PyTorch's table of minimum shapes for cuSPARSELt
-    and CUTLASS; ASP and Model Optimizer prune nothing smaller than 16 by 8). Products of 8 bits are never sure.
+    and CUTLASS; ASP and Model Optimizer prune nothing smaller than 16 by 8). Products of 8 bits and small ones are never
+    sure.
     """
     least_k, least_n = (32, 32) if bits == 8 else (16, 8)
     if not two_of_four:
@@ -75,6 +79,9 @@ def eligibility(k: int, n: int, *, two_of_four: bool, bits: int) -> tuple[Eligib
         return "no", "2:4 tensor cores need 16 bits or less"
     if bits == 8:
         return "maybe", "TensorRT may run a product between Q and DQ dense (NVIDIA/TensorRT#4694)"
+    for name, size in (("K", k), ("N", n)):
+        if size < FEWEST:
+            return "maybe", f"{name} = {size} is below {FEWEST}, where sparse tactics rarely win"
     if k % 64 or n % 32:
         return "maybe", f"K = {k} is not a multiple of 64" if k % 64 else f"N = {n} is not a multiple of 32"
     return "yes", ""

@@ -94,9 +94,9 @@ extern "C" const char* driver_names(const char* op) {
   return all.c_str();
 }
 
-// Returns "" or where it stopped. `y` holds the type and data to be written; its shape is filled in.
+// Returns "" or where it stopped. tell_shapes: call onShapeChange before the run. `y` holds the type and data to be written; its shape is filled in.
 extern "C" const char* driver_run(const char* op, const char* const* fields, const int32_t* numbers, int32_t nb_fields,
-                                  const Tensor* inputs, int32_t count, Tensor* y) {
+                                  const Tensor* inputs, int32_t count, Tensor* y, int32_t tell_shapes) {
   setLoggerFinder(&finder);
   IPluginCreatorV3One& creator = *creator_of(op);
 
@@ -141,6 +141,8 @@ extern "C" const char* driver_run(const char* op, const char* const* fields, con
   if (build.configurePlugin(open.data(), count, &open[size_t(count)], 1)) return "configurePlugin";
   if (build.getWorkspaceSize(open.data(), count, &open[size_t(count)], 1) != 0) return "getWorkspaceSize";
 
+  built.reset(std::unique_ptr<IPluginV3>(std::move(built))->clone());  // what was configured is cloned
+
   // Into the plan and out of it again, where the strings and numbers have other addresses.
   const PluginFieldCollection* kept = as<IPluginV3OneRuntime>(*built, PluginCapabilityType::kRUNTIME).getFieldsToSerialize();
   std::deque<std::string> names;
@@ -158,7 +160,7 @@ extern "C" const char* driver_run(const char* op, const char* const* fields, con
       as<IPluginV3OneRuntime>(*loaded, PluginCapabilityType::kRUNTIME).attachToContext(nullptr));
   loaded.reset();
   auto& runtime = as<IPluginV3OneRuntime>(*attached, PluginCapabilityType::kRUNTIME);
-  if (runtime.onShapeChange(now.data(), count, &now[size_t(count)], 1)) return "onShapeChange";
+  if (tell_shapes && runtime.onShapeChange(now.data(), count, &now[size_t(count)], 1)) return "onShapeChange";
   std::vector<const void*> data;
   for (int32_t i = 0; i < count; ++i) data.push_back(inputs[i].data);
   void* const out = const_cast<void*>(y->data);

@@ -48,14 +48,14 @@ class Driver:
             getattr(library, name).restype = ctypes.c_char_p
         self.library = library
 
-    def run(self, op, fields, inputs, y):
+    def run(self, op, fields, inputs, y, *, tell_shapes=True):
         """Where it stopped ('' where it did not), what was logged, and the shape that the plugin gave y."""
         names = (ctypes.c_char_p * len(fields))(*(name.encode() for name in fields))
         numbers = (ctypes.c_int32 * len(fields))(*fields.values())
         tensors = (Tensor * len(inputs))(*map(Tensor, inputs))
         out = Tensor(y)
         given = (op.encode(), names, numbers, len(fields), tensors, len(inputs))
-        stopped = self.library.driver_run(*given, ctypes.byref(out))
+        stopped = self.library.driver_run(*given, ctypes.byref(out), tell_shapes)
         return stopped.decode(), self.library.driver_log().decode(), list(out.dims[: out.rank])
 
 
@@ -144,6 +144,18 @@ def test_through_its_life(driver, op, types, shape, bias):
     assert (stopped, log) == ("", "")
     assert y_shape == [*shape[:-1], 7]
     assert_linear(y.checked().reshape(-1, 7), x.reshape(-1, shape[-1]), dense, add[0] if bias else None)
+
+
+@pytest.mark.parametrize("op", ["linear_nm", "linear_bitmask"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bias_is_known_from_the_plan(driver, op, bias):
+    """Clones and what is read from a plan add it, whatever they are told of shapes."""
+    x, weights, fields, dense = problem(op, (3, 36), 7, PAIRS[0])
+    add = torch.arange(7.0)
+    y = Output((3, 7), torch.float16)
+    given = [x, *weights, *([add] if bias else [])]
+    assert driver.run(op, fields, given, y.tensor, tell_shapes=False)[:2] == ("", "")
+    assert_linear(y.checked(), x, dense, add if bias else None)
 
 
 def test_names_and_fields(driver):

@@ -38,8 +38,8 @@ def test_a_kernel_without_its_registers_is_not_passed_over():
 def test_a_spill_is_in_the_table():
     page = cuda_resources.table(cuda_resources.parse(SAID), "nvcc 1")
     assert "Spills: 20 bytes in all" in page
-    assert "| `tile<float, 2>` | 38912 | 162 | - | - | - | - | - |" in page
-    assert "| `plain` | 0 | - | - | - | 48, 20 B spilled | - | - |" in page
+    assert "| `tile<float, 2>` | 38912 | 162 | - | - | - | - | - | - | - |" in page
+    assert "| `plain` | 0 | - | - | - | - | 48, 20 B spilled | - | - | - |" in page
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,16 @@ def test_a_spill_is_in_the_table():
 )
 def test_names_are_short(demangled, name):
     assert cuda_resources.short(demangled) == name
+
+
+def test_an_nvcc_that_does_not_know_every_architecture_is_refused(tmp_path, monkeypatch, capsys):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(cuda_resources, "find_nvcc", lambda: nvcc)
+    assert cuda_resources.main([]) == 1
+    said = capsys.readouterr().err
+    assert said == f"want nvcc 13.0 or newer, which knows sm_110; {nvcc} is release 12.8\n"
 
 
 def test_no_nvcc_is_said(monkeypatch):

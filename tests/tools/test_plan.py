@@ -103,7 +103,7 @@ def test_options_and_report_say_what_is_wanted_and_possible(written):
     assert options["profiles"]["decode"]["input_ids"] == [[1, 1], [1, 1], [2, 1]]
     linears = {linear["name"]: linear for linear in options["linears"]}
     gate = linears["model.layers.0.mlp.gate_proj+up_proj"]
-    assert (gate["k"], gate["n"], gate["pattern"], gate["eligible"]) == (64, 256, "2:4", "yes")
+    assert (gate["k"], gate["n"], gate["pattern"], gate["eligible"]) == (64, 256, "2:4", "maybe")
     assert linears["lm_head"]["reason"] == "the weight is not 2:4"
     report = json.loads(written.with_name("model.plan.report.json").read_text())
     assert report["engine"]["not_built"] == "TensorRT is not installed here"
@@ -192,7 +192,7 @@ def test_a_given_mask_makes_plugins_where_it_has_no_pattern(folder, text, tmp_pa
     assert (linears[paths[1]]["plugin"], linears[paths[1]]["pattern"], linears[paths[1]]["eligible"]) == (
         "",
         "2:4",
-        "yes",
+        "maybe",
     )
     report = json.loads((tmp_path / "m.plan.report.json").read_text())
     how = "ONNX Runtime, a float32 twin, plugins as functions"
@@ -353,7 +353,8 @@ def test_the_engine_is_built_in_place_where_tensorrt_is(images, double, tmp_path
     out = tmp_path / "out"
     out.mkdir()
     arguments = [str(images), "--nm", "2:4", "--effort", "fast", "--calibration-inputs", str(inputs)]
-    arguments += ["--dtype", "bf16", "--batch", "1,4,8", "--workspace", "256", "-o", str(out / "m.plan")]
+    arguments += ["--dtype", "bf16", "--batch", "1,4,8", "--workspace", "256", "--level", "5", "-o"]
+    arguments.append(str(out / "m.plan"))
     assert main(arguments) == 0
     assert names(out) == {
         "m.trt.onnx", "m.trt.onnx.data", "m.trt.json", "build_plan.py", "m.plan.report.json", "m.plan", "m.dense.plan",
@@ -361,6 +362,7 @@ def test_the_engine_is_built_in_place_where_tensorrt_is(images, double, tmp_path
     }  # fmt: skip
     assert (out / "m.plan").read_bytes() == b"engine"
     assert double.called("IBuilderConfig.set_flag") == [(double.BuilderFlag.SPARSE_WEIGHTS,)]
+    assert double.called("IBuilderConfig.builder_optimization_level") == [(5,)] * 2
     report = json.loads((out / "m.plan.report.json").read_text())
     assert report["engine"]["tensorrt"] == VERSIONS[1]
     assert report["engine"]["not_built"] == ""

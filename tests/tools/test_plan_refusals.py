@@ -43,7 +43,7 @@ def test_what_an_engine_cannot_have_is_refused(folder, tmp_path, capsys, argumen
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flag", [["--batch", "1,1,1"], ["--seq", "1,1,1"], ["--context", "8"], ["--workspace", "9"]])
+@pytest.mark.parametrize("flag", [["--batch", "1,1,1"], ["--seq", "1,1,1"], ["--context", "8"], ["--workspace", "9"], ["--level", "5"]])
 def test_flags_of_an_engine_want_one(folder, tmp_path, capsys, flag):
     assert main([str(folder), *flag, "-o", str(tmp_path / "m.onnx")]) == 2
     assert f"{flag[0]} has no effect without an engine" in capsys.readouterr().err

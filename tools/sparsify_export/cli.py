@@ -145,6 +145,7 @@ def compile_command(
     seq: str | None = None,
     context: int | None = None,
     workspace: int | None = None,
+    level: Literal[3, 5] | None = None,
     eval_: Annotated[Path | None, Parameter(name="--eval")] = None,
     window: int | None = None,
     windows: int | None = None,
@@ -227,6 +228,7 @@ def compile_command(
             longer prompts are read in pieces. Without a KV cache to the context.
         context: tokens of a text at most that an engine takes; default what the model takes, up to 2048.
         workspace: MiB of memory that a tactic of an engine may use; default as TensorRT decides.
+        level: how long TensorRT looks for the fastest tactics of an engine: 3, its own default, or 5, which takes longer.
         eval_: text file to measure perplexity on, before and after; exact answers are counted as well.
         window: tokens in an evaluation window; default 2048.
         windows: evaluation windows at most.
@@ -253,7 +255,7 @@ def compile_command(
     engine = check_engine_flags(
         model,
         out,
-        EngineSettings(batch, seq, context, workspace),
+        EngineSettings(batch, seq, context, workspace, level),
         dtype=dtype,
         quantise=quantise,
         refused={

@@ -244,6 +244,7 @@ def _build(
         "workspace_mib": settings.engine.workspace_mib,
         "timing_cache": cache,
         "source": pruned.pretrained.source,
+        "level": settings.engine.level or 3,
     }
     file = target.stage / f"{target.out.stem}.trt.json"
     file.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")

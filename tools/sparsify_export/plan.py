@@ -25,6 +25,7 @@ class EngineSettings:
         sequence: tokens at once, ``min,opt,max``; None for any up to the context, or a quarter of it with a KV cache.
         context: tokens of a text at most; None for what the model takes, within reason.
         workspace_mib: memory that a tactic may use; None leaves it to TensorRT.
+        level: 3 or 5, how long TensorRT looks for fast tactics; None for 3.
         codes: what the products of pruned linears are of; None for what everything else is computed in.
     """
 
@@ -32,6 +33,7 @@ class EngineSettings:
     sequence: str | None = None
     context: int | None = None
     workspace_mib: int | None = None
+    level: int | None = None
     codes: Kind | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -41,6 +43,7 @@ class EngineSettings:
             "seq": self.sequence,
             "context": self.context,
             "workspace_mib": self.workspace_mib,
+            "level": self.level,
             **({"dtype": self.codes} if self.codes else {}),
         }
 
@@ -68,7 +71,7 @@ def check_engine_flags(
         InputError: a flag has no effect here, or an engine cannot be had like this.
     """
     given = {"--batch": engine.batch, "--seq": engine.sequence, "--context": engine.context}
-    given["--workspace"] = engine.workspace_mib
+    given |= {"--workspace": engine.workspace_mib, "--level": engine.level}
     if not is_plan(Path(out)):
         if ignored := [flag for flag, value in given.items() if value is not None]:
             raise InputError(f"{ignored[0]} has no effect without an engine; want an output ending in .plan")

@@ -151,6 +151,12 @@ def test_warnings_are_kept_and_shown(build, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "TensorRT warns: profile 0 is ignored"
 
 
+def test_the_level_is_that_of_the_options(build):
+    """Both engines are built alike, or they could not be compared."""
+    for given, wanted in (({}, 3), ({"level": 5}, 5)):
+        assert build(**given)[1].called("IBuilderConfig.builder_optimization_level") == [(wanted,)] * 2
+
+
 def test_a_dense_model_gets_one_engine_and_no_flag(build, tmp_path):
     code, double = build(sparse=False, workspace_mib=None)
     assert code == 0
