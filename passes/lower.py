@@ -58,7 +58,7 @@ def to_onnx(
         path: the ``.onnx`` file.
         metadata: stored in the file as JSON strings.
         tensorrt: write what TensorRT's parser takes. It refuses Attention that joins the KV cache itself, so Concat
-            joins it; and of our ops only the bitmask of float weights has a plugin, so the program may hold no other.
+            joins it; and of our ops only 2:4 and the bitmask of float weights have plugins, so it may hold no others.
             The file has no functions: one of its name would be taken for the plugin.
         quantised: by the key of their weight, the plain products that TensorRT is to make of 8-bit codes.
 

@@ -226,6 +226,19 @@ def _left(entry: LeftOut) -> tuple[LinearInfo, Tensor | None]:
     ), weight
 
 
+def _from_plugin(tensors: dict[str, ir.TensorProtocol], attributes: Mapping[str, int]) -> None:
+    """The bytes of a mask or of indices where a file for TensorRT's plugins holds them in words."""
+    name = "mask" if "mask" in tensors else "indices"
+    words = tensors[name].numpy()
+    if words.dtype != np.int32:
+        return
+    if name == "mask":
+        rows, columns = tensors["row_start"].shape.numpy()[0] - 1, attributes["in_features"]
+    else:
+        rows, columns = tensors["values"].shape.numpy()[0], 2 * tensors["values"].shape.numpy()[1]
+    tensors[name] = ir.Tensor(from_words(words, rows, columns))
+
+
 def _sparse(model: Model, node: gs.Node, packed: bool) -> tuple[LinearInfo, Tensor | None]:
     """One of our ops, from its packed tensors."""
     names = TENSORS[node.op]
@@ -237,14 +250,12 @@ def _sparse(model: Model, node: gs.Node, packed: bool) -> tuple[LinearInfo, Tens
     attributes = {name: value for name, value in node.attrs.items() if isinstance(value, int)}
     try:
         values = tensors["values"].numpy()  # mapped, not read
+        _from_plugin(tensors, attributes)
         pattern: NM | Unstructured
         if "mask" in tensors:
             rows, columns = tensors["row_start"].shape.numpy()[0] - 1, attributes["in_features"]
-            mask = tensors["mask"].numpy()
-            if mask.dtype == np.int32:  # for the plugin of TensorRT
-                mask = from_words(mask, rows, columns)
-                tensors["mask"] = ir.Tensor(mask)
-            pattern = Unstructured(1 - int(np.bitwise_count(mask).sum()) / (rows * columns))
+            kept = int(np.bitwise_count(tensors["mask"].numpy()).sum())
+            pattern = Unstructured(1 - kept / (rows * columns))
         else:
             pattern = NM(attributes["n"], attributes["m"])
             rows, columns = values.shape[0], attributes.get("in_features", values.shape[1] * pattern.m // pattern.n)

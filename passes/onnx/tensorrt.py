@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from ..errors import InputError
-from .plugin import OP as PLUGIN
+from .plugin import PLUGINS
 
 _NAMES = """
 Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BlackmanWindow
@@ -52,13 +52,13 @@ class SuitTensorRT(ir.passes.InPlacePass):
 
 
 def check_tensorrt(model: ir.Model) -> None:
-    """Refuse a model that TensorRT's parser, with our plugin, would.
+    """Refuse a model that TensorRT's parser, with our plugins, would.
 
     Raises:
         InputError: an op is not in its table, or Attention has what the table excludes.
     """
     for node in model.graph:
-        if node.domain == "sparsify" and node.op_type == PLUGIN:
+        if node.domain == "sparsify" and node.op_type in PLUGINS:
             continue
         if node.domain != "" or node.op_type not in DOCUMENTED:
             op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type

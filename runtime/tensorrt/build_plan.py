@@ -59,8 +59,7 @@ class Options:
         workspace_mib: memory that a tactic may use; None leaves it to TensorRT.
         timing_cache: name of the file that keeps what was timed.
         source: the model that all of this was made from.
-        level: how long TensorRT looks for fast tactics, its ``builder_optimization_level``; 3 is its own default, with 5
-            it also compiles kernels for these shapes and compares everything.
+        level: how long TensorRT looks for fast tactics, its ``builder_optimization_level``; 3 is its own default.
     """
 
     onnx: str

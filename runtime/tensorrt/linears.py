@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from ...calibrate.patterns import NM, largest_group_count
 from ...passes.errors import VerificationError
-from ...passes.onnx.plugin import OP
+from ...passes.onnx.plugin import PLUGINS
 from ..inspection import weights
 
 FEWEST = 256
@@ -51,8 +51,8 @@ def plan_linears(path: Path) -> list[PlanLinear]:
         if bool(((weight == 0) & weight.signbit()).any()):
             raise VerificationError(f"{info.path} holds -0.0, which sparse kernels do not take for a zero")
         n, k = info.shape
-        if info.op == OP:
-            found.append(PlanLinear(info.path, k, n, info.pattern, "no", f"the plugin {OP} runs it", OP))
+        if info.op in PLUGINS:
+            found.append(PlanLinear(info.path, k, n, info.pattern, "no", f"the plugin {info.op} runs it", info.op))
             continue
         two_of_four = k % 4 == 0 and info.pattern is not None and largest_group_count(weight != 0, 4) <= 2
         eligible, reason = eligibility(k, n, two_of_four=two_of_four, bits=info.bits)
@@ -65,8 +65,8 @@ def eligibility(k: int, n: int, *, two_of_four: bool, bits: int) -> tuple[Eligib
     """Whether sparse tensor cores may run a product with a weight ``[K, N]``, and the reason if not surely.
 
     The sizes are those below which no sparse kernel was found to run (PyTorch's table of minimum shapes for cuSPARSELt
-    and CUTLASS; ASP and Model Optimizer prune nothing smaller than 16 by 8). Products of 8 bits and small ones are never
-    sure.
+    and CUTLASS; ASP and Model Optimizer prune nothing smaller than 16 by 8). Products of 8 bits and small ones are
+    never sure.
     """
     least_k, least_n = (32, 32) if bits == 8 else (16, 8)
     if not two_of_four:

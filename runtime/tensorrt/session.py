@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ...passes.errors import InputError, NotBuiltError
-from ...passes.onnx.plugin import LIBRARY
-from ...passes.onnx.plugin import OP as PLUGIN
+from ...passes.onnx.plugin import LIBRARY, PLUGINS
 from ..session import CausalSession, Floats, Ints, Past
 from .profiles import pieces
 
@@ -85,7 +84,7 @@ class PlanSession:
         unloaded = ""
         if (library := path.with_name(LIBRARY)).is_file():
             try:
-                load_plugins(library, [PLUGIN])
+                load_plugins(library, PLUGINS)
             except PlanError as error:  # an engine may do without them
                 unloaded = f"; {error}"
         self._runtime = trt.Runtime(log)  # kept: the engine lives in it

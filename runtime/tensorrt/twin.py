@@ -8,10 +8,11 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
+from ...passes.dialect import linear_bitmask, linear_nm
 from ...passes.dialect.functions import with_shared
-from ...passes.dialect.linear_bitmask import FUNCTION
-from ...passes.onnx.plugin import MASK, OP, ROW_START, from_words
+from ...passes.onnx.plugin import BITMASK, PACKED, PLUGINS, ROW_START, TWO_FOUR, VALUES, from_words
 
+FUNCTIONS = {BITMASK: linear_bitmask.FUNCTION, TWO_FOUR: linear_nm.FUNCTION}
 BFLOAT16, FLOAT = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
 
 
@@ -25,7 +26,7 @@ def write_twin(path: Path, twin: Path) -> None:
     """Write ``path`` as ``twin`` in the same folder, for ONNX Runtime on the CPU.
 
     What is bfloat16 becomes float32: the weights are the same numbers, activations are not rounded to bfloat16 any
-    more. A node of the bitmask plugin becomes our op, between casts, with the bytes of its mask's words as they are;
+    more. A node of a plugin becomes our op, between casts, with the bytes of its mask's or indices' words as they are;
     the file gets the op's function of standard ops too. It proves the graph and every stored weight, not how the GPU
     rounds, and not the plugin's own code. Weights that stay as they are are read from the data file of ``path``.
     """
@@ -48,36 +49,42 @@ def write_twin(path: Path, twin: Path) -> None:
 
 
 def _unpack_plugins(model: onnx.ModelProto, folder: Path) -> None:
-    """Put our op, which computes in float32, where the nodes of the plugin are."""
+    """Put our ops, which compute in float32, where the nodes of the plugins are."""
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
-    nodes, masks = [], {}
+    nodes: list[onnx.NodeProto] = []
+    unpacked, used = {}, set()
     for node in graph.node:
         if not _is_plugin(node):
             nodes.append(node)
             continue
-        words = tensors[node.input[MASK]]
-        if words.name not in masks:
-            columns = helper.get_node_attr_value(node, "in_features")
-            rows = tensors[node.input[ROW_START]].dims[0] - 1
-            masks[words.name] = from_words(numpy_helper.to_array(_load(words, folder)), rows, columns)
+        used.add(node.op_type)
+        words = tensors[node.input[PACKED]]
+        if words.name not in unpacked:
+            if node.op_type == BITMASK:
+                columns = helper.get_node_attr_value(node, "in_features")
+                rows = tensors[node.input[ROW_START]].dims[0] - 1
+            else:
+                rows, kept = tensors[node.input[VALUES]].dims
+                columns = 2 * kept
+            unpacked[words.name] = from_words(numpy_helper.to_array(_load(words, folder)), rows, columns)
         x, y = f"{node.output[0]}.x", f"{node.output[0]}.y"
         nodes.append(helper.make_node("Cast", [node.input[0]], [x], to=FLOAT))
         nodes.append(node)
         nodes.append(helper.make_node("Cast", [y], [node.output[0]], to=types[node.output[0]]))
         node.input[0], node.output[0] = x, y
-    if not masks:
+    if not used:
         return
-    for name, mask in masks.items():
-        tensors[name].CopyFrom(numpy_helper.from_array(mask, name))
+    for name, packed in unpacked.items():
+        tensors[name].CopyFrom(numpy_helper.from_array(packed, name))
     del graph.node[:]
     graph.node.extend(nodes)
-    model.functions.extend(with_shared([FUNCTION]))
+    model.functions.extend(with_shared(FUNCTIONS[op] for op in sorted(used)))
 
 
 def _is_plugin(node: onnx.NodeProto) -> bool:
-    return bool(node.domain == "sparsify" and node.op_type == OP)
+    return bool(node.domain == "sparsify" and node.op_type in PLUGINS)
 
 
 def _load(tensor: onnx.TensorProto, folder: Path) -> onnx.TensorProto:

@@ -14,8 +14,9 @@ from families import VOCABULARY, random_model
 from safetensors.torch import save_file
 from sparsify_export import engine
 from sparsify_export.calibrate.eight_bit import rounded
+from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.cli import main
-from sparsify_export.engine import _tell
+from sparsify_export.engine import _tell, _worth
 from sparsify_export.frontdoor import tokenizer_of
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.onnx.plugin import LIBRARY
@@ -177,6 +178,57 @@ def test_a_damaged_mask_of_the_plugin_does_not_pass(plugged, tmp_path):
         list(weights(tmp_path / "model.trt.onnx"))
 
 
+def test_2_4_becomes_nodes_of_the_plugin_where_it_is_asked_for(images, tmp_path, capsys):
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    rng = np.random.default_rng(0)
+    np.savez(inputs / "0.npz", pixel_values=rng.standard_normal((2, 3, 32, 32), np.float32))
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = [str(images), "--nm", "2:4", "--effort", "fast", "--calibration-inputs", str(inputs)]
+    assert main([*arguments, "--ops", "sparse", "-o", str(out / "m.plan")]) == 3
+    model = onnx.load(out / "m.trt.onnx")
+    nodes = [node for node in model.graph.node if node.domain == "sparsify"]
+    assert {node.op_type for node in nodes} == {"linear_nm"}
+    assert len(model.functions) == 0
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    kinds = onnx.TensorProto
+    for node in nodes:
+        assert {attribute.name: attribute.i for attribute in node.attribute} == {"n": 2, "m": 4}
+        given = [stored[name].data_type for name in node.input[1:]]
+        assert given in ([kinds.FLOAT16, kinds.INT32], [kinds.FLOAT16, kinds.INT32, kinds.FLOAT])
+        rows, kept = stored[node.input[1]].dims
+        assert list(stored[node.input[2]].dims) == [rows * kept // 16]
+    report = json.loads((out / "m.plan.report.json").read_text())
+    ways = ["ONNX Runtime, plugins as our CPU kernels", "ONNX Runtime, plugins as functions"]
+    assert [entry["how"] for entry in report["verified"]] == ways
+    options = json.loads((out / "m.trt.json").read_text())
+    plugged = [linear for linear in options["linears"] if linear["plugin"] == "linear_nm"]
+    assert len(plugged) == len(nodes)
+    assert {linear["pattern"] for linear in plugged} == {"2:4"}
+    assert not options["sparse"]  # nothing is left for TensorRT's own sparse tactics
+    sparse = [(info, weight) for info, weight in weights(out / "m.trt.onnx") if info.op == "linear_nm"]
+    assert all(float((weight == 0).float().mean()) == 0.5 for _, weight in sparse)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{len(nodes)} linears are run by the plugins in libsparsify_tensorrt.so" in said
+
+
+@pytest.mark.parametrize(
+    ("ops", "pattern", "plugin"),
+    [
+        (None, NM(2, 4), False),
+        (None, Unstructured(0.5), True),
+        ("sparse", NM(2, 4), True),
+        ("sparse", NM(4, 8), False),  # the plugin has 2:4 only
+        ("sparse", Unstructured(0.5), True),
+        ("standard", NM(2, 4), False),
+        ("standard", Unstructured(0.5), False),
+    ],
+)
+def test_which_linears_a_plugin_runs(ops, pattern, plugin):
+    assert (_worth(ops, pattern, 64, 64, 2048) == "") is plugin
+
+
 def test_a_given_mask_makes_plugins_where_it_has_no_pattern(folder, text, tmp_path, capsys):
     """In bfloat16: one linear of a mask without a pattern, one of a 2:4 mask, so the plugin and a plain product."""
     generator = torch.Generator().manual_seed(0)
@@ -198,7 +250,7 @@ def test_a_given_mask_makes_plugins_where_it_has_no_pattern(folder, text, tmp_pa
     how = "ONNX Runtime, a float32 twin, plugins as functions"
     assert [entry["how"] for entry in report["verified"]][2:] == [how, f"{how}, decoding"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "1 linears have zeros without a pattern and need the plugin" in said
+    assert "1 linears are run by the plugins in libsparsify_tensorrt.so" in said
     assert "with TensorRT 10.15 or newer, libsparsify_tensorrt.so and an NVIDIA GPU" in said
 
 

@@ -27,7 +27,7 @@ def test_an_engine_is_not_run_without_tensorrt(tmp_path, capsys, command):
             "--quantise rtn has no effect with --dtype fp8, which",
         ),
         (["--nm", "2:4", "--quantise", "rtn"], "--quantise rtn has no effect on an engine without --dtype int8"),
-        (["--ops", "sparse"], "--ops sparse has no effect on an engine"),
+        (["--ops", "sparse", "--nm", "2:4", "--dtype", "fp8"], "--ops sparse cannot be had with --dtype fp8: the plug"),
         (["--lower", "auto"], "--lower auto has no effect on an engine"),
         (["--batch", "2,1,3"], "--batch 2,1,3 contradicts itself"),
         (["--seq", "1,2"], "--seq 1,2 is not a range"),
@@ -43,7 +43,9 @@ def test_what_an_engine_cannot_have_is_refused(folder, tmp_path, capsys, argumen
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flag", [["--batch", "1,1,1"], ["--seq", "1,1,1"], ["--context", "8"], ["--workspace", "9"], ["--level", "5"]])
+@pytest.mark.parametrize(
+    "flag", [["--batch", "1,1,1"], ["--seq", "1,1,1"], ["--context", "8"], ["--workspace", "9"], ["--level", "5"]]
+)
 def test_flags_of_an_engine_want_one(folder, tmp_path, capsys, flag):
     assert main([str(folder), *flag, "-o", str(tmp_path / "m.onnx")]) == 2
     assert f"{flag[0]} has no effect without an engine" in capsys.readouterr().err

@@ -219,7 +219,8 @@ def compile_command(
         quantise: how pruned weights become int8 or int4: each to the nearest, the default of fast; by a sweep that
             hands errors on to other weights, the default of balanced; or joint, the default of best, where clipping
             strengths are learned too: by --tune or --distil together with the weights, by --allocate with the rates.
-        ops: sparse ops, the default, or standard MatMul with zeros.
+        ops: sparse ops, the default, or standard MatMul with zeros. Of an engine, sparse runs 2:4 linears by our plugin
+            and not by TensorRT's own tactics, standard runs nothing by a plugin.
         lower: sparse ops for every weight that gets smaller, the default, or (auto) not for those that this machine
             runs slower.
         lower_for: tokens in a call that --lower auto decides for; default 1, decoding.
@@ -228,7 +229,7 @@ def compile_command(
             longer prompts are read in pieces. Without a KV cache to the context.
         context: tokens of a text at most that an engine takes; default what the model takes, up to 2048.
         workspace: MiB of memory that a tactic of an engine may use; default as TensorRT decides.
-        level: how long TensorRT looks for the fastest tactics of an engine: 3, its own default, or 5, which takes longer.
+        level: how long TensorRT looks for the fastest tactics of an engine: 3, its own default, or 5, which is longer.
         eval_: text file to measure perplexity on, before and after; exact answers are counted as well.
         window: tokens in an evaluation window; default 2048.
         windows: evaluation windows at most.
@@ -255,12 +256,11 @@ def compile_command(
     engine = check_engine_flags(
         model,
         out,
-        EngineSettings(batch, seq, context, workspace, level),
+        EngineSettings(batch, seq, context, workspace, level, ops),
         dtype=dtype,
         quantise=quantise,
         refused={
             "--group": group,
-            "--ops": ops,
             "--lower": lower,
             "--lower-for": lower_for,
         },

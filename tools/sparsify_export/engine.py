@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .passes.onnx.plugin import LIBRARY
 from .passes.onnx.qdq import Codes, quantise_weights
 from .passes.recipe import Timings
 from .passes.sparsify import Sparsified
+from .plan import Ops
 from .report import Evaluation, Report, build_report
 from .runtime import tensorrt
 from .runtime.artifact import CONTEXT
@@ -105,7 +107,10 @@ def finish_engine(
         expected = expect(partition(traced.program), params, published, rounded)
         del params
         entries = lower_linears(
-            traced.program, storage=settings.storage, worth=_plain_product, patterns=pruned.done.patterns
+            traced.program,
+            storage=settings.storage,
+            worth=partial(_worth, settings.engine.ops),
+            patterns=pruned.done.patterns,
         )
         lowered = [_entry(entry, dtype, quantised.get(entry.linear.weight)) for entry in entries]
         target.open()
@@ -174,9 +179,16 @@ def _quantised(traced: Traced, pruned: Pruned, kind: Kind | None, scaled: Sequen
     return quantised
 
 
-def _plain_product(pattern: Pattern, rows: int, columns: int, nonzeros: int) -> str:
-    """Why a weight stays a MatMul: one with N:M structure does, for TensorRT's own sparse kernels; see ``Worth``."""
-    return LOWERED if isinstance(pattern, NM) else ""
+def _worth(ops: Ops | None, pattern: Pattern, rows: int, columns: int, nonzeros: int) -> str:
+    """Why a weight stays a MatMul, or "" for one of our plugins; see ``Worth``.
+
+    That is what ``--ops`` asks for. By default 2:4 is left to TensorRT's own sparse tactics, and only zeros without a
+    pattern, for which it has no kernel, get the plugin.
+    """
+    if ops == "standard":
+        return "--ops standard"
+    plugged = not isinstance(pattern, NM) or (ops == "sparse" and pattern == NM(2, 4))
+    return "" if plugged else LOWERED
 
 
 def _entry(entry: Lowered, dtype: torch.dtype, codes: Codes | None) -> Lowered:
@@ -203,7 +215,7 @@ def _in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
 
 def _tell(linears: Sequence[PlanLinear], dtype: torch.dtype, console: Console) -> None:
     """Say beforehand which zeros cannot help."""
-    sparse = [linear for linear in linears if linear.pattern == "2:4"]
+    sparse = [linear for linear in linears if linear.pattern == "2:4" and not linear.plugin]
     if sparse and dtype == torch.float32:
         console.note("2:4 tensor cores need 16 bits or less, so this fp32 engine will run dense; give --dtype fp16")
     elif odd := [linear for linear in sparse if linear.eligible == "no"]:
@@ -214,9 +226,7 @@ def _tell(linears: Sequence[PlanLinear], dtype: torch.dtype, console: Console) -
             "pattern (NVIDIA/TensorRT#4694); the report of a built engine says what it picked"
         )
     if plugged := sum(linear.plugin != "" for linear in linears):
-        console.note(
-            f"{plugged} linears have zeros without a pattern and need the plugin in {LIBRARY} to build and run"
-        )
+        console.note(f"{plugged} linears are run by the plugins in {LIBRARY}, which building and running need")
 
 
 def _build(

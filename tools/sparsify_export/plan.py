@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from .calibrate.eight_bit import Kind
 from .calibrate.patterns import NM
@@ -14,6 +14,8 @@ from .passes.onnx.plugin import LIBRARY
 from .passes.recipe import Recipe
 from .runtime.tensorrt.profiles import Sizes, choose_sizes, parse_range
 from .runtime.tensorrt.session import is_plan
+
+Ops: TypeAlias = Literal["sparse", "standard"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class EngineSettings:
         context: tokens of a text at most; None for what the model takes, within reason.
         workspace_mib: memory that a tactic may use; None leaves it to TensorRT.
         level: 3 or 5, how long TensorRT looks for fast tactics; None for 3.
+        ops: ``sparse`` to run 2:4 linears by our plugin too, ``standard`` for no plugin; None for a plugin where
+            TensorRT has no kernel.
         codes: what the products of pruned linears are of; None for what everything else is computed in.
     """
 
@@ -34,6 +38,7 @@ class EngineSettings:
     context: int | None = None
     workspace_mib: int | None = None
     level: int | None = None
+    ops: Ops | None = None
     codes: Kind | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -44,6 +49,7 @@ class EngineSettings:
             "context": self.context,
             "workspace_mib": self.workspace_mib,
             "level": self.level,
+            **({"ops": self.ops} if self.ops else {}),
             **({"dtype": self.codes} if self.codes else {}),
         }
 
@@ -92,6 +98,8 @@ def check_engine_flags(
     for flag, text in (("--batch", engine.batch), ("--seq", engine.sequence)):
         if text is not None:
             parse_range(flag, text)
+    if codes is not None and engine.ops == "sparse":
+        raise InputError(f"--ops sparse cannot be had with --dtype {codes}: the plugins take fp16, bf16 or fp32")
     return replace(engine, codes=codes)
 
 

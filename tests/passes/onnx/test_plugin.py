@@ -1,5 +1,6 @@
 """The nodes of TensorRT's plugin: words of a mask by hand and by property, and the names that the C++ source has."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,17 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sparsify_export.passes.dialect import linear_bitmask
-from sparsify_export.passes.onnx.plugin import BIAS, LIBRARY, MASK, OP, ROW_START, SuitPlugin, from_words, to_words
+from sparsify_export.passes.dialect import linear_bitmask, linear_nm
+from sparsify_export.passes.onnx.plugin import (
+    BIAS,
+    BITMASK,
+    LIBRARY,
+    PACKED,
+    TWO_FOUR,
+    SuitPlugin,
+    from_words,
+    to_words,
+)
 from sparsify_export.runtime.tensorrt import __file__ as package
 
 ROOT = Path(__file__).parents[3]
@@ -32,7 +42,7 @@ def test_words_hold_every_byte(rows, columns, random):
 
 
 def test_words_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"the mask of 3 x 16 weights has 2 words, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"3 x 16 weights have 2 words, got \(3,\)"):
         from_words(np.zeros(3, np.int32), 3, 16)
 
 
@@ -41,35 +51,45 @@ def constant(name, array):
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_the_node_gets_what_the_plugin_takes(with_bias):
-    mask = np.array([[0x05], [0x0A]], np.uint8)
+@pytest.mark.parametrize("op", [BITMASK, TWO_FOUR])
+def test_the_node_gets_what_the_plugin_takes(op, with_bias):
+    packed = np.array([[0x05], [0x0A]], np.uint8)
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([1, 4]))
-    weights = [constant("v", np.ones(4, np.float16)), constant("m", mask), constant("r", np.array([0, 2, 4]))]
+    weights = [constant("v", np.ones(4, np.float16)), constant("m", packed)]
+    weights += [constant("r", np.array([0, 2, 4]))] if op == BITMASK else []
+    attributes = {"in_features": 4} if op == BITMASK else {"n": 2, "m": 4}
     bias = constant("b", np.array([0.5, -0.25], np.float16)) if with_bias else None
-    nodes = [ir.Node("sparsify", OP, [x, *weights, bias], [ir.AttrInt64("in_features", 4)]) for _ in range(2)]
+    nodes = [
+        ir.Node("sparsify", op, [x, *weights, bias], [ir.AttrInt64(*item) for item in attributes.items()])
+        for _ in range(2)
+    ]
     outputs = [node.outputs[0] for node in nodes]
     held = [*weights, *([bias] if bias else [])]
     model = ir.Model(ir.Graph([x], outputs, nodes=nodes, initializers=held, opset_imports={"": 23}), ir_version=10)
     assert SuitPlugin()(model).modified
     for node in nodes:
-        assert len(node.inputs) == (BIAS + 1 if with_bias else BIAS)
+        assert len(node.inputs) == BIAS[op] + with_bias
         assert node.inputs[1] is weights[0]
-        assert node.inputs[ROW_START] is weights[2]
-        words = node.inputs[MASK].const_value.numpy()
+        assert node.inputs[3:][: len(weights) - 2] == tuple(weights[2:])
+        words = node.inputs[PACKED].const_value.numpy()
         assert (words.dtype, words.tolist()) == (np.int32, [0x0A05])
         if with_bias:
-            wide = node.inputs[BIAS].const_value.numpy()
+            wide = node.inputs[BIAS[op]].const_value.numpy()
             assert (wide.dtype, wide.tolist()) == (np.float32, [0.5, -0.25])
-    assert nodes[0].inputs[MASK] is nodes[1].inputs[MASK]  # a shared weight stays shared
+    assert nodes[0].inputs[PACKED] is nodes[1].inputs[PACKED]  # a shared weight stays shared
 
 
-def test_names_are_those_of_the_plugin():
+def test_names_are_those_of_the_plugins():
     source = (ROOT / "cuda" / "tensorrt_plugin.cpp").read_text()
-    bitmask = source[source.index("struct Bitmask") : source.index("struct TwoFour")]
+    begins = [source.index(name) for name in ("struct Bitmask", "struct TwoFour", "class SparseLinear")]
     script = Path(package).with_name("build_plan.py").read_text()
-    (field,) = linear_bitmask.SCHEMA.attributes
-    assert f'kName[] = "{OP}"' in bitmask
-    assert f'kFields = {{"{field}"}}' in bitmask
+    for op, schema, begin, end in zip(
+        (BITMASK, TWO_FOUR), (linear_bitmask, linear_nm), begins, begins[1:], strict=False
+    ):
+        found = re.search(r"kFields = \{([^}]*)\}", source[begin:end])
+        assert set(re.findall(r'"(\w+)"', found[1])) == set(schema.SCHEMA.attributes)
+        assert f'kName[] = "{op}"' in source[begin:end]
+        assert f"kWeights = {BIAS[op] - 1};" in source[begin:end]
     for name, ours in (("kNamespace", "sparsify"), ("kVersion", "1")):
         assert f'{name}[] = "{ours}"' in source
     assert 'NAMESPACE, VERSION = "sparsify", "1"' in script
