@@ -139,6 +139,7 @@ using Spmm24 = decltype(sparsify_spmm_24);
 constexpr Version<Spmm24> kSpmm24[] = {{"", sparsify_spmm_24},
                                        {"readable", sparsify_spmm_24_readable},
                                        {"decode", sparsify_spmm_24_decode},
+                                       {"few", sparsify_spmm_24_few},
                                        {"prefill", sparsify_spmm_24_prefill}};
 using SpmmBitmask = decltype(sparsify_spmm_bitmask);
 constexpr Version<SpmmBitmask> kSpmmBitmask[] = {{"", sparsify_spmm_bitmask},

@@ -7,10 +7,11 @@
 
 namespace sparsify_cuda {
 
-// Up to here decode reads the weight once. Where tensor cores really begin to pay is for a GPU to say (docs/gpu.md).
-constexpr int64_t kMostDecoded = 8;
-
-inline bool prefers_prefill(int64_t M, DType x, DType w) { return M > kMostDecoded && has_tensor_cores(x, w); }
+// Up to how many tokens each version is used. Where the borders really lie is for a GPU to say (docs/gpu.md); so far
+// they are where the bytes and operations of the versions put them, the same on every architecture.
+constexpr int64_t kMostDecoded24 = 1;  // from two tokens on spmm_24_few does not unpack on the way to an FMA
+constexpr int64_t kMostFew24 = 64;     // two passes over the weight; prefill has enough blocks from there on
+constexpr int64_t kMostDecodedBitmask = 8;
 
 // The activations of 8 tokens in float32 do not fit the registers.
 template <class X>

@@ -32,7 +32,7 @@ extern "C" {
 //   indices [N, ceil(K / 8)]  2 bits for each value, the first in the lowest bits; rows start on a byte
 // x_type / w_type: f32 with f32, f16 or bf16; f16 with f16; bf16 with bf16.
 
-// Chooses: prefill where M > 8 and its types allow it, else decode.
+// Chooses (choose.cuh): few, then prefill from some number of tokens on where the types allow it, else decode.
 cudaError_t sparsify_spmm_24(DType x_type, DType w_type, const void* x, const void* values, const uint8_t* indices,
                              const float* bias, void* y, int64_t M, int64_t N, int64_t K, cudaStream_t stream);
 // One thread an output, plain loops: the oracle.
@@ -43,6 +43,9 @@ cudaError_t sparsify_spmm_24_readable(DType x_type, DType w_type, const void* x,
 cudaError_t sparsify_spmm_24_decode(DType x_type, DType w_type, const void* x, const void* values,
                                     const uint8_t* indices, const float* bias, void* y, int64_t M, int64_t N, int64_t K,
                                     cudaStream_t stream);
+// A few tokens: sparse tensor cores (mma.sp), one pass over the weight for up to 32 tokens. f16 with f16, bf16 with bf16.
+cudaError_t sparsify_spmm_24_few(DType x_type, DType w_type, const void* x, const void* values, const uint8_t* indices,
+                                 const float* bias, void* y, int64_t M, int64_t N, int64_t K, cudaStream_t stream);
 // Many tokens: sparse tensor cores (mma.sp). f16 with f16, bf16 with bf16.
 cudaError_t sparsify_spmm_24_prefill(DType x_type, DType w_type, const void* x, const void* values,
                                      const uint8_t* indices, const float* bias, void* y, int64_t M, int64_t N,

@@ -86,6 +86,14 @@ __device__ inline void cp_async_16(void* to, const void* from, bool exists) {
                : "memory");
 }
 
+// The same for 4 bytes, by way of L1: neighbours that come in later steps are then near. Both addresses are multiples
+// of 4.
+__device__ inline void cp_async_4(void* to, const void* from, bool exists) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(address), "l"(from), "r"(exists ? 4 : 0)
+               : "memory");
+}
+
 // Closes the group of the copies begun since the last.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
@@ -145,16 +153,19 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) emulate::fail("ldmatrix: an address that is not a multiple of 16");
   const unsigned char* all = emulate::exchange(row);
   const int g = emulate::lane() / 4, j = emulate::lane() % 4;
+  if (emulate::lane() == 0) emulate::count_conflicts(all);
   for (int matrix = 0; matrix < 4; ++matrix)
     std::memcpy(&r[matrix], emulate::shown_by<const uint32_t*>(all, matrix * 8 + g) + j, 4);
   __syncwarp();  // the manual lets no lane go on before all have read
 }
 
-inline void cp_async_16(void* to, const void* from, bool exists) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
-    emulate::fail("cp.async: an address that is not a multiple of 16");
-  emulate::block.current->copies.back().push_back({to, from, 16, exists ? size_t{16} : 0});
+inline void cp_async(void* to, const void* from, size_t bytes, bool exists) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
+    emulate::fail("cp.async: an address that is not a multiple of its size");
+  emulate::block.current->copies.back().push_back({to, from, bytes, exists ? bytes : 0});
 }
+inline void cp_async_16(void* to, const void* from, bool exists) { cp_async(to, from, 16, exists); }
+inline void cp_async_4(void* to, const void* from, bool exists) { cp_async(to, from, 4, exists); }
 
 inline void cp_async_commit() { emulate::block.current->copies.emplace_back(); }
 

@@ -42,9 +42,10 @@ extern "C" cudaError_t sparsify_spmm_24_readable(DType x_type, DType w_type, con
 extern "C" cudaError_t sparsify_spmm_24(DType x_type, DType w_type, const void* x, const void* values,
                                         const uint8_t* indices, const float* bias, void* y, int64_t M, int64_t N,
                                         int64_t K, cudaStream_t stream) {
-  const bool prefill = prefers_prefill(M, x_type, w_type);
-  return (prefill ? sparsify_spmm_24_prefill : sparsify_spmm_24_decode)(x_type, w_type, x, values, indices, bias, y, M,
-                                                                        N, K, stream);
+  const auto run = M <= kMostDecoded24 || !has_tensor_cores(x_type, w_type) ? sparsify_spmm_24_decode
+                   : M <= kMostFew24                                        ? sparsify_spmm_24_few
+                                                                            : sparsify_spmm_24_prefill;
+  return run(x_type, w_type, x, values, indices, bias, y, M, N, K, stream);
 }
 
 }  // namespace sparsify_cuda

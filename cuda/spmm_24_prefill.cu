@@ -6,12 +6,11 @@
 //
 // W is the sparse operand, so the product is y^T = W x^T; row-major x is the column-major B that the instruction wants.
 // Values and activations pass through shared memory, one step ahead of their use. Indices do not: a lane takes the 16
-// bits of its rows straight from the file's layout (metadata_24).
+// bits of its rows straight from the file's layout (metadata_24 in tile_24.cuh).
 #include <type_traits>
 
 #include "launch.cuh"
-#include "load.cuh"
-#include "ptx.cuh"
+#include "tile_24.cuh"
 
 namespace sparsify_cuda {
 
@@ -24,41 +23,6 @@ struct alignas(16) Tile24 {
   T values[kRows][kColumns / 2 + 8];
   T x[kTokens][kColumns + 8];
 };
-
-// The indices of 16 columns from `column` on of one row, for the groups that exist; the others get the places 0, 1,
-// which mma.sp accepts; their values are 0.
-template <bool wide>
-__device__ uint32_t codes_of_16(const uint8_t* indices, int64_t row, int64_t column, int64_t N, int64_t K) {
-  if (row >= N || column >= K) return 0x4444;
-  const uint8_t* at = indices + row * ((K + 7) / 8) + column / 8;
-  if constexpr (wide) return *reinterpret_cast<const uint16_t*>(at);  // K is a multiple of 32: all groups exist
-  const int64_t groups = (K - column) / 4;
-  const uint32_t there = groups >= 4 ? 0xffff : (1u << 4 * groups) - 1;
-  const uint32_t codes = at[0] | (groups > 2 ? at[1] << 8 : 0);
-  return (codes & there) | (0x4444 & ~there);
-}
-
-// The metadata of this lane for 16 rows from `row` on and 64 columns from `column` on: selector 0 of mma.sp uses the
-// first 32 columns, selector 1 the others. The named repacking of linear_nm.py's indices: bits are not moved inside
-// their 16, only 16 columns of row g and of row g + 8 are put into one word (ptx.cuh).
-template <bool wide>
-__device__ uint32_t metadata_24(const uint8_t* indices, int64_t row, int64_t column, int64_t N, int64_t K, int lane) {
-  const int64_t mine = row + lane / 4;
-  column += lane % 4 * 16;
-  return codes_of_16<wide>(indices, mine, column, N, K) | codes_of_16<wide>(indices, mine + 8, column, N, K) << 16;
-}
-
-// Brings 8 elements of a row to shared memory; zeros where they do not exist.
-template <bool wide, class T>
-__device__ void bring_8(T* to, const T* from, int64_t exist) {
-  if constexpr (wide) {
-    cp_async_16(to, from, exist > 0);
-  } else {
-    uint32_t words[4];
-    load_words<false>(words, from, exist * int64_t(sizeof(T)));
-    *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
-  }
-}
 
 // Begins to fill a stage with the columns from `column` on.
 template <bool wide, class T>

@@ -38,7 +38,7 @@ extern "C" cudaError_t sparsify_spmm_bitmask_readable(DType x_type, DType w_type
 extern "C" cudaError_t sparsify_spmm_bitmask(DType x_type, DType w_type, const void* x, const void* values,
                                              const uint8_t* mask, const int64_t* row_start, const float* bias, void* y,
                                              int64_t M, int64_t N, int64_t K, cudaStream_t stream) {
-  const bool prefill = prefers_prefill(M, x_type, w_type);
+  const bool prefill = M > kMostDecodedBitmask && has_tensor_cores(x_type, w_type);
   return (prefill ? sparsify_spmm_bitmask_prefill : sparsify_spmm_bitmask_decode)(x_type, w_type, x, values, mask,
                                                                                   row_start, bias, y, M, N, K, stream);
 }

@@ -30,9 +30,9 @@ TWO_FOUR = NM(2, 4)
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 """out_features N x in_features K of the latencies."""
 
-TOKENS = (1, 4, 8, 16, 64, 256, 2048)
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 512, 2048)
 MOST_DECODED = 64
-"""Tokens up to which the versions for few tokens are timed."""
+"""Tokens up to which decode is timed; few up to twice as many, so that every border of cuda/choose.cuh can be read."""
 
 GROUP = 128
 UNCACHED = 512 << 20
@@ -96,11 +96,12 @@ def linears(cuda: ModuleType, device: str, m: int, n: int, k: int) -> Iterator[C
     for x_type, w_type in TYPES:
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(2)).to(x_type)
         types = f"{x_type} x {w_type}".replace("torch.", "")
-        versions = ["readable", "decode", *(["prefill"] if x_type == w_type != torch.float32 else []), ""]
-        for name, weight, packed, run in (
-            ("spmm_24", two_four, linear_nm.pack(two_four, TWO_FOUR, w_type), cuda.spmm_24),
-            ("spmm_bitmask", anywhere, linear_bitmask.pack(anywhere, w_type), cuda.spmm_bitmask),
+        tensor_cores = x_type == w_type != torch.float32
+        for name, weight, packed, run, on_tensor_cores in (
+            ("spmm_24", two_four, linear_nm.pack(two_four, TWO_FOUR, w_type), cuda.spmm_24, ["few", "prefill"]),
+            ("spmm_bitmask", anywhere, linear_bitmask.pack(anywhere, w_type), cuda.spmm_bitmask, ["prefill"]),
         ):
+            versions = ["readable", "decode", *(on_tensor_cores if tensor_cores else []), ""]
             dense = weight.to(w_type)
             exact = x.double() @ dense.double().T + bias
             plain = (x.float() @ dense.float().T + bias).to(x_type)
@@ -236,6 +237,8 @@ def latencies(n: int, k: int) -> tuple[list[Row], list[str]]:
                 "bitmask prefill": partial(linear_bits, version="prefill"),
                 "24 int4": linear_int4,
             }
+            if m <= 2 * MOST_DECODED:
+                runs["24 few"] = partial(linear_24, version="few")
             if m <= MOST_DECODED:
                 runs["24 decode"] = partial(linear_24, version="decode")
                 runs["bitmask decode"] = partial(linear_bits, version="decode")

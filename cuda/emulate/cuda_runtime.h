@@ -38,6 +38,20 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulate {
 
+// Shared memory that a launch asks for, of exactly the right size, on 16 bytes. At first it holds
+// numbers so large that nobody reads them unseen, which as metadata of mma.sp are allowed.
+struct DynamicShared {
+  inline static void* now = nullptr;
+  explicit DynamicShared(int bytes) : memory(new uint4[size_t(bytes) / sizeof(uint4)]) {
+    if (bytes % int(sizeof(uint4))) fail("dynamic shared memory must be a multiple of 16 bytes here");
+    std::memset(static_cast<void*>(memory.get()), 0xee, size_t(bytes));
+    now = memory.get();
+  }
+  ~DynamicShared() { now = nullptr; }
+  DynamicShared(const DynamicShared&) = delete;
+  std::unique_ptr<uint4[]> memory;
+};
+
 // kernel<<<grid, block>>>(args...)
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, Arguments... arguments) {

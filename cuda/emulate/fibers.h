@@ -136,6 +136,23 @@ T shown_by(const unsigned char* slots, int lane) {
   return value;
 }
 
+// How often one of the 8 rows of 16 bytes of an ldmatrix waited for another in the same banks: a matrix is read at once
+// where all 8 are in different ones.
+inline uint64_t matrices = 0, conflicts = 0;
+
+inline void count_conflicts(const unsigned char* rows) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    int in_bank[8] = {}, most = 0;
+    for (int row = 0; row < 8; ++row) {
+      const auto address = reinterpret_cast<uintptr_t>(shown_by<const void*>(rows, 8 * matrix + row));
+      const int count = ++in_bank[address / 16 % 8];
+      most = count > most ? count : most;
+    }
+    ++matrices;
+    conflicts += uint64_t(most - 1);
+  }
+}
+
 // Runs `body` once for each of `threads` threads; `enter(i)` is called whenever thread i goes on.
 inline void run_block(int threads, const std::function<void(int)>& enter, std::function<void()> body) {
   block.body = std::move(body);

@@ -6,6 +6,9 @@ namespace sparsify_cuda {
 
 extern "C" void sparsify_emulate_backwards(bool backwards) { emulate::backwards = backwards; }
 
+extern "C" uint64_t sparsify_emulate_matrices() { return emulate::matrices; }
+extern "C" uint64_t sparsify_emulate_conflicts() { return emulate::conflicts; }
+
 __global__ void leave_before_the_barrier() {
   if (threadIdx.x == 5) return;
   __syncthreads();
@@ -28,6 +31,14 @@ __global__ void read_matrix_from_an_odd_address() {
   ldmatrix_x4(r, room + 1);
 }
 
+// Rows of 64 bytes, not swizzled: every second one is in the same banks.
+__global__ void read_matrix_with_conflicts() {
+  alignas(128) __shared__ uint32_t room[32][16];
+  uint32_t r[4];
+  ldmatrix_x4(r, room[threadIdx.x]);
+}
+
+extern "C" cudaError_t sparsify_conflicts() { return launch(read_matrix_with_conflicts, dim3(1), dim3(32), nullptr); }
 extern "C" cudaError_t sparsify_wrong_leaves() { return launch(leave_before_the_barrier, dim3(1), dim3(32), nullptr); }
 extern "C" cudaError_t sparsify_wrong_indices() {
   return launch(indices_that_do_not_ascend, dim3(1), dim3(32), nullptr);

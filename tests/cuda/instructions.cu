@@ -1,7 +1,7 @@
 // One warp runs one instruction of cuda/ptx.cuh, or of CUDA itself, on registers that a test chooses. Compiles for the
 // GPU as well, so that the same fragments can be checked there. All arrays are [32][registers], a row a lane.
 #include "launch.cuh"
-#include "ptx.cuh"
+#include "tile_24.cuh"
 
 namespace sparsify_cuda {
 
@@ -76,6 +76,20 @@ __global__ void permute_and_multiply(const uint32_t* words, uint32_t* permuted, 
   const int lane = threadIdx.x;
   permuted[lane] = __byte_perm(words[3 * lane], words[3 * lane + 1], words[3 * lane + 2]);
   products[lane] = __dp4a(int(words[3 * lane]), int(words[3 * lane + 1]), int(words[3 * lane + 2]));
+}
+
+// The metadata of every lane for 16 rows and 64 columns: words [row blocks][column blocks][32].
+template <bool wide>
+__global__ void run_metadata(const uint8_t* indices, uint32_t* words, int64_t N, int64_t K) {
+  const int64_t row = 16 * int64_t{blockIdx.x}, column = 64 * int64_t{blockIdx.y};
+  words[(int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * 32 + threadIdx.x] =
+      metadata_24<wide>(indices, row, column, N, K, int(threadIdx.x));
+}
+
+extern "C" cudaError_t sparsify_test_metadata(int32_t wide, const uint8_t* indices, uint32_t* words, int64_t N,
+                                              int64_t K, cudaStream_t stream) {
+  const dim3 grid(unsigned((N + 15) / 16), unsigned((K + 63) / 64));
+  return launch(wide ? run_metadata<true> : run_metadata<false>, grid, dim3(32), stream, indices, words, N, K);
 }
 
 extern "C" cudaError_t sparsify_test_mma(DType type, const uint32_t* a, const uint32_t* b, float* d,

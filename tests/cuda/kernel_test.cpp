@@ -103,7 +103,10 @@ void test_24(const Shape& s) {
   };
   run(sparsify_spmm_24_readable, "spmm_24_readable");
   run(sparsify_spmm_24_decode, "spmm_24_decode");
-  if (has_tensor_cores(type_of<X>(), type_of<W>())) run(sparsify_spmm_24_prefill, "spmm_24_prefill");
+  if (has_tensor_cores(type_of<X>(), type_of<W>())) {
+    run(sparsify_spmm_24_few, "spmm_24_few");
+    run(sparsify_spmm_24_prefill, "spmm_24_prefill");
+  }
   run(sparsify_spmm_24, "spmm_24");
 }
 

@@ -88,7 +88,7 @@ def test_gather(cuda):
     assert torch.equal(y, x[:, index])
 
 
-@pytest.mark.parametrize("version", ["readable", "decode", "prefill"])
+@pytest.mark.parametrize("version", ["readable", "decode", "few", "prefill"])
 def test_versions(cuda, version):
     x, weight = normal(9, 64, dtype=torch.float16), scattered(7, 64)
     packed, y = linear_bitmask.pack(weight, torch.float16), torch.empty(9, 7, dtype=torch.float16)
@@ -113,7 +113,7 @@ F16 = torch.float16
         ({"bias": torch.zeros(6)}, r"bias must have shape \[7\], got \[6\]"),
         ({"bias": torch.zeros(7, dtype=F16)}, "bias has the wrong element type"),
         ({"y": torch.zeros(3, 6, dtype=F16)}, r"y must have shape \[3, 7\], got \[3, 6\]"),
-        ({"version": "fast"}, "version must be one of '', 'readable', 'decode', 'prefill', got 'fast'"),
+        ({"version": "fast"}, "version must be one of '', 'readable', 'decode', 'few', 'prefill', got 'fast'"),
     ],
 )
 def test_refusals(cuda, change, why):

@@ -8,7 +8,8 @@ from packing import scattered, sparse_nm
 from sparsify_export.calibrate.patterns import NM
 from sparsify_export.passes.dialect import linear_bitmask, linear_nm
 
-FILES = [ROOT / "tests/cuda/emulator.cu", *(ROOT / f"cuda/spmm_{name}_prefill.cu" for name in ("24", "bitmask"))]
+KERNELS = ("24_prefill", "24_few", "bitmask_prefill")
+FILES = [ROOT / "tests/cuda/emulator.cu", *(ROOT / f"cuda/spmm_{name}.cu" for name in KERNELS)]
 FAILS = r"max error|the order of the threads matters"
 
 
@@ -17,33 +18,42 @@ def build(what):
 
 
 def check(kernels, name):
-    """Three steps of a tile, in fp16."""
-    x = torch.randn(17, 192, generator=torch.Generator().manual_seed(0)).half()
-    if name == "24":
-        weight = sparse_nm(30, 48, NM(2, 4))
+    """Three steps of a tile, or of a warp, in fp16."""
+    x = torch.randn(17, 768, generator=torch.Generator().manual_seed(0)).half()
+    if name.startswith("24"):
+        weight = sparse_nm(30, 192, NM(2, 4))
         packed = linear_nm.pack(weight, NM(2, 4), torch.float16)
     else:
-        weight = scattered(30, 192)
+        weight = scattered(30, 768)
         packed = linear_bitmask.pack(weight, torch.float16)
-    got = kernels.linear(f"spmm_{name}_prefill", x, packed, None, 30)
+    got = kernels.linear(f"spmm_{name}", x, packed, None, 30)
     assert_linear(got, x, weight.half().double())
 
 
-@pytest.mark.parametrize("name", ["24", "bitmask"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_the_check_passes_what_is_not_broken(kernels, name):
     check(kernels, name)
 
 
 def test_two_metadata_positions_swapped():
     broken = build("metadata")
-    with pytest.raises(AssertionError, match="max error"):
-        check(broken, "24")
-    check(broken, "bitmask")
+    for name in ("24_prefill", "24_few"):
+        with pytest.raises(AssertionError, match="max error"):
+            check(broken, name)
+    check(broken, "bitmask_prefill")
 
 
 @pytest.mark.parametrize("what", ["wait", "barrier"])
 def test_nobody_waits(what):
     broken = build(what)
-    for name in ("24", "bitmask"):
+    for name in KERNELS:
         with pytest.raises(AssertionError, match=FAILS):
             check(broken, name)
+
+
+def test_lanes_do_not_wait():
+    """Only one kernel's warps work by themselves."""
+    broken = build("warp")
+    with pytest.raises(AssertionError, match=FAILS):
+        check(broken, "24_few")
+    check(broken, "24_prefill")

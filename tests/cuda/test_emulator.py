@@ -6,6 +6,9 @@ import sys
 import pytest
 import torch
 from cuda_emulated import SUCCESS
+from packing import scattered, sparse_nm
+from sparsify_export.calibrate.patterns import NM
+from sparsify_export.passes.dialect import linear_bitmask, linear_nm
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -64,7 +67,7 @@ def test_byte_permutation_and_dot_product(kernels):
     [
         ("wrong_leaves", "wait at a barrier that others never reach"),
         ("wrong_indices", "the two indices of a group do not ascend"),
-        ("wrong_copy", "cp.async: an address that is not a multiple of 16"),
+        ("wrong_copy", "cp.async: an address that is not a multiple of its size"),
         ("wrong_matrix", "ldmatrix: an address that is not a multiple of 16"),
         ("wrong_block", "a block must be whole warps"),
     ],
@@ -74,6 +77,30 @@ def test_it_aborts_and_says_why(kernels, name, why):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode < 0
     assert why in done.stderr
+
+
+def test_bank_conflicts_are_counted(kernels):
+    """Rows of 64 bytes lie in two sets of banks, so four of eight wait in a row: three more turns for each matrix."""
+    library = kernels.library
+    counts = [library.sparsify_emulate_matrices, library.sparsify_emulate_conflicts]
+    before = [count() for count in counts]
+    assert library.sparsify_conflicts() == SUCCESS
+    assert [count() - was for count, was in zip(counts, before, strict=True)] == [4, 12]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("24_few", 8), ("24_few", 16), ("24_few", 32), ("24_prefill", 64), ("bitmask_prefill", 64)]
+)
+def test_no_kernel_reads_matrices_with_bank_conflicts(kernels, name, tokens):
+    x = torch.zeros(tokens, 512).half()
+    if name == "bitmask_prefill":
+        packed = linear_bitmask.pack(scattered(128, 512), torch.float16)
+    else:
+        packed = linear_nm.pack(sparse_nm(128, 128, NM(2, 4)), NM(2, 4), torch.float16)
+    before = [kernels.library.sparsify_emulate_matrices(), kernels.library.sparsify_emulate_conflicts()]
+    kernels.linear(f"spmm_{name}", x, packed, None, 128)
+    assert kernels.library.sparsify_emulate_matrices() > before[0]
+    assert kernels.library.sparsify_emulate_conflicts() == before[1]
 
 
 def test_a_block_that_is_too_large_is_an_error(kernels):

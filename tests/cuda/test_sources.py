@@ -5,7 +5,7 @@ import re
 import pytest
 from cuda_emulated import ROOT
 
-OURS = {"kernels.h", "choose.cuh", "launch.cuh", "load.cuh", "number.cuh", "ptx.cuh"}
+OURS = {"kernels.h", "choose.cuh", "launch.cuh", "load.cuh", "number.cuh", "ptx.cuh", "tile_24.cuh"}
 CUDA = {"cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"}
 STANDARD = {"cstdint", "type_traits"}
 FILES = sorted([*(ROOT / "cuda").glob("*.cu"), *(ROOT / "cuda").glob("*.cuh"), ROOT / "cuda/kernels.h"])

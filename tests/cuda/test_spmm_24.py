@@ -71,8 +71,24 @@ def test_prefill_tokens_and_rows_at_the_edges_of_a_tile(kernels, types, M, N):
     check(kernels, "prefill", M, N, 96, types, bias=M != 64)
 
 
+@pytest.mark.parametrize("types", HALVES)
+@pytest.mark.parametrize("K", [4, 12, 16, 20, 32, 60, 64, 96, 224, 256, 288, 516, 1056, 1312])
+def test_few_columns_at_the_edges_of_a_step_and_of_the_warps(kernels, types, K):
+    """32 columns are half of a step, 256 one step of all four warps, 1024 all their stages."""
+    check(kernels, "few", 5, 30, K, types)
+
+
+@pytest.mark.parametrize("types", HALVES)
+@pytest.mark.parametrize("M", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64])
+@pytest.mark.parametrize("N", [1, 17, 31, 32, 33])
+def test_few_tokens_and_rows_at_the_edges_of_a_tile(kernels, types, M, N):
+    check(kernels, "few", M, N, 352, types, bias=M != 16)
+
+
 @pytest.mark.parametrize("shift", [1, 2, 4])
-@pytest.mark.parametrize(("name", "types"), [("decode", F16), ("decode", PAIRS[2]), ("prefill", F16)])
+@pytest.mark.parametrize(
+    ("name", "types"), [("decode", F16), ("decode", PAIRS[2]), ("few", F16), ("few", HALVES[1]), ("prefill", F16)]
+)
 def test_arrays_may_begin_anywhere(kernels, name, types, shift):
     check(kernels, name, 9, 33, 96, types, shift=shift)
 
@@ -80,7 +96,7 @@ def test_arrays_may_begin_anywhere(kernels, name, types, shift):
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("K", [36, 96])
 @pytest.mark.parametrize(
-    ("name", "types"), [("readable", F16), ("decode", F16), ("decode", PAIRS[2]), ("prefill", F16)]
+    ("name", "types"), [("readable", F16), ("decode", F16), ("decode", PAIRS[2]), ("few", F16), ("prefill", F16)]
 )
 def test_infinities_and_nan_reach_what_keeps_their_column(kernels, name, types, K, bad):
     x, packed, _, _ = problem(20, 40, K, *types)
@@ -90,21 +106,21 @@ def test_infinities_and_nan_reach_what_keeps_their_column(kernels, name, types, 
     assert_not_finite_where_kept(got, x, kept)
 
 
-@pytest.mark.parametrize("name", ["readable", "decode", "prefill"])
+@pytest.mark.parametrize("name", ["readable", "decode", "few", "prefill"])
 def test_no_columns_give_the_bias(kernels, name):
     x, packed, _, bias = problem(3, 5, 0, *F16)
     assert torch.equal(kernels.linear("spmm_24_" + name, x, packed, bias, 5), bias.half().expand(3, 5))
     assert (kernels.linear("spmm_24_" + name, x, packed, None, 5) == 0).all()
 
 
-@pytest.mark.parametrize("name", ["", "_readable", "_decode", "_prefill"])
+@pytest.mark.parametrize("name", ["", "_readable", "_decode", "_few", "_prefill"])
 @pytest.mark.parametrize(("M", "N"), [(0, 5), (5, 0)])
 def test_no_tokens_or_rows_is_nothing_to_do(kernels, name, M, N):
     status = kernels.call("spmm_24" + name, *F16, None, None, None, None, None, M, N, 64)
     assert status == SUCCESS
 
 
-@pytest.mark.parametrize("name", ["", "_readable", "_decode", "_prefill"])
+@pytest.mark.parametrize("name", ["", "_readable", "_decode", "_few", "_prefill"])
 @pytest.mark.parametrize(
     ("types", "sizes"),
     [
@@ -121,11 +137,21 @@ def test_what_does_not_exist_is_refused(kernels, name, types, sizes):
     assert kernels.call("spmm_24" + name, *types, None, None, None, None, None, *sizes) == INVALID_VALUE
 
 
-def test_prefill_refuses_float32(kernels):
-    assert kernels.call("spmm_24_prefill", *PAIRS[2], None, None, None, None, None, 1, 1, 4) == INVALID_VALUE
+@pytest.mark.parametrize("name", ["few", "prefill"])
+def test_tensor_cores_refuse_float32(kernels, name):
+    assert kernels.call(f"spmm_24_{name}", *PAIRS[2], None, None, None, None, None, 1, 1, 4) == INVALID_VALUE
 
 
-@pytest.mark.parametrize(("M", "types", "name"), [(8, F16, "decode"), (9, F16, "prefill"), (9, PAIRS[3], "decode")])
+@pytest.mark.parametrize(
+    ("M", "types", "name"),
+    [
+        (1, F16, "decode"),
+        (2, F16, "few"),
+        (64, F16, "few"),
+        (65, F16, "prefill"),
+        (9, PAIRS[3], "decode"),
+    ],
+)
 def test_the_choice(kernels, M, types, name):
     x, packed, _, bias = problem(M, 8, 64, *types)
     chosen = kernels.linear("spmm_24", x, packed, bias, 8)

@@ -23,7 +23,7 @@ def test_every_kernel_is_checked_and_right(cuda):
     assert [c for c in checks if not c.ok] == []
     tested = {c.kernel.split(",")[0] for c in checks}
     assert {f"{name} {v}" for name in ("spmm_24", "spmm_bitmask") for v in ("readable", "decode", "prefill")} <= tested
-    assert {"spmm_24_int4 decode", "quantise_tokens", "gather_channels", "rate_mask_forward"} <= tested
+    assert {"spmm_24 few", "spmm_24_int4 decode", "quantise_tokens", "gather_channels", "rate_mask_forward"} <= tested
     assert {"rate_mask_backward"} <= tested
 
 

@@ -10,7 +10,10 @@ from torch import Tensor
 def spmm_24(
     x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, y: Tensor, stream: int, version: str = ""
 ) -> None:
-    """Write ``y [M, N] = x [M, K] W^T + bias`` for a 2:4 weight; versions: readable, decode, prefill, '' chooses."""
+    """Write ``y [M, N] = x [M, K] W^T + bias`` for a 2:4 weight.
+
+    Versions: readable, decode, few, prefill; '' chooses.
+    """
 
 def spmm_bitmask(
     x: Tensor,
