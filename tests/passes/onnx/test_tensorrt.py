@@ -94,7 +94,7 @@ def test_attributes_that_mean_nothing_are_dropped_and_others_refused():
     ("text", "said"),
     [
         ("(float[2] x) => (float[2] y) { y = Det (x) }", "does not list the op Det"),
-        ("(float[2] x) => (float[2] y) { y = sparsify.linear_nm (x) }", "the op sparsify.linear_nm"),
+        ("(float[2] x) => (float[2] y) { y = sparsify.linear_nm_int8 (x) }", "the op sparsify.linear_nm_int8"),
         (
             ATTENTION.replace("(q, k, k)", "(q, k, k, , k, k)"),
             "attention that joins the KV cache itself",
