@@ -38,6 +38,7 @@ def test_folder_holds_everything_that_serving_needs(exported):
     report = json.loads((exported / "report.json").read_text())
     assert set(report["files"]) == {file.name for file in exported.iterdir()}
     assert report["settings"]["pattern"] == "2:4"
+    assert report["settings"]["threads"] == torch.get_num_threads()
     assert report["stored_linear_bytes"] <= 0.56 * report["dense_linear_bytes"]
     assert report["evaluation"]["result"]["window"] == 32
     assert {entry["how"] for entry in report["verified"]} >= {"kernels", "functions"}

@@ -136,6 +136,31 @@ def test_a_weight_cast_from_one_short_type_to_the_other_is_left(tmp_path):
     assert report["linears"][0]["reason"] == "its weight is cast from one type of 16 bits to the other"
 
 
+def shortened(tensor):
+    tensor.raw_data = tensor.raw_data[:-8]
+
+
+def emptied(tensor):
+    tensor.ClearField("raw_data")
+
+
+def made_strings(tensor):
+    emptied(tensor)
+    tensor.data_type = TensorProto.STRING
+    tensor.string_data.extend([b"a"] * int(np.prod(tensor.dims)))
+
+
+@pytest.mark.parametrize("damage", [shortened, emptied, made_strings])
+def test_damaged_weights_of_our_own_ops_are_refused_before_their_checksums_are_made(tmp_path, damage, capsys):
+    """So what cannot be read while checksums are made of a file just written is a fault of ours, and is called that."""
+    compiled(saved(mlp(sparse_kn(64, 64)), tmp_path), tmp_path / "o.onnx")
+    model = onnx.load(str(tmp_path / "o.onnx"))
+    damage(next(tensor for tensor in model.graph.initializer if tensor.name.endswith(".values")))
+    said = refused(capsys, tmp_path / "again.onnx", saved(model, tmp_path, "damaged.onnx"))
+    assert said.startswith(f"cannot open {tmp_path / 'damaged.onnx'}: ")
+    assert "w0.values" in said
+
+
 def test_why_nothing_can_be_pruned_is_said_for_every_kind(tmp_path, capsys):
     nodes = [
         node("Einsum", ["x", "e"], ["h"], name="ein", equation="ij,jk->ik"),
