@@ -20,7 +20,8 @@ from torch import Tensor
 from ..calibrate.patterns import NM, Unstructured, find_pattern
 from ..passes.dialect.packed import TENSORS, Packed
 from ..passes.errors import InputError, VerificationError
-from ..passes.onnx.linears import LeftOut, Linear, find_linears
+from ..passes.onnx.left_out import LeftOut
+from ..passes.onnx.linears import Linear, find_linears
 from ..passes.onnx.plugin import from_words
 from ..passes.onnx.protos import data_files, opened
 from ..passes.onnx.view import Model, read_model

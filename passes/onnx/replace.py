@@ -8,8 +8,9 @@ import onnx_graphsurgeon as gs  # type: ignore[import-untyped]
 import torch
 from onnx import helper, numpy_helper
 
+from .bias import Bias
 from .functions import functions_for
-from .linears import Bias, Linear
+from .linears import Linear
 from .protos import ONNX, graphs, read_float, remove
 from .sparse_linears import Sparse
 from .view import Model, Place

@@ -18,7 +18,8 @@ from ..parts import ONE, Parts
 from ..recipe import Recipe
 from ..skip import named_by
 from .head import gives_output
-from .linears import LeftOut, Linear
+from .left_out import LeftOut
+from .linears import Linear
 from .parts import parts_of
 from .spool import Spool
 from .view import Model, Place

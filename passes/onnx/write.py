@@ -145,6 +145,7 @@ def _publish(path: Path, sizes: Iterable[int], write: Callable[[Data], onnx.Mode
         with (stage / "data").open("wb") as file:
             data = Data(file, stage / "data", path.name)
             proto = write(data)
+        # A given file's damaged ops were refused when it was opened: what cannot be read back here we wrote wrong.
         add_checksums(proto, stage)
         with (stage / path.name).open("wb") as out:
             out.write(proto.SerializeToString())

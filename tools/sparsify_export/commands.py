@@ -55,14 +55,7 @@ def eval_command(
         without = {"--text": text, "--exact": exact, "--window": window, "--windows": windows, "--no-bos": not bos}
         if unread := [flag for flag, value in without.items() if value]:
             raise InputError(f"{unread[0]} has no effect with --retrieval, which embeds texts")
-        with ProgressBar(quiet=json) as console:
-            found, embedder = frontdoor.evaluate_retrieval(
-                model, retrieval, tokenizer=tokenizer, trust_remote_code=trust_remote_code, progress=console.progress
-            )
-        if json:
-            terminal.print_json(dumps({"retrieval": asdict(found), "pooling": asdict(embedder.pooling)}))
-        else:
-            terminal.print(f"{found}\n{embedder.pooling}", highlight=False)
+        _evaluate_retrieval(model, retrieval, tokenizer, trust_remote_code=trust_remote_code, json=json)
         return
     if text is None and not exact:
         raise InputError("there is nothing to evaluate; give --text FILE, --exact, both, or --retrieval FOLDER")
@@ -86,6 +79,25 @@ def eval_command(
         terminal.print(f"perplexity {result.perplexity:.2f} over {where}", highlight=False)
     if answers:
         terminal.print(f"exact answers: {answers}", highlight=False)
+
+
+def _evaluate_retrieval(
+    model: str, folder: Path, tokenizer: str | None, *, trust_remote_code: bool, json: bool
+) -> None:
+    """What ``eval --retrieval`` prints."""
+    from dataclasses import asdict
+    from json import dumps
+
+    from . import frontdoor
+
+    with ProgressBar(quiet=json) as console:
+        found, embedder = frontdoor.evaluate_retrieval(
+            model, folder, tokenizer=tokenizer, trust_remote_code=trust_remote_code, progress=console.progress
+        )
+    if json:
+        terminal.print_json(dumps({"retrieval": asdict(found), "pooling": asdict(embedder.pooling)}))
+    else:
+        terminal.print(f"{found}\n{embedder.pooling}", highlight=False)
 
 
 def bench_command(

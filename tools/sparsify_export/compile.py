@@ -102,7 +102,8 @@ def _compile(
         console.note(text)
     sizes = engine_sizes(settings.engine, pretrained) if settings.engine else None
     before = evaluate_torch(pretrained, settings, stages, console)
-    for size in crossings(pretrained)[1]:
+    uncrossed = crossings(pretrained)[1]
+    for size in uncrossed:
         console.note(f"verification does not cross the sliding window of {size} tokens: that would take too long")
     windows, held_out = calibration_text(pretrained, settings, stages, console)
     with stages.run("trace"):
@@ -185,7 +186,7 @@ def _compile(
         pruning_seconds=timings.seconds,
         distilled=done.distilled,
         model=target.model,
-        uncrossed=crossings(pretrained)[1],
+        uncrossed=uncrossed,
     )
     target.finish(pretrained, report)
     return report

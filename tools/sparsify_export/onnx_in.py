@@ -12,7 +12,8 @@ from torch import Tensor
 from .passes.errors import InputError, VerificationError
 from .passes.onnx.alone import alone
 from .passes.onnx.index_inputs import head_sizes, index_bounds
-from .passes.onnx.linears import LeftOut, Linear, find_linears
+from .passes.onnx.left_out import LeftOut
+from .passes.onnx.linears import Linear, find_linears
 from .passes.onnx.protos import ONNX, data_files, graphs
 from .passes.onnx.replace import describe, exchange_weights, replace_linears
 from .passes.onnx.seeds import seed
@@ -22,7 +23,7 @@ from .passes.onnx.twin import End, Twin, dense_twin, ends, link_data, mute, read
 from .passes.onnx.unfold import Unfolded, fold_back
 from .passes.onnx.view import Model, read_model
 from .passes.onnx.write import write_proto
-from .report import LinearEntry, Report
+from .report import LinearEntry, Report, as_told, bytes_of
 from .runtime import library_path
 from .runtime.benchmark import Row, compare_files
 from .runtime.child import Job, kills
@@ -335,12 +336,12 @@ def _report(
         machine=machine,
         linears=tuple(linears),
         blocks=(),
-        verified=tuple({"how": v.how, "error": v.closeness.error, "allowed": v.closeness.budget} for v in verified),
+        verified=as_told(verified),
         evaluation=None,
         latency=tuple(latency),
         stages=tuple(stages.done),
         pruning_seconds={},
-        file_bytes=sum(file.stat().st_size for file in (out, *data_files(out))),
+        file_bytes=bytes_of(out),
         dense_linear_bytes=sum(entry.dense_bytes for entry in once if entry.lowered),
         stored_linear_bytes=sum(entry.stored_bytes for entry in once if entry.lowered),
         given_bytes=given_bytes,

@@ -185,19 +185,29 @@ def build_report(
         settings=settings,
         linears=tuple(linears),
         blocks=tuple(_block(block) for block in blocks),
-        verified=tuple({"how": v.how, "error": v.closeness.error, "allowed": v.closeness.budget} for v in verified),
+        verified=as_told(verified),
         evaluation=evaluation,
         latency=tuple(latency),
         stages=tuple(stages),
         machine=machine,
         pruning_seconds=dict(pruning_seconds),
-        file_bytes=sum(file.stat().st_size for file in (model, *data_files(model))),
+        file_bytes=bytes_of(model),
         dense_linear_bytes=sum(entry.dense_bytes for entry in inside),
         stored_linear_bytes=sum(entry.stored_bytes for entry in inside),
         distilled=distilled,
         embeddings=tuple(embeddings),
         uncrossed=uncrossed,
     )
+
+
+def as_told(verified: Sequence[Verified]) -> tuple[Mapping[str, Any], ...]:
+    """Every way that a file was compared in, with its error and the error allowed."""
+    return tuple({"how": v.how, "error": v.closeness.error, "allowed": v.closeness.budget} for v in verified)
+
+
+def bytes_of(model: Path) -> int:
+    """The size of a model file and its data."""
+    return sum(file.stat().st_size for file in (model, *data_files(model)))
 
 
 def render(report: Report) -> Group:
