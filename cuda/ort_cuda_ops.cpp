@@ -16,10 +16,15 @@ namespace {
 
 using namespace sparsify;
 
-#ifdef SPARSIFY_EMULATED  // cuda/emulate: the GPU's memory is the CPU's
+#ifdef SPARSIFY_EMULATED  // cuda/emulate: the GPU's memory is the CPU's, whose provider has no stream
 constexpr const char* kCuda = nullptr;
 #else
 constexpr const char* kCuda = "CUDAExecutionProvider";
+#endif
+#if defined(SPARSIFY_EMULATED) && !defined(SPARSIFY_WANTS_STREAM)
+constexpr bool kWantsStream = false;
+#else
+constexpr bool kWantsStream = true;
 #endif
 
 constexpr ort::ElementType value_type(DType type) {
@@ -40,9 +45,12 @@ std::vector<T> on_cpu(const Tensor& tensor, const std::string& name) {
   return copy;
 }
 
-cudaStream_t stream_of(const OrtKernelContext* context) {
+// CUDA's legacy stream is null too, but what runs there is not in order with the provider's other kernels, whose stream
+// does not wait for it: a result might be read before it is written.
+cudaStream_t stream_of(const OrtKernelContext* context, const std::string& name) {
   void* stream = nullptr;
   check(ort::KernelContext_GetGPUComputeStream(api, context, &stream));
+  if (kWantsStream && !stream) refuse_if(name + ": ONNX Runtime gave no CUDA stream to run on");
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -74,7 +82,7 @@ struct NmKernel {
 
   void compute(const OrtKernelContext* context, const float* x, int64_t tokens, const float* bias, float* y) const {
     check_cuda(sparsify_cuda::sparsify_spmm_24(f32, cuda_type(type), x, bytes(context, 1), bytes(context, 2), bias, y,
-                                               tokens, w.rows, w.cols, stream_of(context)),
+                                               tokens, w.rows, w.cols, stream_of(context, name)),
                name);
   }
 };
@@ -104,8 +112,9 @@ struct BitmaskKernel {
 
   void compute(const OrtKernelContext* context, const float* x, int64_t tokens, const float* bias, float* y) const {
     const auto* row_start = static_cast<const int64_t*>(tensor(input(context, 3)).data);
+    cudaStream_t const stream = stream_of(context, name);
     check_cuda(sparsify_cuda::sparsify_spmm_bitmask(f32, cuda_type(type), x, bytes(context, 1), bytes(context, 2),
-                                                    row_start, bias, y, tokens, w.rows, w.cols, stream_of(context)),
+                                                    row_start, bias, y, tokens, w.rows, w.cols, stream),
                name);
   }
 };

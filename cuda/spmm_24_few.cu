@@ -19,6 +19,7 @@ namespace sparsify_cuda {
 
 constexpr int kRows = 32, kColumns = 64;  // of a step
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kBlocks = 3;  // on one processor: as many as shared memory allows, so registers need not be fewer
 
 template <class T, int tokens>
 struct alignas(16) Few24 {
@@ -88,7 +89,7 @@ __device__ void multiply(float (&sum)[2][tokens / 8][4], Few24<T, tokens>& stage
 }
 
 template <class T, int tokens, bool wide>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     spmm_24_few(const T* __restrict__ x, const T* __restrict__ values, const uint8_t* __restrict__ indices,
                 const float* __restrict__ bias, T* __restrict__ y, int64_t M, int64_t N, int64_t K,
                 int64_t token_blocks) {

@@ -12,8 +12,14 @@ from pathlib import Path
 SHAPES = ((4096, 4096), (11008, 4096))
 """out_features N x in_features K."""
 
-TOKENS = (1, 16, 256)
+TOKENS = (1, 4, 16, 64, 256)
 INT4_GROUP = 128
+
+FEW = ((8, 4), (16, 4), (32, 3))
+"""Tokens of a block of spmm_24_few, and its stages."""
+
+LATENCY = 700e-9
+"""Seconds from a load to its data, from memory; an estimate."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +31,22 @@ class Gpu:
         bytes_per_s: of its memory.
         fp32: operations a second outside tensor cores, a multiply-add counted as two.
         tensor: FP16 or BF16 with FP32 accumulation on tensor cores, dense; 2:4 doubles it.
+        processors: how many there are.
+        shared_kib: shared memory of a processor.
     """
 
     name: str
     bytes_per_s: float
     fp32: float
     tensor: float
+    processors: int
+    shared_kib: int
 
 
 GPUS = (
-    Gpu("A100 SXM 80 GB", 2.039e12, 19.5e12, 312e12),
-    Gpu("H100 SXM", 3.35e12, 67e12, 989.4e12),
-    Gpu("RTX 4090", 1.008e12, 82.6e12, 165.2e12),
+    Gpu("A100 SXM 80 GB", 2.039e12, 19.5e12, 312e12, 108, 164),
+    Gpu("H100 SXM", 3.35e12, 67e12, 989.4e12, 132, 228),
+    Gpu("RTX 4090", 1.008e12, 82.6e12, 165.2e12, 128, 100),
 )
 
 
@@ -76,6 +86,7 @@ class Kernel:
 KERNELS = (
     Kernel("dense FP16 product", 2, 2, 2, lambda gpu: gpu.tensor),
     Kernel("spmm_24_decode", 2 / 2 + 1 / 8, 2, 1, lambda gpu: gpu.fp32, most=16),
+    Kernel("spmm_24_few", 2 / 2 + 1 / 8, 2, 2, lambda gpu: 2 * gpu.tensor, fewest=2, most=64),
     Kernel("spmm_24_prefill", 2 / 2 + 1 / 8, 2, 2, lambda gpu: 2 * gpu.tensor, fewest=16),
     Kernel("spmm_24_int4", 0.5 / 2 + 1 / 8 + 2 / INT4_GROUP, 1, 0, None, most=16),
     Kernel("spmm_bitmask_decode, 50 %", 2 / 2 + 1 / 8, 2, 1, lambda gpu: gpu.fp32, most=16),
@@ -109,6 +120,7 @@ def page() -> str:
         )
     for n, k in SHAPES:
         lines += _products(n, k)
+    lines += _in_flight()
     lines += _streams()
     return "\n".join(lines) + "\n"
 
@@ -126,6 +138,35 @@ def _products(n: int, k: int) -> list[str]:
                 cells.append(f"{seconds * 1e6:.1f} us ({'m' if memory else 'a'})")
             work = f"{m * n * k * kernel.operations / 1e9:.2f}" if kernel.peak else "-"
             lines.append(f"| {m} | {kernel.name} | {kernel.bytes(m, n, k) / 1e6:.1f} | {work} | {' | '.join(cells)} |")
+    return lines
+
+
+def _in_flight() -> list[str]:
+    """Whether spmm_24_few asks for enough at once: bytes under way against bandwidth times latency."""
+    lines = [
+        "",
+        "## What spmm_24_few keeps on the way [est]",
+        "",
+        "Weights only. To keep the memory busy, bandwidth x latency must be on the way; the latency,",
+        f"{LATENCY * 1e9:.0f} ns, is an estimate, so all of this is. Resident: blocks a processor holds by its shared",
+        "memory (1 KiB of each block is the system's). On the way: of all processors, for the blocks there are.",
+        "",
+        "| N | tokens | KiB a block | blocks | "
+        + " | ".join(f"{g.name}: resident, on the way, wanted" for g in GPUS)
+        + " |",
+        "|---|---|---|---|" + "---|" * len(GPUS),
+    ]
+    for n, _ in SHAPES:
+        for tokens, stages in FEW:
+            stage = 32 * 64 + tokens * 128 + 32 * 8
+            kib, blocks = 4 * stages * stage / 1024, -(-n // 32)
+            cells = []
+            for gpu in GPUS:
+                resident = int(gpu.shared_kib // (kib + 1))
+                under_way = min(blocks, resident * gpu.processors) * 4 * (stages - 1) * (32 * 64 + 32 * 8)
+                wanted = gpu.bytes_per_s * LATENCY
+                cells.append(f"{resident}, {under_way / 1e6:.1f} MB, {wanted / 1e6:.1f} MB")
+            lines.append(f"| {n} | {tokens} | {kib:.0f} | {blocks} | {' | '.join(cells)} |")
     return lines
 
 

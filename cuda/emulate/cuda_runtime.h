@@ -42,10 +42,12 @@ namespace emulate {
 // numbers so large that nobody reads them unseen, which as metadata of mma.sp are allowed.
 struct DynamicShared {
   inline static void* now = nullptr;
+  inline static int last_bytes = 0;
   explicit DynamicShared(int bytes) : memory(new uint4[size_t(bytes) / sizeof(uint4)]) {
     if (bytes % int(sizeof(uint4))) fail("dynamic shared memory must be a multiple of 16 bytes here");
     std::memset(static_cast<void*>(memory.get()), 0xee, size_t(bytes));
     now = memory.get();
+    last_bytes = bytes;
   }
   ~DynamicShared() { now = nullptr; }
   DynamicShared(const DynamicShared&) = delete;

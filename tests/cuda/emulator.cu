@@ -7,6 +7,7 @@ namespace sparsify_cuda {
 extern "C" void sparsify_emulate_backwards(bool backwards) { emulate::backwards = backwards; }
 
 extern "C" uint64_t sparsify_emulate_matrices() { return emulate::matrices; }
+extern "C" int32_t sparsify_emulate_dynamic_shared() { return emulate::DynamicShared::last_bytes; }
 extern "C" uint64_t sparsify_emulate_conflicts() { return emulate::conflicts; }
 
 __global__ void leave_before_the_barrier() {

@@ -90,10 +90,14 @@ def test_gather(cuda):
 
 @pytest.mark.parametrize("version", ["readable", "decode", "few", "prefill"])
 def test_versions(cuda, version):
-    x, weight = normal(9, 64, dtype=torch.float16), scattered(7, 64)
-    packed, y = linear_bitmask.pack(weight, torch.float16), torch.empty(9, 7, dtype=torch.float16)
-    cuda.spmm_bitmask(x, *packed, None, y, 0, version)
+    x, y = normal(9, 64, dtype=torch.float16), torch.empty(9, 7, dtype=torch.float16)
+    weight = sparse_nm(7, 16, NM(2, 4))
+    cuda.spmm_24(x, *linear_nm.pack(weight, NM(2, 4), torch.float16), None, y, 0, version)
     assert_linear(y, x, weight.half().double())
+    if version != "few":
+        weight = scattered(7, 64)
+        cuda.spmm_bitmask(x, *linear_bitmask.pack(weight, torch.float16), None, y, 0, version)
+        assert_linear(y, x, weight.half().double())
 
 
 F16 = torch.float16

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cuda_emulated import SUCCESS
+from cuda_emulated import ROOT, SUCCESS
 from packing import scattered, sparse_nm
 from sparsify_export.calibrate.patterns import NM
 from sparsify_export.passes.dialect import linear_bitmask, linear_nm
@@ -101,6 +101,16 @@ def test_no_kernel_reads_matrices_with_bank_conflicts(kernels, name, tokens):
     kernels.linear(f"spmm_{name}", x, packed, None, 128)
     assert kernels.library.sparsify_emulate_matrices() > before[0]
     assert kernels.library.sparsify_emulate_conflicts() == before[1]
+
+
+@pytest.mark.parametrize(("tokens", "kib"), [(8, 52), (16, 68), (32, 75)])
+def test_shared_memory_that_is_asked_for_is_what_the_docs_say_and_every_gpu_has(kernels, tokens, kib):
+    packed = linear_nm.pack(sparse_nm(32, 64, NM(2, 4)), NM(2, 4), torch.float16)
+    kernels.linear("spmm_24_few", torch.zeros(tokens, 256).half(), packed, None, 32)
+    assert kernels.library.sparsify_emulate_dynamic_shared() == kib << 10
+    assert kib <= 99
+    page = (ROOT / "docs/gpu.md").read_text()
+    assert "52, 68 or 75 KiB" in page
 
 
 def test_a_block_that_is_too_large_is_an_error(kernels):

@@ -18,18 +18,22 @@ TYPES = [torch.float32, torch.float16, torch.bfloat16]
 SOURCES = [ROOT / "cuda/ort_cuda_ops.cpp", ROOT / "runtime/cpu/formats.cpp"]
 
 
-@pytest.fixture(scope="module")
-def library(kernels):
+def compiled(kernels, name, *more):
     """Compiled once, beside the emulated kernels."""
     kernels_at = Path(kernels.library._name)
-    library = kernels_at.parent / "ort.so"
+    library = kernels_at.parent / f"{name}.so"
     if not library.exists():
-        part = kernels_at.parent / f"part-{os.getpid()}-ort.so"
-        flags = [*FLAGS, "-O0", "-fvisibility=hidden", "-DSPARSIFY_EMULATED", "-shared"]
+        part = kernels_at.parent / f"part-{os.getpid()}-{name}.so"
+        flags = [*FLAGS, "-O0", "-fvisibility=hidden", "-DSPARSIFY_EMULATED", *more, "-shared"]
         everything = [*SOURCES, "-x", "none", kernels_at, "-Wl,-z,defs", "-o", part]
         subprocess.run([os.environ.get("CXX", "c++"), *flags, *everything], check=True)
         part.rename(library)
     return library
+
+
+@pytest.fixture(scope="module")
+def library(kernels):
+    return compiled(kernels, "ort")
 
 
 def session(library, op, tensors, x_shape, **attributes):
@@ -94,4 +98,13 @@ def test_x_and_bias_of_other_sizes_are_refused_when_run(library):
     with pytest.raises(Exception, match=r"up_proj: x must have shape \[..., 80\] to match the weight, got \[2, 79\]"):
         ready.run(None, {"x": np.ones((2, 79), np.float32)})
     with pytest.raises(Exception, match=r"up_proj: bias must have shape \[9\], got \[8\]"):
+        ready.run(None, {"x": np.ones((2, 80), np.float32)})
+
+
+@pytest.mark.parametrize(("op", "make"), [("linear_nm", two_four), ("linear_bitmask", bitmask)])
+def test_no_stream_is_refused_and_not_taken_for_the_legacy_one(kernels, op, make):
+    """As on a GPU, with a provider that has none."""
+    _, tensors, attributes = make(torch.float16)
+    ready = session(compiled(kernels, "ort_stream", "-DSPARSIFY_WANTS_STREAM"), op, tensors, ["t", 80], **attributes)
+    with pytest.raises(Exception, match="up_proj: ONNX Runtime gave no CUDA stream to run on"):
         ready.run(None, {"x": np.ones((2, 80), np.float32)})

@@ -90,7 +90,7 @@ def test_the_rooflines_in_the_docs_are_those_of_the_tool():
 
 
 def test_a_roofline_by_hand():
-    gpu = gpu_roofline.Gpu("slow", bytes_per_s=1e9, fp32=1e9, tensor=1e9)
+    gpu = gpu_roofline.Gpu("slow", bytes_per_s=1e9, fp32=1e9, tensor=1e9, processors=1, shared_kib=100)
     kernel = gpu_roofline.Kernel("k", weight=1.0, activation=2, operations=1, peak=lambda g: g.fp32)
     # 4 x 8 weights of 1 byte, 1 x 8 activations and 1 x 4 outputs of 2 bytes, 4 biases of 4
     assert kernel.bytes(1, 4, 8) == 32 + 16 + 8 + 16
