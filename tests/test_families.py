@@ -11,6 +11,7 @@ import transformers
 from families import CAUSAL, FAMILIES, GROUPED, UPDATED, VOCABULARY, compile_family, stored_linears
 from sparsify_export import compile as compiler
 from sparsify_export.calibrate.patterns import NM, Unstructured
+from sparsify_export.passes import mapped
 from sparsify_export.passes.dialect.packed import op_name
 from sparsify_export.passes.dialect.storage import FP32, Storage
 from sparsify_export.passes.equivalence import compare
@@ -81,6 +82,24 @@ def test_file_equals_the_model_with_and_without_our_library_and_in_pieces(compil
         other = [replace(each, cache=tuple(-x for x in each.cache)) for each in expected]
         with pytest.raises(VerificationError, match=r"differs from the model \(functions, in \d+ pieces, decoding\)"):
             verify(compiled.path, compiled.traced, other, {"functions": False})
+
+
+@pytest.mark.parametrize(
+    ("name", "storage"), [("gpt2", FP32), pytest.param("llama", Storage("int4", 32), marks=pytest.mark.slow)]
+)
+def test_weights_that_lie_in_files_make_the_same_file(name, storage, tmp_path, monkeypatch):
+    quantise = Quantise(storage, "sweep") if storage.quantised else None
+    written = []
+    for least in (1 << 30, 1):
+        monkeypatch.setattr(mapped, "LEAST", least)
+        folder = tmp_path / str(least)
+        folder.mkdir()
+        compiled = compile_family(name, folder, storage=storage, quantise=quantise)
+        (data,) = folder.glob("*.data")
+        written.append(data.read_bytes())
+        linears = [linear.weight for part in compiled.parts.blocks for linear in part.linears]
+        assert {mapped.is_mapped(compiled.params[key]) for key in linears} == {least == 1}
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "bert"))])

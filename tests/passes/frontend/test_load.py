@@ -1,6 +1,7 @@
 """Loading what can be loaded, refusing the rest, and never running code that came with a checkpoint."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -11,6 +12,7 @@ from families import CAUSAL, FAMILIES, GROUPED, random_model
 from safetensors.torch import load_file, save_file
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.load import describe, load, load_tokenizer
+from sparsify_export.passes.mapped import LEAST, is_mapped
 
 SMALL = {**GROUPED, "num_hidden_layers": 1}
 
@@ -49,6 +51,21 @@ def test_what_was_saved_is_loaded_in_float32(name, tmp_path):
     loaded = found.model.state_dict()
     assert all(torch.equal(loaded[key], value.float()) for key, value in model.state_dict().items())
     assert {p.dtype for p in found.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_loaded_lies_in_files(tmp_path, monkeypatch, dtype):
+    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
+    config = transformers.LlamaConfig(**(SMALL | {"vocab_size": 4000}), tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(tmp_path)
+    found = load(str(tmp_path)).model
+    large = [p for p in found.parameters() if p.numel() * p.element_size() >= LEAST]
+    assert large
+    assert all(is_mapped(p) for p in large)
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    assert torch.equal(found.lm_head.weight, model.lm_head.weight.float())
+    assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
 
 
 def test_what_is_no_model_is_refused(tmp_path):
