@@ -4,6 +4,7 @@ A result may be a small multiple as wrong as the plain expression is in the same
 expression's own error is measured against float64, so no tolerance is ever guessed.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,14 +86,7 @@ def compare(got: torch.Tensor, baseline: torch.Tensor, exact: torch.Tensor, *, f
     if not got.shape == baseline.shape == exact.shape:
         shapes = [tuple(t.shape) for t in (got, baseline, exact)]
         raise ValueError(f"shapes differ: got {shapes[0]}, baseline {shapes[1]}, exact {shapes[2]}")
-    if got.numel() == 0:
-        return Closeness(error=0.0, budget=0.0)
-    largest = []  # some numbers at a time: logits of many tokens are larger than the model
-    for own, base, true in zip(*(torch.split(x.flatten(), PIECE) for x in (got, baseline, exact)), strict=True):
-        its = true.double()
-        error = (own.double() - its).abs().max() if bool(own.isfinite().all()) else its.new_tensor(math.inf)
-        largest.append(torch.stack([error, (base.double() - its).abs().max(), its.abs().max()]))
-    error, wrong, size = torch.stack(largest).amax(dim=0).tolist()
+    error, wrong, size = _largest([(got, baseline, exact)])
     return Closeness(error=error, budget=factor * wrong + torch.finfo(got.dtype).eps * size)
 
 
@@ -109,11 +103,7 @@ def compare_model(got: torch.Tensor, baseline: torch.Tensor, exact: torch.Tensor
         ValueError: the three shapes differ.
     """
     close = compare(got, baseline, exact, factor=FACTOR)
-    scale = max((-exact.min().item(), exact.max().item())) if exact.numel() else 0.0
-    floor = _steps(FLOOR, 2.0, got.dtype) * scale
-    if not math.isfinite(close.budget):
-        return close
-    return Closeness(close.error, min(max(close.budget, floor), CEILING * scale))
+    return _within(close, exact.double().abs().max().item() if exact.numel() else 0.0, got.dtype)
 
 
 def compare_outputs(
@@ -141,24 +131,51 @@ def compare_outputs(
     Raises:
         ValueError: shapes differ.
     """
-    sides: tuple[list[torch.Tensor], ...] = ([], [], [])
+    triples: list[tuple[torch.Tensor, ...]] = []
+    scales: list[float] = []
     for outputs in zip(*(zip(*side, strict=True) for side in (got, baseline, exact)), strict=True):
         if any(len({batch.shape for batch in batches}) != 1 for batches in zip(*outputs, strict=True)):
             raise ValueError(f"shapes differ: {[[tuple(batch.shape) for batch in side] for side in outputs]}")
-        flat = [torch.cat([batch.flatten() for batch in side]) for side in outputs]
-        scale = flat[2].abs().max().item() if flat[2].numel() else 0.0
-        for side, values in zip(sides, flat, strict=True):
-            side.append(values.div_(scale or 1.0))  # the copy that cat made
-    if not sides[0] or not sum(x.numel() for x in sides[0]):
+        triples += zip(*outputs, strict=True)
+        scale = max((batch.abs().max().item() for batch in outputs[2] if batch.numel()), default=0.0)
+        scales += [scale or 1.0] * len(outputs[0])
+    if not sum(own.numel() for own, *_ in triples):
         return Closeness(math.inf, 0.0)
-    close = compare_model(*(side[0] if len(side) == 1 else torch.cat(side) for side in sides))
+    error, wrong, size = _largest(triples, scales)
+    dtype = functools.reduce(torch.promote_types, [own.dtype for own, *_ in triples])
+    close = Closeness(error, FACTOR * wrong + torch.finfo(dtype).eps * size)
+    close = _within(close, size, dtype)
     exact_enough = rounded or not math.isfinite(close.budget)
     if exact_enough:
         return close
-    coarsest = max(
-        (side[0].dtype for side in sides[:2]), key=lambda dtype: torch.finfo(dtype).eps
-    )  # got may be widened
+    coarsest = max((x.dtype for x in triples[0][:2]), key=lambda dtype: torch.finfo(dtype).eps)  # got may be widened
     return Closeness(close.error, min(close.budget, _half(coarsest)))
+
+
+def _largest(
+    triples: Sequence[tuple[torch.Tensor, ...]], scales: Sequence[float] | None = None
+) -> tuple[float, float, float]:
+    """The largest error of ``got`` and of ``baseline`` and the largest number of ``exact``, over all ``triples``.
+
+    Some numbers at a time, each divided by the scale of its triple: logits of many tokens are larger than a model.
+    """
+    largest = [torch.zeros(3, dtype=torch.float64)]
+    for triple, scale in zip(triples, scales or [1.0] * len(triples), strict=True):
+        for parts in zip(*(torch.split(x.flatten(), PIECE) for x in triple), strict=True):
+            own, base, true = (x / scale if scales else x for x in parts)
+            if own.numel():
+                its = true.double()
+                error = (own.double() - its).abs().max() if bool(own.isfinite().all()) else its.new_tensor(math.inf)
+                largest.append(torch.stack([error, (base.double() - its).abs().max(), its.abs().max()]).cpu())
+    error, wrong, size = torch.stack(largest).amax(dim=0).tolist()
+    return error, wrong, size
+
+
+def _within(close: Closeness, scale: float, dtype: torch.dtype) -> Closeness:
+    """With the floor and the ceiling of a whole model whose largest number is ``scale``."""
+    if not math.isfinite(close.budget):
+        return close
+    return Closeness(close.error, min(max(close.budget, _steps(FLOOR, 2.0, dtype) * scale), CEILING * scale))
 
 
 def _half(dtype: torch.dtype) -> float:

@@ -34,7 +34,7 @@ from .fx.linears import Linear
 from .fx.partition import Partition
 from .fx.run import Values, advance, shared_names, start, walk
 from .given_masks import masks_by_weight
-from .mapped import mapped
+from .mapped import give_back, mapped
 from .observe import observe
 from .permute import permute
 from .quantise import Gridded, quantise_block, quantised_errors
@@ -127,6 +127,8 @@ def prune(
                 )
             _take(params, held)
             on_grid = to_grids(held, grids)
+            del before, changed, tensors
+            give_back()
         reports.append(report)
         if len(reports) == 1 and (thin := _thin(report, batches)):
             note(thin)

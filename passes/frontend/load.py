@@ -14,12 +14,13 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
 from ..files import LARGEST_JSON, check_regular, read_json
-from ..mapped import parameters_mapped
+from ..mapped import mapped, parameters_mapped
 from .forms import check_files, check_quantiser, custom_code
 from .unread import check_gguf, check_unread
 
@@ -81,7 +82,7 @@ def load(source: str, *, trust_remote_code: bool = False) -> Pretrained:
         use = {} if "gguf_file" in options else {"use_safetensors": True}
         # Handing the config over spares a GGUF file two more readings of its vocabulary. The reader of GGUF draws a
         # progress bar that cannot be turned off; ours is on the screen already.
-        with contextlib.redirect_stderr(io.StringIO()), parameters_mapped(), _one_by_one():
+        with contextlib.redirect_stderr(io.StringIO()), parameters_mapped(), _one_by_one(), _InFiles():
             known = {"config": config, "dtype": torch.float32, "output_loading_info": True, **use, **options}
             (model, info), notes = _with_attention(auto, where, known)
     except InputError:
@@ -278,6 +279,19 @@ def _with_attention(auto: Any, where: str, options: Mapping[str, Any]) -> tuple[
         made = auto.from_pretrained(where, attn_implementation="eager", **options)
     name = type(made[0]).__name__
     return made, [f"{name} has no form of attention that is one op, so its products and softmax are written out"]
+
+
+class _InFiles(TorchFunctionMode):
+    """Inside, every tensor that is cast goes into a mapped file.
+
+    transformers casts what it makes of a GGUF file, and has all of it before the first tensor becomes a parameter.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.to or made.device.type != "cpu" or isinstance(made, torch.nn.Parameter):
+            return made
+        return mapped(made)
 
 
 @contextlib.contextmanager

@@ -158,7 +158,7 @@ def _compile(
         put_weights(pretrained.model, stored, transposed)
         published = [ask(pretrained.model, traced, probe) for probe in probes]
         expected = expect(parts, stored, published, rounded)
-        del params, packed, stored
+        del params, packed, stored, published
         target.open()
         reasons = {entry.linear.path: entry.reason for entry in lowered if entry.reason}
         metadata: dict[str, object] = {"source": source, "settings": plain(settings), LEFT_DENSE: reasons}

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .passes.mapped import give_back
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -15,7 +17,8 @@ class Stage:
     Attributes:
         name: what was done.
         seconds: wall time.
-        peak_bytes: largest resident memory of the process during the stage (Linux), or since its start (elsewhere).
+        peak_bytes: largest resident memory of the process during the stage (Linux), or since its start (elsewhere);
+            pages of mapped files that were read are part of it, though the kernel takes those back where it needs them.
     """
 
     name: str
@@ -31,7 +34,8 @@ class Stages:
 
     @contextmanager
     def run(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
+        """Time what happens inside; memory that the stages before freed is given back first."""
+        give_back()
         _reset_peak()
         began = time.perf_counter()
         yield
