@@ -1,5 +1,6 @@
 """What a checkpoint holds beyond its model, and forms in which there is none: refused by name, or told."""
 
+import contextlib
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from families import GROUPED, TEXT, WIDE
 from safetensors.torch import load_file, save_file
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.load import load
+from sparsify_export.passes.mapped import is_mapped
 
 TWO = {**GROUPED, "num_hidden_layers": 2}
 
@@ -149,6 +151,13 @@ def write_gguf(path, *, layers=1, extra=(), scaling=None):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_tensors_of_a_gguf_file_go_into_files_before_they_are_parameters(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsify_export.passes.mapped.LEAST", 1)
+    monkeypatch.setattr("sparsify_export.passes.frontend.load.parameters_mapped", contextlib.nullcontext)
+    found = load(str(write_gguf(tmp_path / "a.gguf"))).model
+    assert all(is_mapped(parameter) for parameter in found.parameters())
 
 
 def test_a_gguf_file_is_taken_whole_or_refused_by_name(tmp_path):
