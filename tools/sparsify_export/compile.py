@@ -139,6 +139,7 @@ def _compile(
         return finish_engine(pruned, target, settings, sizes, before, stages, timings, console)
     with stages.run("lower"):
         console.progress("lowering", 0, 0)
+        put_weights(pretrained.model, params, transposed)  # or the dense ones would take their disk to the end
         machine = this_machine() if settings.lower_for is not None else None
         worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
         sparse = settings.ops == "sparse"
