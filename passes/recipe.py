@@ -85,6 +85,7 @@ class Recipe:
         ria_power: exponent of the activation norms in RIA.
         permute: fold channel orders where the graph allows it (N:M only), or not at all.
         skip: glob patterns of module paths that stay dense.
+        budgeted: module paths of linears that a budget of time or bytes leaves dense.
         allocation: how BESA learns what each row loses (unstructured only), or None for the same rate everywhere.
         update: how the surviving weights make up for those that are gone.
         mask_from: whether the update chooses the mask as it goes, or takes that of the score. Without an update,
@@ -109,6 +110,7 @@ class Recipe:
     ria_power: float = 0.5
     permute: Literal["fold", "none"] = "fold"
     skip: tuple[str, ...] = ()
+    budgeted: tuple[str, ...] = ()
     allocation: Learning | None = None
     update: Update = "none"
     mask_from: MaskFrom = "score"

@@ -67,13 +67,24 @@ class Machine:
 
         def decide(pattern: Pattern, out_features: int, in_features: int, nonzeros: int) -> str:
             density = nonzeros / (out_features * in_features)
-            sparse = self._speed(format_name(pattern, storage), lambda: measure_sparse(pattern, storage))
-            dense = self._speed(DENSE, measure_dense)
             return why_dense(
-                sparse, dense, out_features=out_features, in_features=in_features, density=density, tokens=tokens
+                self.sparse(pattern, storage),
+                self.dense(),
+                out_features=out_features,
+                in_features=in_features,
+                density=density,
+                tokens=tokens,
             )
 
         return decide
+
+    def dense(self) -> Speed:
+        """Of dense float32 products."""
+        return self._speed(DENSE, measure_dense)
+
+    def sparse(self, pattern: Pattern, storage: Storage) -> Speed:
+        """Of the op that stores weights so."""
+        return self._speed(format_name(pattern, storage), lambda: measure_sparse(pattern, storage))
 
     def _speed(self, name: str, measure: Callable[[], Speed]) -> Speed:
         if name not in self.speeds:

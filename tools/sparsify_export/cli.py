@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -141,6 +142,9 @@ def compile_command(
     ops: Literal["sparse", "standard"] | None = None,
     lower: Literal["always", "auto"] | None = None,
     lower_for: int | None = None,
+    speedup: float | None = None,
+    bytes_: Annotated[float | None, Parameter(name="--bytes")] = None,
+    workload: str | None = None,
     batch: str | None = None,
     seq: str | None = None,
     context: int | None = None,
@@ -224,6 +228,11 @@ def compile_command(
         lower: sparse ops for every weight that gets smaller, the default, or (auto) not for those that this machine
             runs slower.
         lower_for: tokens in a call that --lower auto decides for; default 1, decoding.
+        speedup: leave as many linears dense as a speed-up of so much over the dense float32 file allows, those that
+            pruning would hurt most; measured on this machine in the --workload.
+        bytes_: leave as many linears dense as a file of this fraction of the dense float32 file's bytes allows.
+        workload: what --speedup is measured in: decode:64, the default, is one token behind a cache of 64; prefill:128
+            a prompt of 128 tokens, prefill:128x8 eight of them; run, a model that takes no text.
         batch: texts at once that an engine takes, as min,opt,max; default 1,1,1.
         seq: tokens at once that an engine takes, as min,opt,max; default 1 to a quarter of the context, best at 128;
             longer prompts are read in pieces. Without a KV cache to the context.
@@ -249,7 +258,7 @@ def compile_command(
     from .passes.onnx.own_storage import GROUP, own_storage
     from .plan import EngineSettings, check_codes, check_engine_flags, not_built
     from .report import render
-    from .settings import Calibration, Settings, parse_pattern
+    from .settings import Calibration, Settings, check_budget, make_budget, parse_pattern
 
     positive("--context", context, least=2)
     positive("--workspace", workspace)
@@ -369,9 +378,22 @@ def compile_command(
     if lower_for is not None and lower != "auto":
         raise InputError(f"--lower-for {lower_for} has no effect without --lower auto")
     positive("--lower-for", lower_for)
+    budget = make_budget(speedup, bytes_, workload)
+    if budget is not None:
+        check_budget(
+            recipe,
+            {
+                f"{model}, an .onnx file": is_onnx,
+                f"{out}, an engine": engine is not None,
+                "--ops standard": ops == "standard",
+                "--lower auto": lower == "auto",
+                "--checkpoint, for what was measured once will not be measured again": checkpoint is not None,
+            },
+        )
     tokens = (lower_for or 1) if lower == "auto" else None
     source = Calibration(calibration or "self", calibration_inputs, samples, seq_len, seed)
     settings = Settings(recipe, source, storage, ops, tokens, eval_, window or Settings.window, windows, engine, bos)
+    settings = replace(settings, budget=budget)
     with ProgressBar(quiet) as console:
         if not quiet:
             chosen = effort_of(flags, onnx=is_onnx) if recipe else None

@@ -1,11 +1,13 @@
 """The compiler: a pretrained model in, a verified sparse ONNX model and its report out."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .budget import Trial, choose_linears
 from .calibration_data import batches_for, calibration_text, crossings, example_for, probes_of
 from .engine import Pruned, finish_engine
 from .evaluation import evaluate_onnx, evaluate_torch
@@ -118,12 +120,28 @@ def _compile(
     batches = batches_for(traced, pretrained, settings, windows)
     params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
     done = Sparsified((), (), {}, {})
-    if settings.recipe is not None:
+    recipe, choice = settings.recipe, None
+    if recipe is not None and settings.budget is not None:
+        with stages.run("choose"):
+            trial = Trial(lambda: trace(pretrained, example), settings.storage, recipe.pattern, settings.budget)
+            choice = choose_linears(
+                trial,
+                recipe,
+                parts,
+                params,
+                batches,
+                target,
+                this_machine(),
+                output=output_of(traced),
+                console=console,
+            )
+            recipe = replace(recipe, budgeted=choice.dense)
+    if recipe is not None:
         with stages.run("prune"):
             done = sparsify(
                 parts,
                 params,
-                settings.recipe,
+                recipe,
                 batches,
                 output=output_of(traced),
                 cache=cache_pairs(traced, parts),
@@ -188,6 +206,7 @@ def _compile(
         distilled=done.distilled,
         model=target.model,
         uncrossed=uncrossed,
+        choice=choice.plain() if choice else None,
     )
     target.finish(pretrained, report)
     return report

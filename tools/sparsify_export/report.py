@@ -108,6 +108,8 @@ class Report:
             and with joint quantisation first of the floats, then on the grid. The errors of blocks and of linears are
             those before it, ``error_quantised`` between the two is against the floats.
         embeddings: every embedding table, where they were to be stored as 8-bit codes.
+        choice: what a budget left dense, with the figures it was chosen by and every choice that was measured; None
+            without one.
         uncrossed: sliding windows, in tokens, that no text of verification was long enough to cross.
         engine: what is known about a TensorRT engine: its options, why it was not built, what is in it; None for ONNX.
     """
@@ -129,6 +131,7 @@ class Report:
     distilled: tuple[DistilReport, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
     uncrossed: tuple[int, ...] = ()
+    choice: Mapping[str, Any] | None = None
     engine: Mapping[str, Any] | None = None
 
     def save(self, path: Path, *, files: Sequence[str]) -> None:
@@ -153,6 +156,7 @@ def build_report(
     distilled: tuple[DistilReport, ...],
     model: Path,
     uncrossed: tuple[int, ...],
+    choice: Mapping[str, Any] | None = None,
 ) -> Report:
     """Put together what the stages reported."""
     pruned = {linear.path: linear for block in blocks for linear in block.linears}
@@ -197,6 +201,7 @@ def build_report(
         distilled=distilled,
         embeddings=tuple(embeddings),
         uncrossed=uncrossed,
+        choice=choice,
     )
 
 
@@ -369,6 +374,8 @@ def _totals(report: Report) -> Table:
     against = "same file without our kernels" if report.given_bytes is None else "the model given"
     if report.engine is not None:
         against = "without sparse tactics"
+    if report.choice is not None:
+        _told_choice(report.choice, table)
     for row in report.latency:
         if row.against is not None and row.ratio is not None:
             gain = f"{row.ratio:.2f}x" if row.ratio >= NO_GAIN else f"{row.ratio:.2f}x: no gain"
@@ -389,6 +396,27 @@ def _totals(report: Report) -> Table:
         windows = ", ".join(map(str, report.uncrossed))
         table.add_row("not verified", f"texts longer than the sliding window of {windows} tokens")
     return table
+
+
+def _told_choice(choice: Mapping[str, Any], table: Table) -> None:
+    """What the budget was, what it came to, and what it left dense."""
+    last, size = choice["tries"][-1], "of the bytes" in choice["budget"]
+    unit = " of the bytes" if size else "x"
+    left = sum(len(group["linears"]) for group in choice["groups"] if not group["sparse"])
+    all_of_it = sum(group["damage"] for group in choice["groups"])
+    table.add_row(
+        f"budget: {choice['budget']}",
+        f"{last['measured']:.3g}{unit} measured, {last['predicted']:.3g}{unit} predicted, choice {len(choice['tries'])} of "
+        f"3 at most; {left} of {left + last['sparse']} linears stay dense",
+    )
+    table.add_row(
+        "damage estimated",
+        f"{last['damage']:.3g} before the update, {all_of_it:.3g} if all were pruned (nats a token, or squared error)",
+    )
+    if not size:
+        table.add_row(
+            choice["workload"], f"{choice['result_ms']:.1f} ms, dense float32 {choice['dense_ms']:.1f} ms, in turns"
+        )
 
 
 def _told_table(entry: Embedding) -> str:

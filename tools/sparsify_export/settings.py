@@ -1,6 +1,6 @@
 """Everything that is asked of the compiler: plain data, printed before work starts and stored with the result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,10 @@ from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError
 from .passes.recipe import Recipe
 from .plan import EngineSettings
+from .runtime.workload import Workload
+
+MISSED = 0.05
+"""By what fraction a budget may be missed before it is chosen again."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,31 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What the result has to meet; one of the two is given.
+
+    Attributes:
+        speedup: of the workload, over the dense float32 file.
+        size: bytes of the file, as a fraction of the dense float32 file.
+        workload: what is timed.
+    """
+
+    speedup: float | None
+    size: float | None
+    workload: Workload
+
+    def __str__(self) -> str:
+        return f"{self.speedup:g}x at {self.workload}" if self.speedup else f"{self.size:g} of the bytes"
+
+    def judge(self, measured: float) -> tuple[bool, bool]:
+        """Whether a speed-up or a fraction of bytes is enough, and whether it is what was asked for, within 5 %."""
+        if self.speedup:
+            return measured >= self.speedup * (1 - MISSED), abs(measured / self.speedup - 1) <= MISSED
+        assert self.size is not None
+        return measured <= self.size * (1 + MISSED), abs(measured / self.size - 1) <= MISSED
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything that decides what comes out; printed before work starts and stored in the file and the report.
 
@@ -50,6 +79,7 @@ class Settings:
         windows: how many evaluation windows at most; None for all.
         engine: what a TensorRT engine has to take; None where none is asked for.
         bos: begin every window and problem with the token that the tokenizer puts in front of a text.
+        budget: what decides which linears stay dense; None prunes all that the recipe does not skip.
     """
 
     recipe: Recipe | None
@@ -62,6 +92,7 @@ class Settings:
     windows: int | None = None
     engine: EngineSettings | None = None
     bos: bool = True
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +104,46 @@ class Console:
 
 
 SILENT = Console()
+
+
+def make_budget(speedup: float | None, size: float | None, workload: str | None) -> Budget | None:
+    """What ``--speedup``, ``--bytes`` and ``--workload`` ask for, or None without the first two.
+
+    Raises:
+        InputError: both are given, one is out of range, or the workload is none or has no effect.
+    """
+    if speedup is not None and size is not None:
+        raise InputError(f"--speedup {speedup:g} and --bytes {size:g} were both given; want at most one of them")
+    if workload is not None and speedup is None:
+        raise InputError(f"--workload {workload} has no effect without --speedup")
+    if speedup is not None and not 1 < speedup <= 100:
+        raise InputError(f"--speedup {speedup:g} is out of range; want above 1, at most 100")
+    if size is not None and not 0 < size < 1:
+        raise InputError(f"--bytes {size:g} is out of range; want a fraction between 0 and 1")
+    if speedup is None and size is None:
+        return None
+    return Budget(speedup, size, Workload.parse(workload or "decode:64"))
+
+
+def check_budget(recipe: Recipe | None, unsuited: Mapping[str, bool]) -> None:
+    """Refuse a budget beside what leaves nothing to choose, or cannot be measured.
+
+    Args:
+        recipe: what it chooses the linears for.
+        unsuited: whether each of these is there, by what it is called.
+
+    Raises:
+        InputError: something is.
+    """
+    if recipe is None:
+        raise InputError("--speedup and --bytes choose what is pruned; want --nm or --sparsity beside them")
+    if recipe.given is not None:
+        raise InputError("--speedup and --bytes choose what is pruned, and --mask says it; leave one of them out")
+    if recipe.allocation is not None and recipe.allocation.per == "pattern":
+        raise InputError("--speedup and --bytes choose for one pattern, and --allocate besa-nm learns several")
+    for what, there in unsuited.items():
+        if there:
+            raise InputError(f"--speedup and --bytes cannot be had with {what}")
 
 
 def parse_pattern(nm: str | None, sparsity: float | None) -> Pattern | None:
@@ -133,5 +204,6 @@ def plain(settings: Settings) -> dict[str, Any]:
         "group": settings.storage.group or None,
         "ops": settings.ops if settings.engine is None else "what TensorRT takes",
         "lower": "always" if settings.lower_for is None else f"auto, for {settings.lower_for} tokens a call",
+        "budget": str(settings.budget) if settings.budget else None,
         **(settings.engine.plain() if settings.engine else {}),
     }
