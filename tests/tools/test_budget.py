@@ -28,7 +28,7 @@ class Files:
 
     budget: Budget
     worth: float
-    pattern: NM = NM(2, 4)
+    pattern: NM = field(default_factory=lambda: NM(2, 4))
     written: list[int] = field(default_factory=list)
 
     def write(self, path, linears):

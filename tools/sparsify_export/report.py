@@ -406,8 +406,8 @@ def _told_choice(choice: Mapping[str, Any], table: Table) -> None:
     all_of_it = sum(group["damage"] for group in choice["groups"])
     table.add_row(
         f"budget: {choice['budget']}",
-        f"{last['measured']:.3g}{unit} measured, {last['predicted']:.3g}{unit} predicted, choice {len(choice['tries'])} of "
-        f"3 at most; {left} of {left + last['sparse']} linears stay dense",
+        f"{last['measured']:.3g}{unit} measured, {last['predicted']:.3g}{unit} predicted, by choice "
+        f"{len(choice['tries'])} of 3 at most; {left} of {left + last['sparse']} linears stay dense",
     )
     table.add_row(
         "damage estimated",
