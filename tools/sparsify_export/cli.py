@@ -156,6 +156,8 @@ def compile_command(
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     checkpoint: Path | None = None,
+    also_checkpoint: Path | None = None,
+    also_dtype: Literal["fp32", "bf16"] | None = None,
     quiet: Annotated[bool, Parameter(negative="")] = False,
     log_file: Path | None = None,
 ) -> None:
@@ -246,6 +248,9 @@ def compile_command(
         overwrite: replace what is at OUT.
         checkpoint: folder that keeps every block and every epoch that is done, so that the same command goes on from
             there when it was stopped; removed at the end.
+        also_checkpoint: folder that the same weights are written to as a dense checkpoint of transformers, zeros and
+            all: what other programs read. Nothing may be there yet.
+        also_dtype: type of the weights in that checkpoint; default fp32, which is what OUT holds bit for bit.
         quiet: print nothing but errors.
         log_file: file that warnings of libraries and, where something goes wrong, tracebacks are appended to.
     """
@@ -281,6 +286,8 @@ def compile_command(
     ops = ops or ("standard" if engine else "sparse")
     positive("--samples", samples)
     positive("--seq-len", seq_len, least=2)
+    if also_dtype is not None and also_checkpoint is None:
+        raise InputError(f"--also-dtype {also_dtype} has no effect without --also-checkpoint")
     if not 0 <= seed < 1 << 63:
         raise InputError(f"--seed {seed} is out of range; want 0 to 2^63 - 1")
     positive("--window", window, least=2)
@@ -405,6 +412,7 @@ def compile_command(
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             checkpoint=checkpoint,
+            also=(also_checkpoint, also_dtype or "fp32") if also_checkpoint is not None else None,
             console=console.as_console(),
         )
     if checkpoint is not None:

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .budget import Trial, choose_linears
 from .calibration_data import batches_for, calibration_text, crossings, example_for, probes_of
+from .dense_checkpoint import DenseCheckpoint
 from .engine import Pruned, finish_engine
 from .evaluation import evaluate_onnx, evaluate_torch
 from .onnx_in import compile_onnx
@@ -49,6 +51,7 @@ def compile_model(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     checkpoint: Path | None = None,
+    also: tuple[Path, Literal["fp32", "bf16"]] | None = None,
     console: Console = SILENT,
 ) -> Report:
     """Compile ``source`` to ``out``.
@@ -62,6 +65,7 @@ def compile_model(
         trust_remote_code: run Python code that comes with the checkpoint.
         overwrite: replace what is at ``out``.
         checkpoint: folder for what pruning has done so far, see ``sparsify``; whoever calls may then remove it.
+        also: a folder that the same weights are written to as a dense checkpoint of transformers, and their type.
         console: where to tell what happens.
 
     Returns:
@@ -75,12 +79,19 @@ def compile_model(
     if source.endswith(".onnx"):
         if checkpoint is not None:
             raise InputError(f"--checkpoint {checkpoint} has no meaning for an .onnx file, which is pruned in one step")
+        if also is not None:
+            raise InputError(
+                f"--also-checkpoint {also[0]} has no meaning for an .onnx file, of which transformers knows no class"
+            )
         return compile_onnx(
             source, out, settings, trust_remote_code=trust_remote_code, overwrite=overwrite, console=console
         )
     if checkpoint is not None:
         Checkpoint.check(checkpoint)
-    target = Target.check(out, overwrite=overwrite, inputs=inputs_of(source, settings, checkpoint))
+    given = inputs_of(source, settings, checkpoint)
+    target = Target.check(out, overwrite=overwrite, inputs=given)
+    if also is not None:
+        target = replace(target, also=DenseCheckpoint.check(*also, out=target.out, inputs=given))
     with target.guarded():
         return _compile(
             source, target, settings, trust_remote_code=trust_remote_code, checkpoint=checkpoint, console=console

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .dense_checkpoint import DenseCheckpoint
 from .model_folder import write_configuration
 from .passes.errors import InputError, VerificationError
 from .passes.frontend.load import Pretrained
@@ -43,12 +44,14 @@ class Target:
         folder: whether ``out`` is a folder.
         overwrite: whether what is there is replaced.
         stage: the folder that things are built in, this run's own.
+        also: the dense checkpoint that is written too, if one is.
     """
 
     out: Path
     folder: bool
     overwrite: bool
     stage: Path
+    also: DenseCheckpoint | None = None
     _locks: list[int] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -126,6 +129,8 @@ class Target:
             if self.folder and pretrained is not None:
                 write_configuration(pretrained, self.stage)
             report.save(self.stage / self.report.name, files=[*files_below(self.stage), self.report.name])
+            if self.also is not None and pretrained is not None:
+                self.also.write(pretrained)
             with unstopped(), locked(self.out.parent):
                 self._refuse_taken()
                 if self.folder:
@@ -136,6 +141,9 @@ class Target:
                         self.stage, self.out.parent, model=self.model.name, report=self.report.name, stale=stale
                     )
                 self._unlock()
+            if self.also is not None:
+                with unstopped():
+                    self.also.publish()
         except OSError as error:
             raise InputError(f"{self.out} cannot be written: {error.strerror}") from error
 
@@ -151,6 +159,8 @@ class Target:
             with unstopped():
                 shutil.rmtree(self.stage, ignore_errors=True)
                 self._unlock()
+                if self.also is not None:
+                    self.also.clear()
 
     def _keep_failed(self) -> Path | None:
         """Keep the artifact that failed its verification, under a name that says so and that nothing else has."""
