@@ -46,7 +46,7 @@ def replace_linears(model: Model, sparse: Sequence[Sparse]) -> None:
         parts = []
         for tensor in entry.packed:
             if tensor.name not in renamed:
-                renamed[tensor.name] = _unused(tensor.name, names)
+                renamed[tensor.name] = unused(tensor.name, names)
                 # Where the dense weight was: every linear that reads it, in whatever branch, sees this graph.
                 initializer = homes[entry.linear.weight.name].initializer.add()
                 initializer.CopyFrom(tensor)
@@ -101,7 +101,7 @@ def _nodes(entry: Sparse, constants: Sequence[str], names: set[str], origin: onn
     if dtype is torch.float32:
         nodes = [_sparse_op(entry, [x, *constants], y)]
     else:
-        x32, y32 = _unused(f"{linear.path}.x", names), _unused(f"{linear.path}.y", names)
+        x32, y32 = unused(f"{linear.path}.x", names), unused(f"{linear.path}.y", names)
         nodes = [
             helper.make_node("Cast", [x], [x32], name=f"{linear.path}.to_float", to=onnx.TensorProto.FLOAT),
             _sparse_op(entry, [x32, *constants], y32),
@@ -131,7 +131,7 @@ def _bias(model: Model, graph: onnx.GraphProto, linear: Linear, names: set[str])
     if bias.is_read_as_stored(rows):
         return constant
     values = bias.factor * read_float(bias.proto, model.folder).float().reshape(-1).expand(rows)
-    name = _unused(f"{constant}.bias", names)
+    name = unused(f"{constant}.bias", names)
     graph.initializer.append(numpy_helper.from_array(values.numpy(), name))
     return name
 
@@ -212,7 +212,7 @@ def _stored(graph: onnx.GraphProto) -> list[str]:
     ]
 
 
-def _unused(name: str, names: set[str]) -> str:
+def unused(name: str, names: set[str]) -> str:
     """``name``, or with a number behind it where it is taken; taken from now on."""
     found, number = name, 1
     while found in names:

@@ -134,7 +134,7 @@ def zeroed(path: Path, linears: Sequence[Twin], spool: Spool) -> dict[Stored, on
         if stored is None or tensor is None or sparse.storage.quantised:
             checked.add(sparse.dense.name)
             if stored is not None:
-                values[stored] = _beside(sparse.dense)
+                values[stored] = beside(sparse.dense)
             continue
         own = read_float(tensor, path.parent)
         rounded = own.to(sparse.storage.dtype).to(own.dtype) if sparse.packed else own
@@ -206,7 +206,7 @@ def dense_twin(
     for twin, end in zip(linears, named, strict=True):
         node = scopes[twin.first.graph].node[twin.first.index]
         if twin.weight is None:
-            dense = _beside(twin.sparse.dense)
+            dense = beside(twin.sparse.dense)
             dense.name = f"sparsify.{twin.first.graph}.{twin.first.index}.weight"
             scopes[twin.first.graph].initializer.append(dense)
             insert[twin.first] = list(_in_floats(twin, end, node, dense.name, scopes, exact=exact))
@@ -253,7 +253,7 @@ def mute(proto: onnx.ModelProto, linears: Sequence[End]) -> None:
         nodes.insert(index + 1, helper.make_node("Sub", [loud, loud], [end.y]))
 
 
-def _beside(dense: onnx.TensorProto) -> onnx.TensorProto:
+def beside(dense: onnx.TensorProto) -> onnx.TensorProto:
     """A tensor of the spool, found by a model that lies beside it."""
     tensor = onnx.TensorProto()
     tensor.CopyFrom(dense)

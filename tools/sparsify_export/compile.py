@@ -22,7 +22,7 @@ from .passes.frontend.load import load
 from .passes.frontend.positions import longest
 from .passes.frontend.trace import Traced, trace
 from .passes.fx.canonical import canonicalise, parameter_names
-from .passes.fx.embeddings import Table, quantise_embeddings, stored_tables
+from .passes.fx.embeddings import quantise_embeddings, stored_tables
 from .passes.fx.linears import find_linears
 from .passes.fx.partition import Partition, partition
 from .passes.fx.rewrite import lower_linears, stored_weights
@@ -30,6 +30,7 @@ from .passes.lower import to_onnx
 from .passes.mapped import mapped
 from .passes.recipe import Timings
 from .passes.sparsify import Sparsified, sparsify
+from .passes.tables import Table
 from .plan import engine_sizes
 from .report import Evaluation, Report, build_report
 from .runtime.artifact import CONTEXT

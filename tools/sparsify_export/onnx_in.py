@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .passes.errors import InputError, VerificationError
 from .passes.onnx.alone import alone
+from .passes.onnx.embeddings import Coded, code_embeddings, replace_embeddings, rounded_tables
 from .passes.onnx.index_inputs import head_sizes, index_bounds
 from .passes.onnx.left_out import LeftOut
 from .passes.onnx.linears import Linear, find_linears
@@ -23,6 +24,7 @@ from .passes.onnx.twin import End, Twin, dense_twin, ends, link_data, mute, read
 from .passes.onnx.unfold import Unfolded, fold_back
 from .passes.onnx.view import Model, read_model
 from .passes.onnx.write import write_proto
+from .passes.tables import Embedding
 from .report import LinearEntry, Report, as_told, bytes_of
 from .runtime import library_path
 from .runtime.benchmark import Row, compare_files
@@ -98,7 +100,9 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
             worth=worth,
             progress=console.progress,
         )
-    if not sparse:
+        coded = lowering and settings.storage.quantised
+        tables = code_embeddings(model, packed=packed, dense=dense) if coded else []
+    if not sparse and not any(table.parts for table in tables):
         there = sum(entry.lowered for entry in map(_entry, left))
         console.note(f"nothing was to do: {there} linears are sparse ops already, no other weight is sparse")
     with stages.run("write"):
@@ -106,12 +110,12 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
         beside = twins(model, sparse)
         lowered = {entry.linear.nodes[0].outputs[0].name for entry in sparse}
         kept = [entry for entry in model.unfolded if entry.product not in lowered]
-        written = _write(model, sparse, kept, target.model, settings)
+        written = _write(model, sparse, tables, kept, target.model, settings)
         packed.file.unlink()
     with stages.run("verify"):
         console.progress("verifying", 0, 0)
         ways = (("kernels", True), ("functions", False)) if lowering else (("standard ops", False),)
-        verified = _verify(path, target, written, beside, kept, model.opset, checked, ways)
+        verified = _verify(path, target, written, beside, tables, kept, model.opset, checked, ways)
     with stages.run("measure"):
         console.progress("measuring", 0, 0)
         latency = compare_files(target.model, path, feeds[0]) if sparse and lowering else ()
@@ -126,6 +130,7 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
         target.model,
         given_bytes,
         machine.key if machine else None,
+        tuple(table.entry for table in tables),
     )
     target.finish(None, report)
     return report
@@ -238,11 +243,19 @@ def _norms(
     return {name: total.sqrt().float() for name, total in squares.items()}
 
 
-def _write(model: Model, sparse: list[Sparse], kept: list[Unfolded], out: Path, settings: Settings) -> onnx.ModelProto:
+def _write(
+    model: Model,
+    sparse: list[Sparse],
+    tables: list[Coded],
+    kept: list[Unfolded],
+    out: Path,
+    settings: Settings,
+) -> onnx.ModelProto:
     if settings.ops == "sparse":
         replace_linears(model, sparse)
     else:
         exchange_weights(model, sparse)
+    replace_embeddings(model, tables)
     fold_back(model.proto, kept)
     describe(model, {"onnx_source": str(model.path), "settings": told(settings)})
     write_proto(model.proto, out, base=model.folder, check=model.valid)
@@ -254,6 +267,7 @@ def _verify(
     target: Target,
     written: onnx.ModelProto,
     beside: Sequence[Twin],
+    tables: Sequence[Coded],
     kept: Sequence[Unfolded],
     opset: int,
     checked: Sequence[Feed],
@@ -262,7 +276,7 @@ def _verify(
     """Compare with the user's own file, which gets the same zeros in a folder of its own."""
     folder = target.stage / TWINS
     given = read_raw(source)
-    values = zeroed(source, beside, Spool(folder / "zeroed", near=True))
+    values = zeroed(source, beside, Spool(folder / "zeroed", near=True)) | rounded_tables(source, tables)
     link_data(given, source, folder)
     twin = {exact: folder / f"twin{int(exact)}.onnx" for exact in (False, True)}
     silent = folder / "silent.onnx"
@@ -309,6 +323,7 @@ def _report(
     out: Path,
     given_bytes: int,
     machine: Mapping[str, Any] | None,
+    embeddings: tuple[Embedding, ...],
 ) -> Report:
     pruned = settings.recipe is not None
     linears = [
@@ -345,6 +360,7 @@ def _report(
         dense_linear_bytes=sum(entry.dense_bytes for entry in once if entry.lowered),
         stored_linear_bytes=sum(entry.stored_bytes for entry in once if entry.lowered),
         given_bytes=given_bytes,
+        embeddings=embeddings,
     )
 
 

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .passes.frontend.trace import PREFIX
-from .passes.fx.embeddings import Embedding
 from .passes.fx.rewrite import Lowered
 from .passes.onnx.protos import data_files
 from .passes.recipe import BlockReport, DistilReport
+from .passes.tables import Embedding
 from .runtime.benchmark import Row
 from .runtime.evaluate import Perplexity
 from .runtime.exact import ExactAnswers

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from sparsify_export.passes import tables
 from sparsify_export.passes.errors import InputError
-from sparsify_export.passes.fx import embeddings
-from sparsify_export.passes.fx.embeddings import coded, quantise_embeddings, stored_tables
+from sparsify_export.passes.fx.embeddings import quantise_embeddings, stored_tables
+from sparsify_export.passes.tables import coded
 from torch import Tensor, nn
 from toys import export
 
@@ -64,7 +65,7 @@ def test_the_program_computes_with_the_rounded_table(quantised):
 
 
 def test_codes_are_the_nearest_by_a_loop_over_every_number(monkeypatch):
-    monkeypatch.setattr(embeddings, "PIECE", 3)  # five rows are two pieces
+    monkeypatch.setattr(tables, "PIECE", 3)  # five rows are two pieces
     table = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)) * torch.tensor(
         [[1.0], [1e-3], [50], [0], [2]]
     )
