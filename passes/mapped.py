@@ -51,7 +51,7 @@ def mapped(tensor: Tensor) -> Tensor:
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor lies in a mapped file."""
+    """Whether torch mapped a tensor's file. What safetensors mapped is not told, and may begin at any byte."""
     return tensor.untyped_storage().is_shared()
 
 

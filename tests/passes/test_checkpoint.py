@@ -334,6 +334,20 @@ def test_what_is_written_is_not_copied_and_any_reader_reads_it(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10  # KiB: a quarter of 128 MiB
 
 
+def test_what_is_saved_is_read_where_memory_would_begin(tmp_path):
+    tensors = {
+        "a": torch.randn(3),
+        "b": torch.randn(64, 64),
+        "c": torch.ones(5, dtype=torch.int8),
+        "d": torch.randn(16),
+    }
+    saved = Checkpoint(tmp_path).save("step", tensors, {})
+    loaded = Checkpoint(tmp_path).load("step")[0]
+    for found in (saved, loaded):
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+        assert [found[name].data_ptr() % 64 for name in ("b", "d")] == [0, 0]
+
+
 def test_removing_leaves_what_is_not_ours(tmp_path):
     one, other = (Checkpoint.open(tmp_path / name, {"a": 1}) for name in ("one", "other"))
     for kept in (one, other):
