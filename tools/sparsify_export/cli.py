@@ -13,7 +13,14 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 from rich.table import Table
 
-from .commands import bench_command, eval_command, generate_command, inspect_command, simulate_command
+from .commands import (
+    bench_command,
+    eval_command,
+    generate_command,
+    inspect_command,
+    report_command,
+    simulate_command,
+)
 from .passes.errors import InputError, NotBuiltError, VerificationError
 from .signals import Stopped, stoppable
 from .terminal import ProgressBar, errors, log_to, positive, quiet_libraries, terminal
@@ -28,7 +35,7 @@ app = App(
 )
 COMMANDS = {
     command.__name__.removesuffix("_command"): command
-    for command in (eval_command, bench_command, inspect_command, simulate_command, generate_command)
+    for command in (eval_command, bench_command, inspect_command, report_command, simulate_command, generate_command)
 }
 for name, command in COMMANDS.items():
     app.command(command, name=name)

@@ -1,4 +1,4 @@
-"""The commands beside compiling: ``eval``, ``bench``, ``inspect``, ``simulate`` and ``generate``.
+"""The commands beside compiling: ``eval``, ``bench``, ``inspect``, ``report``, ``simulate`` and ``generate``.
 
 What a command needs is imported when it runs: torch and ONNX Runtime take seconds, and ``--help`` shall not.
 """
@@ -157,6 +157,38 @@ def inspect_command(
         terminal.print(f"{checked.linears} linears, {checked.nbytes} bytes: as they were written", highlight=False)
     else:
         terminal.print(render(inspect(model)))
+
+
+def report_command(
+    model: Path,
+    other: Path | None = None,
+    /,
+    *,
+    out: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("report.html"),
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    log_file: Path | None = None,
+) -> None:
+    """Write what a compilation gained and lost as one HTML file, which loads nothing; of two, one below the other.
+
+    Args:
+        model: a folder or file that this tool wrote, beside which its report lies, or a report itself.
+        other: another one.
+        out: the file to write.
+        overwrite: replace it where it exists.
+        log_file: file that warnings of libraries and tracebacks are appended to.
+    """
+    log_to(log_file)
+    from .html_report import read_view, render_html
+
+    page = render_html([read_view(path) for path in (model, other) if path is not None])
+    if out.suffix != ".html":
+        raise InputError(f"{out} does not end in .html")
+    try:
+        with out.open("w" if overwrite else "x", encoding="utf-8") as file:
+            file.write(page)
+    except FileExistsError as error:
+        raise InputError(f"{out} exists already; remove it or give --overwrite") from error
+    terminal.print(f"wrote {out}", highlight=False)
 
 
 def simulate_command(

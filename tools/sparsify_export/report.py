@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from .html_report import NO_GAIN
 from .passes.frontend.trace import PREFIX
 from .passes.fx.rewrite import Lowered
 from .passes.onnx.protos import data_files
@@ -22,9 +23,6 @@ from .runtime.exact import ExactAnswers
 from .runtime.session import SPARSE_OPS
 from .runtime.verify import Verified
 from .stages import Stage
-
-NO_GAIN = 1.05
-"""A speed-up below this is within what repeated runs differ by, and is called none."""
 
 
 @dataclass(frozen=True)
