@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .commands import (
     bench_command,
+    doctor_command,
     eval_command,
     generate_command,
     inspect_command,
@@ -35,7 +36,15 @@ app = App(
 )
 COMMANDS = {
     command.__name__.removesuffix("_command"): command
-    for command in (eval_command, bench_command, inspect_command, report_command, simulate_command, generate_command)
+    for command in (
+        eval_command,
+        bench_command,
+        inspect_command,
+        report_command,
+        simulate_command,
+        generate_command,
+        doctor_command,
+    )
 }
 for name, command in COMMANDS.items():
     app.command(command, name=name)

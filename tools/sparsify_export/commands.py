@@ -1,4 +1,4 @@
-"""The commands beside compiling: ``eval``, ``bench``, ``inspect``, ``report``, ``simulate`` and ``generate``.
+"""The commands beside compiling, from ``eval`` to ``doctor``.
 
 What a command needs is imported when it runs: torch and ONNX Runtime take seconds, and ``--help`` shall not.
 """
@@ -189,6 +189,21 @@ def report_command(
     except FileExistsError as error:
         raise InputError(f"{out} exists already; remove it or give --overwrite") from error
     terminal.print(f"wrote {out}", highlight=False)
+
+
+def doctor_command(*, log_file: Path | None = None) -> None:
+    """What works on this machine, and the command that mends what does not; nothing is changed.
+
+    Args:
+        log_file: file that warnings of libraries and tracebacks are appended to.
+    """
+    log_to(log_file)
+    from .doctor import examine, render
+
+    checks = examine()
+    terminal.print(render(checks))
+    if broken := [check for check in checks if check.needed and not check.works]:
+        raise InputError(f"{broken[0].what}: {broken[0].found}; mend it with: {broken[0].mend}")
 
 
 def simulate_command(
