@@ -71,6 +71,7 @@ def build(surface, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "tensorrt", double)
         copied = tmp_path / "build_plan.py"
         copied.write_bytes(SCRIPT.read_bytes())
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a script that is run as one leaves none
         spec = importlib.util.spec_from_file_location("script", copied)
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, "script", module)  # its dataclasses look themselves up
