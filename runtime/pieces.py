@@ -52,7 +52,7 @@ class Piece:
 
 
 def cut(path: Path, most: int | None = None) -> list[Piece]:
-    """The pieces of a file, first to last; none where one piece would be all of it.
+    """The pieces of a file, first to last; none where it is one piece, or returns an input or a constant as it is.
 
     Args:
         path: the ``.onnx`` file.
@@ -66,14 +66,13 @@ def cut(path: Path, most: int | None = None) -> list[Piece]:
     weights = {tensor.name: tensor for tensor in graph.initializer}
     results = [value.name for value in graph.output]
     made_of = _constants(graph.node, weights)
-    groups = list(
-        _groups([x for x in graph.node if x.output[0] not in made_of], weights, values, made_of, most or MOST)
-    )
-    if len(groups) < 2:
+    others = [node for node in graph.node if node.output[0] not in made_of]
+    groups = list(_groups(others, weights, values, made_of, most or MOST))
+    if len(groups) < 2 or not {name for node in others for name in node.output}.issuperset(results):
         return []
     pieces = []
     for index, group in enumerate(groups):
-        later = {name for other in groups[index + 1 :] for node in other for name in node.input}
+        later = {name for other in groups[index + 1 :] for node in other for name in node.input if name}
         nodes = [*_ordered(made_of[name] for node in group for name in node.input if name in made_of), *group]
         made = [name for node in nodes for name in node.output]
         read = list(dict.fromkeys(name for node in nodes for name in node.input if name))

@@ -52,6 +52,28 @@ def test_a_file_that_is_small_or_has_bodies_is_left_whole(tiny):
     assert cut(tiny.path.with_name("bodies.onnx"), 1) == []
 
 
+CONSTANT = """
+<ir_version: 10, opset_import: ["" : 23]>
+g (float[n, 2] x) => (float[2, 2] c, float[n, 2] y) <float[2, 2] w = {1, 2, 3, 4}>
+{
+    c = Add (w, w)
+    a = MatMul (x, w)
+    y = MatMul (a, w)
+}
+"""
+
+
+def test_a_file_that_returns_a_constant_is_left_whole(tmp_path):
+    file = tmp_path / "constant.onnx"
+    onnx.save(onnx.parser.parse_model(CONSTANT), file)
+    assert cut(file, 1) == []
+    onnx.save(onnx.parser.parse_model(CONSTANT.replace("c = Add (w, w)", "c = Add (x, x)")), file)
+    feed = {"x": np.ones((2, 2), np.float32)}
+    ((c, y),) = run(cut(file, 1), [feed], ["c", "y"], kernels=False)
+    assert c.tolist() == [[2, 2], [2, 2]]
+    assert y.tolist() == [[22, 32], [22, 32]]
+
+
 def test_a_file_in_pieces_is_timed_as_one(tiny, monkeypatch):
     monkeypatch.setattr(pieces, "MOST", 300)
     rows = compare_kernels(tiny.path, repeats=2)
