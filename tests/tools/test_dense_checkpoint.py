@@ -1,14 +1,12 @@
 """``--also-checkpoint``: pruned weights that transformers reads, and that compile to the same file."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command_models import WORDS
-from commands import SHORT, refused
+from commands import refused
 from families import random_model
 from safetensors.torch import load_file
 from sparsify_export import dense_checkpoint
@@ -25,21 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 def data_of(folder: Path) -> Path:
     """The file of the weights, which is named by what is in it."""
     return next(folder.glob("*.data"))
-
-
-@pytest.fixture(scope="module")
-def written(folder, text, tmp_path_factory):
-    """A checkpoint and a folder of a GPT-2, whose weights lie transposed and whose head is tied; folded and updated."""
-    given = tmp_path_factory.mktemp("gpt2") / "gpt2"
-    random_model("gpt2").save_pretrained(given)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder / name, given / name)
-    told = json.loads((given / "tokenizer_config.json").read_text())
-    (given / "tokenizer_config.json").write_text(json.dumps({**told, "chat_template": "{{ messages[0].content }}"}))
-    out = given.parent / "out"
-    given = [str(given), "--nm", "2:4", "--calibration", str(text), *SHORT, "-o", f"{out}/"]
-    assert main([*given, "--also-checkpoint", str(out.parent / "dense")]) == 0
-    return out.parent / "dense", out
 
 
 def test_a_checkpoint_compiles_to_the_same_file(written, tmp_path):
@@ -61,7 +44,7 @@ def test_transformers_runs_what_the_file_computes(written):
     close = compare_model(torch.from_numpy(ours), plain, exact)
     assert close.ok, close
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": WORDS[0]}], tokenize=False) == WORDS[0]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "w0"}], tokenize=False) == "<s>w0</s>"
 
 
 def test_nothing_in_it_says_that_it_is_sparse(written):
@@ -77,6 +60,7 @@ def test_nothing_in_it_says_that_it_is_sparse(written):
     told = json.loads((checkpoint / "config.json").read_text())
     assert not {"quantization_config", "compression_config", "sparsity_config"} & set(told)
     assert told["dtype"] == "float32"
+    assert "lm_head.weight" not in load_file(checkpoint / "model.safetensors")  # which is the embedding's
     assert {file.stat().st_mode & 0o777 for file in checkpoint.iterdir()} == {
         (checkpoint / "config.json").stat().st_mode & 0o777
     }

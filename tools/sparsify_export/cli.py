@@ -174,6 +174,7 @@ def compile_command(
     checkpoint: Path | None = None,
     also_checkpoint: Path | None = None,
     also_dtype: Literal["fp32", "bf16"] | None = None,
+    triton: Path | None = None,
     quiet: Annotated[bool, Parameter(negative="")] = False,
     log_file: Path | None = None,
 ) -> None:
@@ -267,6 +268,8 @@ def compile_command(
         also_checkpoint: folder that the same weights are written to as a dense checkpoint of transformers, zeros and
             all: what other programs read. Nothing may be there yet.
         also_dtype: type of the weights in that checkpoint; default fp32, which is what OUT holds bit for bit.
+        triton: repository of Triton Inference Server that OUT is copied to as well, with its config.pbtxt; its name
+            there is that of OUT, and nothing may be called so yet.
         quiet: print nothing but errors.
         log_file: file that warnings of libraries and, where something goes wrong, tracebacks are appended to.
     """
@@ -280,6 +283,7 @@ def compile_command(
     from .plan import EngineSettings, check_codes, check_engine_flags, not_built
     from .report import render
     from .settings import Calibration, Settings, check_budget, make_budget, parse_pattern
+    from .triton_repository import check_triton, write_triton
 
     positive("--context", context, least=2)
     positive("--workspace", workspace)
@@ -414,6 +418,7 @@ def compile_command(
             },
         )
     tokens = (lower_for or 1) if lower == "auto" else None
+    served = check_triton(triton, Path(out)) if triton is not None else None
     source = Calibration(calibration or "self", calibration_inputs, samples, seq_len, seed)
     settings = Settings(recipe, source, storage, ops, tokens, eval_, window or Settings.window, windows, engine, bos)
     settings = replace(settings, budget=budget)
@@ -433,6 +438,8 @@ def compile_command(
         )
     if checkpoint is not None:
         Checkpoint(checkpoint).remove()
+    if served is not None:
+        write_triton(Path(out), served)
     if not quiet:
         terminal.print(render(report))
     if report.engine is not None and report.engine["not_built"]:

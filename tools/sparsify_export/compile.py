@@ -13,6 +13,7 @@ from .calibration_data import batches_for, calibration_text, crossings, example_
 from .dense_checkpoint import DenseCheckpoint
 from .engine import Pruned, finish_engine
 from .evaluation import evaluate_onnx, evaluate_torch
+from .genai_folder import write_genai
 from .onnx_in import compile_onnx
 from .passes.checkpoint import Checkpoint
 from .passes.dialect.packed import Packed
@@ -220,6 +221,8 @@ def _compile(
         uncrossed=uncrossed,
         choice=choice.plain() if choice else None,
     )
+    if target.folder:
+        report = replace(report, genai=write_genai(pretrained, target.model))
     target.finish(pretrained, report)
     return report
 

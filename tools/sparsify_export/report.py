@@ -110,6 +110,7 @@ class Report:
             without one.
         uncrossed: sliding windows, in tokens, that no text of verification was long enough to cross.
         engine: what is known about a TensorRT engine: its options, why it was not built, what is in it; None for ONNX.
+        genai: why onnxruntime-genai cannot run the folder, "" where it can; None where no folder was written.
     """
 
     source: str
@@ -131,6 +132,7 @@ class Report:
     uncrossed: tuple[int, ...] = ()
     choice: Mapping[str, Any] | None = None
     engine: Mapping[str, Any] | None = None
+    genai: str | None = None
 
     def save(self, path: Path, *, files: Sequence[str]) -> None:
         """Write the report as JSON, with the names of the files that were written; see ``publish.listed``."""
@@ -390,6 +392,8 @@ def _totals(report: Report) -> Table:
         table.add_row(
             f"verified with {entry['how']}", f"max error {entry['error']:.2e}, allowed {entry['allowed']:.2e}"
         )
+    if report.genai is not None:
+        table.add_row("onnxruntime-genai", f"no: {report.genai}" if report.genai else "runs the folder as it is")
     if report.uncrossed:
         windows = ", ".join(map(str, report.uncrossed))
         table.add_row("not verified", f"texts longer than the sliding window of {windows} tokens")

@@ -1,0 +1,84 @@
+"""A folder of a decoder in onnxruntime-genai itself: the same tokens, by our kernels."""
+
+import json
+
+import onnx
+import pytest
+from families import random_model
+from onnx import TensorProto, helper
+from sparsify_export.genai_folder import CONFIG, write_genai
+from sparsify_export.passes.frontend.load import describe
+from sparsify_export.runtime import library_path
+from sparsify_export.runtime.generate import generate
+from sparsify_export.runtime.session import SPARSE_OPS, CausalSession, open_session
+from transformers import AutoTokenizer
+
+PROMPTS = ["w1 w23 w4", "w5 w61"]
+
+
+def test_genai_writes_the_same_tokens_with_our_kernels(written, tmp_path, monkeypatch):
+    genai = pytest.importorskip("onnxruntime_genai")
+    _, out = written
+    monkeypatch.chdir(tmp_path)
+    config = genai.Config(str(out))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"enable_profiling": "ran"}}}}))
+    model = genai.Model(config)
+    reader, own = genai.Tokenizer(model), AutoTokenizer.from_pretrained(out)
+    ids = [own(prompt).input_ids for prompt in PROMPTS]
+    assert [reader.encode(prompt).tolist() for prompt in PROMPTS] == ids
+    chat = [{"role": "user", "content": "w7"}]
+    assert reader.apply_chat_template(json.dumps(chat), add_generation_prompt=True) == own.apply_chat_template(
+        chat, tokenize=False
+    )
+    longest = max(map(len, ids))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=longest + 64, batch_size=2)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(reader.encode_batch(PROMPTS))
+    written_by_genai: list[list[int]] = [[], []]
+    while not generator.is_done():
+        generator.generate_next_token()
+        for row, token in enumerate(generator.get_next_tokens()):
+            written_by_genai[row].append(int(token))
+    ours = generate(CausalSession(open_session(out)), ids, max_new_tokens=64, eos=(2,))
+    assert len(ours.tokens[0]) == 64
+    for own_tokens, theirs in zip(ours.tokens, written_by_genai, strict=True):
+        assert tuple(theirs[: len(own_tokens)]) == own_tokens
+    del generator, model
+    events = json.loads(next(tmp_path.glob("ran*.json")).read_text())
+    assert {event["args"].get("op_name") for event in events if "args" in event} & set(SPARSE_OPS)
+
+
+def test_what_genai_reads_is_in_the_folder(written):
+    _, out = written
+    told = json.loads((out / CONFIG).read_text())["model"]
+    assert told["decoder"]["session_options"]["custom_ops_library"] == library_path().name
+    assert (out / library_path().name).read_bytes() == library_path().read_bytes()
+    assert (told["vocab_size"], told["context_length"], told["eos_token_id"]) == (96, 128, [2])
+    sizes = [told["decoder"][name] for name in ("num_hidden_layers", "num_key_value_heads", "head_size")]
+    assert sizes == [2, 4, 16]
+    report = json.loads((out / "report.json").read_text())
+    assert {CONFIG, library_path().name} <= set(report["files"])
+    assert report["genai"] == ""
+
+
+def cached(folder, names, shapes):
+    """A file that has these caches as inputs."""
+    inputs = [
+        helper.make_tensor_value_info(f"past_key_values.{name}", TensorProto.FLOAT, shape)
+        for name, shape in zip(names, shapes, strict=True)
+    ]
+    onnx.save(helper.make_model(helper.make_graph([], "g", inputs, [])), str(folder / "model.onnx"))
+    return folder / "model.onnx"
+
+
+def test_what_genai_cannot_run_gets_no_configuration_and_a_reason(tmp_path):
+    one = [["b", 2, "p", 16]] * 2
+    llama = describe(random_model("llama"))
+    names = ["0.key", "0.value"]
+    assert "have one shape" in write_genai(llama, cached(tmp_path, names, [one[0], ["b", 1, "p", 32]]))
+    assert "numbered from 0" in write_genai(llama, cached(tmp_path, ["1.key", "1.value"], one))
+    llama.model.generation_config.eos_token_id = llama.model.config.eos_token_id = None
+    assert "a token that ends a text" in write_genai(llama, cached(tmp_path, names, one))
+    assert "runs decoders" in write_genai(describe(random_model("vit")), cached(tmp_path, [], []))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]

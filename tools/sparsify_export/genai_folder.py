@@ -1,0 +1,92 @@
+"""What onnxruntime-genai wants beside a decoder in a folder: our op library and ``genai_config.json``."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from .passes.frontend.load import Pretrained
+from .passes.frontend.positions import longest
+from .runtime import library_path
+
+CONFIG = "genai_config.json"
+UNBOUNDED = 1 << 17
+"""Tokens of a text at most where neither configuration nor tables set a limit; genai wants one."""
+PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+
+
+def write_genai(pretrained: Pretrained, model: Path) -> str:
+    """Put our library and ``genai_config.json`` beside a model, which genai then runs with its own loop.
+
+    The cache is handed on as our graph returns it, longer by what was read (``past_present_share_buffer`` is false);
+    the type ``decoder`` is genai's for any decoder of token ids, an attention mask and such a cache.
+
+    Args:
+        pretrained: the model that was compiled.
+        model: its ONNX file.
+
+    Returns:
+        Why genai cannot run it, in which case nothing is written; "" where it can.
+    """
+    inputs = onnx.load(str(model), load_external_data=False).graph.input
+    sizes = {i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in inputs if PAST.match(i.name)}
+    if pretrained.kind != "causal":
+        return "it runs decoders, and this is none"
+    layers = len(sizes) // 2
+    numbered = {f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")}
+    if sizes.keys() != numbered:
+        return "its caches are numbered from 0 without a gap, and those of this model are not"
+    if len(set(sizes.values())) != 1:
+        return "its caches have one shape in all layers, and those of this model differ"
+    _, heads, _, head_size = next(iter(sizes.values()))
+    told = _config(pretrained, model.name, layers=layers, heads=heads, head_size=head_size)
+    if not told["model"]["eos_token_id"]:
+        return "it wants a token that ends a text, and this model names none"
+    (model.parent / CONFIG).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    shutil.copyfile(library_path(), model.parent / library_path().name)
+    return ""
+
+
+def _config(pretrained: Pretrained, filename: str, *, layers: int, heads: int, head_size: int) -> dict[str, Any]:
+    """What ``genai_config.json`` holds; its keys are genai's own."""
+    config = pretrained.model.config.get_text_config()
+    generation = pretrained.model.generation_config
+    said = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    ends = [said] if isinstance(said, int) else list(said or ())
+    pads = (getattr(pretrained.tokenizer, "pad_token_id", None), config.pad_token_id, *ends[:1])
+    context = longest(pretrained.model) or UNBOUNDED
+    begin = {} if config.bos_token_id is None else {"bos_token_id": config.bos_token_id}
+    return {
+        "model": {
+            "type": "decoder",
+            **begin,
+            "eos_token_id": ends,
+            "pad_token_id": next((pad for pad in pads if pad is not None), None),
+            "context_length": context,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "filename": filename,
+                "session_options": {"custom_ops_library": library_path().name, "provider_options": []},
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": layers,
+                "num_key_value_heads": heads,
+                "head_size": head_size,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
+    }
