@@ -4,7 +4,7 @@ import json
 
 import onnx
 import pytest
-from families import random_model
+from families import CAUSAL, random_model
 from onnx import TensorProto, helper
 from sparsify_export.genai_folder import CONFIG, write_genai
 from sparsify_export.passes.frontend.load import describe
@@ -68,8 +68,21 @@ def cached(folder, names, shapes):
         helper.make_tensor_value_info(f"past_key_values.{name}", TensorProto.FLOAT, shape)
         for name, shape in zip(names, shapes, strict=True)
     ]
-    onnx.save(helper.make_model(helper.make_graph([], "g", inputs, [])), str(folder / "model.onnx"))
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "s", 100])
+    onnx.save(helper.make_model(helper.make_graph([], "g", inputs, [logits])), str(folder / "model.onnx"))
     return folder / "model.onnx"
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_family_of_decoders_has_what_genai_wants(name, tmp_path):
+    assert (
+        write_genai(describe(random_model(name)), cached(tmp_path, ["0.key", "0.value"], [["b", 2, "p", 16]] * 2)) == ""
+    )
+    told = json.loads((tmp_path / CONFIG).read_text())
+    assert told["model"]["vocab_size"] == 100  # of the logits, which may be more than the tokenizer's
+    assert told["model"]["eos_token_id"] == [2]
+    assert None not in told["model"].values()
+    assert told["search"]["max_length"] == told["model"]["context_length"] > 0
 
 
 def test_what_genai_cannot_run_gets_no_configuration_and_a_reason(tmp_path):

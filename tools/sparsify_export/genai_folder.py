@@ -31,8 +31,9 @@ def write_genai(pretrained: Pretrained, model: Path) -> str:
     Returns:
         Why genai cannot run it, in which case nothing is written; "" where it can.
     """
-    inputs = onnx.load(str(model), load_external_data=False).graph.input
-    sizes = {i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in inputs if PAST.match(i.name)}
+    graph = onnx.load(str(model), load_external_data=False).graph
+    shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in (*graph.input, *graph.output)}
+    sizes = {name: shape for name, shape in shapes.items() if PAST.fullmatch(name)}
     if pretrained.kind != "causal":
         return "it runs decoders, and this is none"
     layers = len(sizes) // 2
@@ -42,7 +43,9 @@ def write_genai(pretrained: Pretrained, model: Path) -> str:
     if len(set(sizes.values())) != 1:
         return "its caches have one shape in all layers, and those of this model differ"
     _, heads, _, head_size = next(iter(sizes.values()))
-    told = _config(pretrained, model.name, layers=layers, heads=heads, head_size=head_size)
+    told = _config(
+        pretrained, model.name, layers=layers, heads=heads, head_size=head_size, vocabulary=shapes["logits"][-1]
+    )
     if not told["model"]["eos_token_id"]:
         return "it wants a token that ends a text, and this model names none"
     (model.parent / CONFIG).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -50,15 +53,19 @@ def write_genai(pretrained: Pretrained, model: Path) -> str:
     return ""
 
 
-def _config(pretrained: Pretrained, filename: str, *, layers: int, heads: int, head_size: int) -> dict[str, Any]:
+def _config(
+    pretrained: Pretrained, filename: str, *, layers: int, heads: int, head_size: int, vocabulary: int
+) -> dict[str, Any]:
     """What ``genai_config.json`` holds; its keys are genai's own."""
     config = pretrained.model.config.get_text_config()
-    generation = pretrained.model.generation_config
-    said = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    # Generation has the last word on what ends a text; configurations need not have these entries at all.
+    tokens = [getattr(source, "eos_token_id", None) for source in (pretrained.model.generation_config, config)]
+    said = next((token for token in tokens if token is not None), None)
     ends = [said] if isinstance(said, int) else list(said or ())
-    pads = (getattr(pretrained.tokenizer, "pad_token_id", None), config.pad_token_id, *ends[:1])
+    pads = (*(getattr(source, "pad_token_id", None) for source in (pretrained.tokenizer, config)), *ends[:1])
     context = longest(pretrained.model) or UNBOUNDED
-    begin = {} if config.bos_token_id is None else {"bos_token_id": config.bos_token_id}
+    first = getattr(config, "bos_token_id", None)
+    begin = {} if first is None else {"bos_token_id": first}
     return {
         "model": {
             "type": "decoder",
@@ -66,7 +73,7 @@ def _config(pretrained: Pretrained, filename: str, *, layers: int, heads: int, h
             "eos_token_id": ends,
             "pad_token_id": next((pad for pad in pads if pad is not None), None),
             "context_length": context,
-            "vocab_size": config.vocab_size,
+            "vocab_size": vocabulary,
             "decoder": {
                 "filename": filename,
                 "session_options": {"custom_ops_library": library_path().name, "provider_options": []},
