@@ -62,4 +62,4 @@ def test_no_index_and_no_path_of_a_machine_is_named(name):
 
 
 def test_a_lock_keeps_cuda_out():
-    assert not [e.name for e, _ in locked("requirements.lock") if re.match("nvidia|cuda|triton|torch", e.name)]
+    assert not [e.name for e, _ in locked("requirements.lock") if re.match(r"nvidia|cuda|triton$|torch", e.name)]

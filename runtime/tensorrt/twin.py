@@ -78,8 +78,10 @@ def _unpack_plugins(model: onnx.ModelProto, folder: Path) -> None:
         return
     for name, packed in unpacked.items():
         tensors[name].CopyFrom(numpy_helper.from_array(packed, name))
-    del graph.node[:]
+    told = [value for value in graph.value_info if value.name not in unpacked]  # the types of the words, where told
+    del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
+    graph.value_info.extend(told)
     model.functions.extend(with_shared(FUNCTIONS[op] for op in sorted(used)))
 
 
