@@ -3,6 +3,7 @@
 import json
 
 import onnx
+import onnxruntime_genai as genai
 import pytest
 from families import CAUSAL, random_model
 from onnx import TensorProto, helper
@@ -17,7 +18,6 @@ PROMPTS = ["w1 w23 w4", "w5 w61"]
 
 
 def test_genai_writes_the_same_tokens_with_our_kernels(written, tmp_path, monkeypatch):
-    genai = pytest.importorskip("onnxruntime_genai")
     _, out = written
     monkeypatch.chdir(tmp_path)
     config = genai.Config(str(out))

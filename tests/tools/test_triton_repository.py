@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import tritonclient
 from commands import refused
 from google.protobuf import text_format
 from onnx import TensorProto, helper
@@ -19,8 +20,7 @@ OURS = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
 @pytest.fixture(scope="module")
 def parse():
     """Reads a configuration by the protobuf in tritonclient, whose package itself wants grpc."""
-    client = pytest.importorskip("tritonclient")
-    file = Path(client.__path__[0]) / "grpc" / "model_config_pb2.py"
+    file = Path(tritonclient.__path__[0]) / "grpc" / "model_config_pb2.py"
     spec = importlib.util.spec_from_file_location("model_config_pb2", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
