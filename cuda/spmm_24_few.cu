@@ -1,6 +1,6 @@
 // y = x W^T + bias for a 2:4 weight and a few tokens. Differs from spmm_24_prefill.cu in: the time is that of reading
-// the weight, so blocks are small and many, and the four warps of one split its columns among them (split-K). A warp has
-// stages of its own and waits for no other; their sums are added at the end, always in the same order.
+// the weight, so blocks are small and many, and the four warps of one split its columns among them (split-K). A warp
+// has stages of its own and waits for no other; their sums are added at the end, always in the same order.
 //
 //   tile of a block      32 rows of W x `tokens` tokens (8, 16 or 32)
 //   warp w of 4          columns 64 w .. 64 w + 63 of every 256: 32 kept weights a row, 2 x tokens / 8 products of 16

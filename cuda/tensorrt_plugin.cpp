@@ -6,8 +6,8 @@
 //   linear_nm       x [..., K], values [N, K / 2], indices, bias [N] FP32                    n = 2, m = 4
 //
 // One output, y [..., N] of x's type. x and values: both FP16, both BF16, or FP32 with any of the three. The bias may
-// be left out; whether it is there is kept in the plan as a field of ours, `bias` (0 or 1). TensorRT's plugins know no UINT8: mask and indices come as INT32 [words], the bytes of kernels.h in their
-// order, with zeros behind them up to a whole word. Weights are network constants and trusted, as the kernels do.
+// be left out; whether it is there is kept in the plan as a field of ours, `bias` (0 or 1). TensorRT's plugins know no
+// UINT8: mask and indices come as INT32 [words], the bytes of kernels.h in their order, with zeros behind them up to a whole word. Weights are network constants and trusted, as the kernels do.
 //
 // Loaded by IPluginRegistry::loadLibrary (trtexec --dynamicPlugins), which asks for getCreators; needs no symbol of
 // TensorRT. tensorrt_register.cpp is for loaders that only call dlopen.

@@ -17,7 +17,7 @@ namespace {
 nvinfer1::IPluginRegistry* find_registry() {
   const std::string major = std::to_string(NV_TENSORRT_MAJOR);
   for (const char* library : {"libnvinfer.so.", "libnvinfer_lean.so.", "libnvinfer_dispatch.so."}) {
-    void* const loaded = dlopen((library + major).c_str(), RTLD_LAZY | RTLD_NOLOAD);  // stays: it will hold our creators
+    void* const loaded = dlopen((library + major).c_str(), RTLD_LAZY | RTLD_NOLOAD);  // stays, with our creators
     void* const get = loaded ? dlsym(loaded, "getPluginRegistry") : nullptr;
     if (get) return reinterpret_cast<nvinfer1::IPluginRegistry* (*)()>(get)();
   }

@@ -94,7 +94,8 @@ extern "C" const char* driver_names(const char* op) {
   return all.c_str();
 }
 
-// Returns "" or where it stopped. tell_shapes: call onShapeChange before the run. `y` holds the type and data to be written; its shape is filled in.
+// Returns "" or where it stopped. tell_shapes: call onShapeChange before the run.
+// `y` holds the type and data to be written; its shape is filled in.
 extern "C" const char* driver_run(const char* op, const char* const* fields, const int32_t* numbers, int32_t nb_fields,
                                   const Tensor* inputs, int32_t count, Tensor* y, int32_t tell_shapes) {
   setLoggerFinder(&finder);
