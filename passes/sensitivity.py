@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 
 from ..calibrate.masks import keep_mask
+from ..calibrate.matmul import linear as product
 from ..calibrate.patterns import NM, Pattern
 from ..calibrate.scores import wanda
 from ..calibrate.statistics import ActNorm
@@ -16,10 +17,8 @@ from .errors import InputError
 from .frontend.batches import Batch
 from .fx.linears import Linear
 from .fx.partition import Part, Partition
-from .fx.run import Values, run_model
+from .fx.run import Fast, Values, run_model
 from .recipe import Progress
-
-aten = torch.ops.aten
 
 
 def sensitivity(
@@ -128,7 +127,7 @@ def _damage_of(
     for path, gradient in zip(paths, gradients, strict=True):
         if gradient is None:
             raise InputError(f"{path} does not reach the model's first output, so its damage cannot be estimated")
-        change = torch.nn.functional.linear(seen[path][0].float(), removed[path])
+        change = product(seen[path][0].float(), removed[path])
         found[path] = factor * float((gradient * change).sum(-1).double().square().sum())
     return found, size
 
@@ -164,7 +163,7 @@ def _run(
     return run_model(partition, text.inputs, params, run)
 
 
-class _Seen(Interpreter):
+class _Seen(Fast):
     """Shows what every linear reads and returns, and goes on with what it is given back."""
 
     def __init__(self, part: Part, see: Callable[[Linear, Tensor, Tensor], Tensor]) -> None:

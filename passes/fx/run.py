@@ -37,7 +37,7 @@ def run_part(part: Part, values: Values, params: Mapping[str, Tensor], names: Ma
         names: outer placeholder name to parameter key.
     """
     with torch.no_grad():
-        results = _Fast(part.module).run(*_arguments(part, values, params, names))
+        results = Fast(part.module).run(*_arguments(part, values, params, names))
     return _named(part, results)
 
 
@@ -192,14 +192,15 @@ def _named(part: Part, results: Any) -> Values:
     return {name: value for name, value in zip(part.outputs, results, strict=True) if name}
 
 
-class _Fast(Interpreter):
+class Fast(Interpreter):
     """Computes linears the fastest way there is."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of one node."""
         return super().call_function(linear if target is torch.ops.aten.linear.default else target, args, kwargs)
 
 
-class _Observer(_Fast):
+class _Observer(Fast):
     """Shows chosen intermediate values, and arguments of chosen nodes, to callbacks."""
 
     def __init__(
@@ -221,7 +222,7 @@ class _Observer(_Fast):
         return result
 
 
-class _Rounded(_Fast):
+class _Rounded(Fast):
     """Changes the first argument of chosen linears; straight through for gradients."""
 
     def __init__(
