@@ -80,7 +80,7 @@ coverage: setup $(BINDINGS)
 	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist worksteal --cov=sparsify_export --cov-report=term:skip-covered
 
 # The oldest releases that pyproject.toml allows (torch: the one that is tested), and the newest of today but torch.
-QUICK := tests/test_imports.py tests/test_families.py tests/passes/frontend tests/passes/onnx tests/runtime/*.py tests/tools/test_cli.py
+QUICK := tests/test_imports.py tests/passes/frontend tests/passes/onnx tests/runtime/test_verify.py tests/runtime/test_verify_onnx.py tests/tools/test_cli.py
 oldest: setup
 	$(PY) -m venv --clear build/oldest
 	build/oldest/bin/python -m pip install -q --no-deps --only-binary :all: --require-hashes -r $(OLDEST)
