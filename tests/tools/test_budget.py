@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx
 import pytest
 from sparsify_export import budget as module
@@ -83,6 +84,19 @@ def test_bytes_are_met_without_a_clock(search):
     assert sum(choice.sparse) == 4
     assert files.written == [0, 4]
     assert choice.tries[0].measured == pytest.approx(0.88)
+    assert (choice.dense_ms, choice.result_ms) == (0, 0)
+
+
+def test_a_size_asks_nothing_of_a_model_that_takes_no_text(images, tmp_path):
+    """It has no workload: the default, decoding, is nothing that a model of images could run."""
+    (tmp_path / "in").mkdir()
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32), np.float32)
+    np.savez(tmp_path / "in" / "0.npz", pixel_values=pixels)
+    np.savez(tmp_path / "in" / "1.npz", pixel_values=pixels[::-1])
+    flags = ["--nm", "2:4", "--effort", "fast", "--calibration-inputs", str(tmp_path / "in"), "--quiet"]
+    assert main([str(images), *flags, "--bytes", "0.8", "-o", str(tmp_path / "m.onnx")]) == 0
+    choice = json.loads((tmp_path / "m.onnx.report.json").read_text())["choice"]
+    assert abs(choice["tries"][-1]["measured"] / 0.8 - 1) <= 0.05
 
 
 @pytest.mark.parametrize(

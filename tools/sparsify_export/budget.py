@@ -8,7 +8,6 @@ budget by more than 5 %, what linears gain is corrected by what was measured, an
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from .calibrate.budget import Form, choose
 from .calibrate.masks import keep_mask
 from .calibrate.patterns import NM, Pattern
-from .passes.cost import Speed
 from .passes.dialect import packed
 from .passes.dialect.storage import Storage
 from .passes.distil import Output
@@ -44,7 +42,7 @@ from .settings import Budget, Console
 from .target import Target
 
 TRIES = 3
-TEXTS = 8
+BATCHES = 8
 """How many calibration batches the damage is estimated from."""
 REPEATS = 15
 
@@ -97,7 +95,7 @@ class Choice:
         groups: all groups with their figures.
         sparse: for each group whether it is pruned.
         tries: every choice that was made, the last is what counts.
-        dense_ms: of the workload, the dense file's median in the last try.
+        dense_ms: of the workload, the dense file's median in the last try; 0 where nothing was timed, for a size.
         result_ms: likewise of the choice.
     """
 
@@ -125,6 +123,8 @@ class Choice:
         ]
         return {
             "budget": str(self.budget),
+            "speedup": self.budget.speedup,
+            "size": self.budget.size,
             "workload": str(self.budget.workload),
             "tries": [vars(each) for each in self.tries],
             "dense_ms": self.dense_ms,
@@ -174,6 +174,7 @@ def choose_linears(
     machine: Machine,
     *,
     output: Output,
+    seed: int,
     console: Console,
 ) -> Choice:
     """Choose which linears are pruned.
@@ -187,6 +188,7 @@ def choose_linears(
         target: beside which trial files are written, and removed again.
         machine: predicts the time of ops.
         output: what the model's first output is.
+        seed: of the tokens that the damage is estimated on.
         console: where to tell what happens.
 
     Raises:
@@ -197,7 +199,9 @@ def choose_linears(
         [linear for linear in part.linears if not any(named_by(glob, linear.path) for glob in recipe.skip)]
         for part in parts.blocks
     ]
-    found = sensitivity(parts, params, batches[:TEXTS], recipe.pattern, output=output, progress=console.progress)
+    found = sensitivity(
+        parts, params, batches[:BATCHES], recipe.pattern, output=output, seed=seed, progress=console.progress
+    )
     groups = _groups(trial, allowed, found, machine)
     if not groups:
         raise InputError(f"a budget wants linears that can be pruned to {recipe.pattern}, and there is none")
@@ -229,22 +233,17 @@ def _groups(
             rows, columns = sum(linear.out_features for linear in linears), linears[0].in_features
             if (rows, columns) not in sizes:
                 sizes[rows, columns] = _packed_bytes(trial, rows, columns)
-            seconds: Callable[[Speed, float], float] = partial(_seconds, rows=rows, columns=columns, tokens=tokens)
             groups.append(
                 Group(
                     linears=tuple(linears),
                     damage=sum(damage[linear.path] for linear in linears),
-                    dense_seconds=seconds(dense, 1.0),
-                    sparse_seconds=seconds(sparse, density),
+                    dense_seconds=dense.seconds(rows, columns, 1.0, tokens),
+                    sparse_seconds=sparse.seconds(rows, columns, density, tokens),
                     dense_bytes=rows * columns * 4,
                     sparse_bytes=sizes[rows, columns],
                 )
             )
     return groups
-
-
-def _seconds(speed: Speed, density: float, *, rows: int, columns: int, tokens: int) -> float:
-    return speed.seconds(rows, columns, density, tokens)
 
 
 def _packed_bytes(trial: Trial, rows: int, columns: int) -> int:
@@ -269,9 +268,8 @@ class Scale:
 def _search(trial: Trial, groups: Sequence[Group], stage: Path, console: Console) -> Choice:
     """Choose, measure and choose again."""
     budget, dense = trial.budget, stage / "dense.onnx"
-    feed = budget.workload.feed(open_session(dense))
-    (row,) = compare_files(dense, dense, feed, repeats=REPEATS)
-    dense_ms, dense_bytes = row.model.p50, _size(dense)
+    dense_ms, _, _ = _timed(dense, dense, budget)
+    dense_bytes = _size(dense)
     scale = Scale(1.0, dense_bytes - sum(group.dense_bytes for group in groups))
     tries: list[Try] = []
     while True:
@@ -280,10 +278,8 @@ def _search(trial: Trial, groups: Sequence[Group], stage: Path, console: Console
         linears = [linear for group, its in zip(groups, sparse, strict=True) if its for linear in group.linears]
         file = stage / f"try{len(tries)}.onnx"
         trial.write(file, linears)
-        (row,) = compare_files(file, dense, feed, repeats=REPEATS)
-        assert row.against is not None
-        assert row.ratio is not None
-        nbytes, ratio, dense_ms = _size(file), row.ratio, row.against.p50
+        dense_ms, result_ms, ratio = _timed(file, dense, budget)
+        nbytes = _size(file)
         for each in (file, *data_files(file)):
             each.unlink()
         chosen = [group for group, its in zip(groups, sparse, strict=True) if its]
@@ -302,11 +298,21 @@ def _search(trial: Trial, groups: Sequence[Group], stage: Path, console: Console
             if not met:
                 console.note(f"the budget of {budget} is missed: {measured:.3g} was measured after {TRIES} choices")
             left = [linear.path for g, its in zip(groups, sparse, strict=True) if not its for linear in g.linears]
-            return Choice(budget, tuple(left), tuple(groups), sparse, tuple(tries), dense_ms, row.model.p50)
+            return Choice(budget, tuple(left), tuple(groups), sparse, tuple(tries), dense_ms, result_ms)
         gained = dense_ms * (1 - 1 / ratio)
         if budget.speedup and (gained <= 0 or saved <= 0):
             raise InputError(_out_of_reach(budget, trial.pattern, measured))
         scale = Scale(gained / saved if budget.speedup else scale.worth, nbytes - stored)
+
+
+def _timed(file: Path, dense: Path, budget: Budget) -> tuple[float, float, float]:
+    """Milliseconds of the dense file and of another in turns, and the speed-up; a size wants no clock."""
+    if not budget.speedup:
+        return 0.0, 0.0, 1.0
+    (row,) = compare_files(file, dense, budget.workload.feed(open_session(dense)), repeats=REPEATS)
+    assert row.against is not None
+    assert row.ratio is not None
+    return row.against.p50, row.model.p50, row.ratio
 
 
 def _pick(

@@ -146,6 +146,7 @@ def _compile(
                 target,
                 this_machine(),
                 output=output_of(traced),
+                seed=settings.calibration.seed,
                 console=console,
             )
             recipe = replace(recipe, budgeted=choice.dense)

@@ -402,7 +402,7 @@ def _totals(report: Report) -> Table:
 
 def _told_choice(choice: Mapping[str, Any], table: Table) -> None:
     """What the budget was, what it came to, and what it left dense."""
-    last, size = choice["tries"][-1], "of the bytes" in choice["budget"]
+    last, size = choice["tries"][-1], choice["size"] is not None
     unit = " of the bytes" if size else "x"
     left = sum(len(group["linears"]) for group in choice["groups"] if not group["sparse"])
     all_of_it = sum(group["damage"] for group in choice["groups"])
