@@ -26,6 +26,7 @@ from .fx.merge import merge_linears
 from .fx.plain import plain_linears
 from .onnx.attention_cache import JoinCacheInAttention
 from .onnx.attention_heads import SplitHeadsInAttention
+from .onnx.cache_in_place import KeepCacheInPlace
 from .onnx.grouped_attention import ShareAttentionHeads
 from .onnx.plugin import SuitPlugin
 from .onnx.qdq import Codes, QuantiseLinears, joined
@@ -45,6 +46,7 @@ def to_onnx(
     *,
     metadata: Mapping[str, object],
     tensorrt: bool = False,
+    in_place: bool = False,
     quantised: Mapping[str, Codes] = MappingProxyType({}),
 ) -> None:
     """Write ``traced`` as ``path`` and ``path.data``.
@@ -60,10 +62,11 @@ def to_onnx(
         tensorrt: write what TensorRT's parser takes. It refuses Attention that joins the KV cache itself, so Concat
             joins it; and of our ops only 2:4 and the bitmask of float weights have plugins, so it may hold no others.
             The file has no functions: one of its name would be taken for the plugin.
+        in_place: keep the KV cache of a decoder in place, which is an op of ONNX Runtime's own; see `KeepCacheInPlace`.
         quantised: by the key of their weight, the plain products that TensorRT is to make of 8-bit codes.
 
     Raises:
-        InputError: the files cannot be written, or TensorRT would not take the model.
+        InputError: the files cannot be written, TensorRT would not take the model, or its cache cannot stay in place.
     """
     merged = merge_linears(traced.program, apart=quantised)
     plain_linears(traced.program)
@@ -77,6 +80,7 @@ def to_onnx(
         ShareAttentionHeads(),
         common.RemoveUnusedNodesPass(),  # or the repetition would still read the keys
         *((SuitTensorRT(),) if tensorrt else (JoinCacheInAttention(), SplitHeadsInAttention())),
+        *((KeepCacheInPlace(),) if in_place else ()),
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(),

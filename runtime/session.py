@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..passes.dialect.packed import OPS
 from ..passes.errors import InputError
+from ..passes.onnx.cache_in_place import is_in_place
 from ..passes.onnx.protos import data_files
 from . import library_path
 
@@ -26,6 +27,9 @@ Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float32]
 Past: TypeAlias = Sequence[Any]
 """The KV cache: one OrtValue ``[batch, kv_heads, past, head_dim]`` for every key and value, in file order."""
+
+ROOM = 256
+"""Tokens that the buffer of a cache in place grows by at least."""
 
 CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -122,7 +126,10 @@ def sparse_runs(session: ort.InferenceSession) -> dict[str, int]:
 
 
 class CausalSession:
-    """A causal language model with its KV cache, which stays inside ONNX Runtime and is never copied.
+    """A causal language model with its KV cache, which stays inside ONNX Runtime.
+
+    A file says in its metadata whether it keeps the cache in place (passes/onnx/cache_in_place.py). Then a cache is a
+    buffer with room behind its tokens, and a step writes into the one that it was given; otherwise it returns another.
 
     Attributes:
         session: the session; its file has ``input_ids``, ``attention_mask`` and ``past_key_values.*`` as inputs,
@@ -156,6 +163,7 @@ class CausalSession:
         self.vocabulary = int(shapes["logits"][-1])
         self._shapes = [tuple(inputs[name].shape) for name in self._past]
         self._types = [inputs[name].type for name in self._past]
+        self._in_place = is_in_place(session.get_modelmeta().custom_metadata_map)
         for name, (_, heads, _, size) in zip(self._past, self._shapes, strict=True):
             if not (isinstance(heads, int) and isinstance(size, int)):
                 raise InputError(f"{name} is {list(inputs[name].shape)}; want numbers for its heads and their size")
@@ -172,7 +180,8 @@ class CausalSession:
         shapes = [(batch, heads, length, size) for _, heads, _, size in self._shapes]
         arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
         typed = [array.astype(CACHE_TYPES[name]) for array, name in zip(arrays, self._types, strict=True)]
-        return [ort.OrtValue.ortvalue_from_numpy(array) for array in typed]
+        past = [ort.OrtValue.ortvalue_from_numpy(array) for array in typed]
+        return _with_room(past, length, length + 1) if self._in_place and length else past
 
     def step(self, ids: Ints, mask: Ints, past: Past) -> tuple[Floats, Past]:
         """Run some tokens.
@@ -180,16 +189,25 @@ class CausalSession:
         Args:
             ids: ``[batch, sequence]``.
             mask: ``[batch, past + sequence]``, 0 for padding.
-            past: the cache so far.
+            past: the cache so far; its first ``past`` tokens stay as they are, what is behind them may be written.
 
         Returns:
             Logits ``[batch, sequence, vocabulary]`` and the longer cache.
+
+        Raises:
+            InputError: the model fails; or keeps its cache in place, and is to read several tokens of several texts
+                behind it, which ONNX Runtime's attention refuses.
         """
-        feed = dict(zip(self._past, past, strict=True))
-        feed["input_ids"] = ort.OrtValue.ortvalue_from_numpy(ids)
+        batch, new = ids.shape
+        if self._in_place and batch > 1 and 1 < new < mask.shape[1]:
+            raise InputError(
+                f"{new} tokens of {batch} texts behind a cache: a cache in place takes one text, or one token of each"
+            )
+        feed = {"input_ids": ort.OrtValue.ortvalue_from_numpy(ids)}
         feed["attention_mask"] = ort.OrtValue.ortvalue_from_numpy(mask)
+        run = self._run_in_place if self._in_place else self._run
         try:
-            logits, *present = self.session.run_with_ort_values(["logits", *self._present], feed)
+            logits, present = run(feed, past, mask.shape[1] - new, mask.shape[1])
         except Exception as error:  # its exceptions have no common base class of their own
             log.warning("ONNX Runtime: %s", error)
             raise InputError(
@@ -198,9 +216,46 @@ class CausalSession:
             ) from error
         return logits.numpy(), present
 
+    def _run(self, feed: dict[str, ort.OrtValue], past: Past, length: int, total: int) -> tuple[ort.OrtValue, Past]:
+        """One run that returns a cache of its own."""
+        feed |= dict(zip(self._past, past, strict=True))
+        logits, *present = self.session.run_with_ort_values(["logits", *self._present], feed)
+        return logits, present
+
+    def _run_in_place(
+        self, feed: dict[str, ort.OrtValue], past: Past, length: int, total: int
+    ) -> tuple[ort.OrtValue, Past]:
+        """One run that writes behind the ``length`` tokens of the cache, in a larger buffer where it has no room."""
+        buffers = _with_room(past, length, total)
+        binding = self.session.io_binding()
+        binding.bind_output("logits")
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, present, buffer in zip(self._past, self._present, buffers, strict=True):
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(present, buffer)
+        self.session.run_with_iobinding(binding)
+        return binding.get_outputs()[0], buffers
+
     def run_only(self, ids: Ints, mask: Ints, past: Past) -> None:
         """Run some tokens, for timing; what moves results to where the caller is may be left out."""
         self.step(ids, mask, past)
+
+
+def _with_room(past: Past, length: int, total: int) -> Past:
+    """The cache in buffers for at least ``total`` tokens: the same ones, or half as large again with a copy of it."""
+    _, _, capacity, _ = past[0].shape()
+    if capacity >= total:
+        return past
+    wanted = -(-max(total, 3 * capacity // 2) // ROOM) * ROOM
+    grown = []
+    for old in past:
+        batch, heads, _, size = old.shape()
+        numbers = old.numpy()
+        buffer = np.zeros((batch, heads, wanted, size), numbers.dtype)
+        buffer[:, :, :length] = numbers[:, :, :length]
+        grown.append(ort.OrtValue.ortvalue_from_numpy(buffer))
+    return grown
 
 
 def _first_line(error: Exception) -> str:

@@ -2,23 +2,36 @@
 
 import json
 
+import numpy as np
 import onnx
 import onnxruntime_genai as genai
 import pytest
 from families import CAUSAL, random_model
 from onnx import TensorProto, helper
+from sparsify_export.cli import main
 from sparsify_export.genai_folder import CONFIG, write_genai
+from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.load import describe
-from sparsify_export.runtime import library_path
+from sparsify_export.runtime import library_path, session
 from sparsify_export.runtime.generate import generate
-from sparsify_export.runtime.session import SPARSE_OPS, CausalSession, open_session
+from sparsify_export.runtime.session import ROOM, SPARSE_OPS, CausalSession, open_session
 from transformers import AutoTokenizer
 
 PROMPTS = ["w1 w23 w4", "w5 w61"]
 
 
-def test_genai_writes_the_same_tokens_with_our_kernels(written, tmp_path, monkeypatch):
-    _, out = written
+@pytest.fixture(scope="module")
+def in_place(written, tmp_path_factory):
+    """The same model, from its dense checkpoint, with a cache that stays in place."""
+    dense, _ = written
+    out = tmp_path_factory.mktemp("in_place") / "out"
+    assert main([str(dense), "--cache", "in-place", "--quiet", "-o", f"{out}/"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("cache", ["joined", "in place"])
+def test_genai_writes_the_same_tokens_with_our_kernels(cache, request, tmp_path, monkeypatch):
+    out = request.getfixturevalue("written")[1] if cache == "joined" else request.getfixturevalue("in_place")
     monkeypatch.chdir(tmp_path)
     config = genai.Config(str(out))
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"enable_profiling": "ran"}}}}))
@@ -48,6 +61,48 @@ def test_genai_writes_the_same_tokens_with_our_kernels(written, tmp_path, monkey
     (profile,) = tmp_path.glob("ran*.json")
     events = json.loads(profile.read_text())
     assert {event["args"].get("op_name") for event in events if "args" in event} & set(SPARSE_OPS)
+
+
+def test_a_cache_in_place_is_that_of_genai_and_the_texts_are_the_same(written, in_place):
+    told = [json.loads((folder / CONFIG).read_text())["search"] for folder in (written[1], in_place)]
+    assert [search["past_present_share_buffer"] for search in told] == [False, True]
+    ids = [[5, 9, 44, 7], [8]]
+    both = [generate(CausalSession(open_session(f)), ids, max_new_tokens=80) for f in (written[1], in_place)]
+    assert both[0].tokens == both[1].tokens
+    ops = {node.op_type for node in onnx.load(str(in_place / "model.onnx"), load_external_data=False).graph.node}
+    assert "GroupQueryAttention" in ops
+    assert "Attention" not in ops
+    assert json.loads((in_place / "report.json").read_text())["settings"]["cache"] == "in-place"
+
+
+def test_a_cache_in_place_writes_into_the_buffer_that_it_is_given(in_place):
+    causal = CausalSession(open_session(in_place))
+    ids = np.random.default_rng(3).integers(3, 90, (1, 9))
+    _, past = causal.step(ids[:, :6], np.ones((1, 6), np.int64), causal.empty_past(1))
+    assert {cache.shape()[2] for cache in past} == {ROOM}
+    before = [cache.numpy().copy() for cache in past]
+    logits, after = causal.step(ids[:, 6:], np.ones((1, 9), np.int64), past)
+    assert all(new is old for new, old in zip(after, past, strict=True))
+    for was, cache in zip(before, past, strict=True):
+        assert np.array_equal(cache.numpy()[:, :, :6], was[:, :, :6])
+        assert cache.numpy()[:, :, 6:9].any()
+        assert not cache.numpy()[:, :, 9:].any()
+    again, _ = causal.step(ids[:, 6:], np.ones((1, 9), np.int64), past)  # what is behind the 6 counts for nothing
+    assert np.array_equal(again, logits)
+
+
+def test_a_cache_in_place_grows(in_place, monkeypatch):
+    monkeypatch.setattr(session, "ROOM", 16)
+    causal = CausalSession(open_session(in_place))
+    past = causal.random_past(2, 63)
+    assert past[0].shape()[2] == 96  # half as many again, in steps of 16
+    _, full = causal.step(np.full((2, 1), 5), np.ones((2, 96), np.int64), past)
+    assert full[0] is past[0]
+    _, grown = causal.step(np.full((2, 1), 5), np.ones((2, 97), np.int64), full)
+    assert grown[0].shape()[2] == 144
+    assert np.array_equal(grown[0].numpy()[:, :, :96], full[0].numpy())
+    with pytest.raises(InputError, match="2 tokens of 2 texts behind a cache"):
+        causal.step(np.full((2, 2), 5), np.ones((2, 99), np.int64), grown)
 
 
 def test_what_genai_reads_is_in_the_folder(written):

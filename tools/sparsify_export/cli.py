@@ -158,6 +158,7 @@ def compile_command(
     ops: Literal["sparse", "standard"] | None = None,
     lower: Literal["always", "auto"] | None = None,
     lower_for: int | None = None,
+    cache: Literal["joined", "in-place"] | None = None,
     speedup: float | None = None,
     bytes_: Annotated[float | None, Parameter(name="--bytes")] = None,
     workload: str | None = None,
@@ -247,6 +248,8 @@ def compile_command(
         lower: sparse ops for every weight that gets smaller, the default, or (auto) not for those that this machine
             runs slower.
         lower_for: tokens in a call that --lower auto decides for; default 1, decoding.
+        cache: what a decoder does with the keys and values of a token: join them to a copy of the cache, the default,
+            which any runtime can do, or write them into it, by an attention of ONNX Runtime's own.
         speedup: leave as many linears dense as a speed-up of so much over the dense float32 file allows, those that
             pruning would hurt most; measured on this machine in the --workload.
         bytes_: leave as many linears dense as a file of this fraction of the dense float32 file's bytes allows.
@@ -297,8 +300,11 @@ def compile_command(
             "--group": group,
             "--lower": lower,
             "--lower-for": lower_for,
+            "--cache": cache,
         },
     )
+    if cache is not None and model.endswith(".onnx"):
+        raise InputError(f"--cache {cache} has no meaning for an .onnx file, whose graph stays as it is")
     # What an .onnx file stores in 8 or 4 bits would grow in floats, pruned or not.
     asked = model.endswith(".onnx") and Path(model).is_file() and not engine and ops != "standard"
     own = own_storage(Path(model)) if asked and (dtype is None or (dtype == "int4" and group is None)) else None
@@ -414,6 +420,7 @@ def compile_command(
                 f"{out}, an engine": engine is not None,
                 "--ops standard": ops == "standard",
                 "--lower auto": lower == "auto",
+                "--cache in-place": cache == "in-place",
                 "--checkpoint, for what was measured once will not be measured again": checkpoint is not None,
             },
         )
@@ -421,7 +428,7 @@ def compile_command(
     served = check_triton(triton, Path(out)) if triton is not None else None
     source = Calibration(calibration or "self", calibration_inputs, samples, seq_len, seed)
     settings = Settings(recipe, source, storage, ops, tokens, eval_, window or Settings.window, windows, engine, bos)
-    settings = replace(settings, budget=budget)
+    settings = replace(settings, budget=budget, cache=cache or Settings.cache)
     with ProgressBar(quiet) as console:
         if not quiet:
             chosen = effort_of(flags, onnx=is_onnx) if recipe else None

@@ -197,7 +197,7 @@ def _compile(
         metadata: dict[str, object] = {"source": source, "settings": plain(settings), LEFT_DENSE: reasons}
         if traced.inputs[0] == "input_ids":
             metadata[CONTEXT] = longest(pretrained.model)
-        to_onnx(traced, target.model, metadata=metadata)
+        to_onnx(traced, target.model, metadata=metadata, in_place=settings.cache == "in-place")
     with stages.run("verify"):
         console.progress("verifying", 0, 0)
         verified = verify(target.model, traced, expected)

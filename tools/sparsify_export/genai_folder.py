@@ -10,6 +10,7 @@ import onnx
 
 from .passes.frontend.load import Pretrained
 from .passes.frontend.positions import longest
+from .passes.onnx.cache_in_place import is_in_place
 from .runtime import library_path
 
 CONFIG = "genai_config.json"
@@ -21,8 +22,9 @@ PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 def write_genai(pretrained: Pretrained, model: Path) -> str:
     """Put our library and ``genai_config.json`` beside a model, which genai then runs with its own loop.
 
-    The cache is handed on as our graph returns it, longer by what was read (``past_present_share_buffer`` is false);
-    the type ``decoder`` is genai's for any decoder of token ids, an attention mask and such a cache.
+    The cache is handed on as our graph returns it, longer by what was read, or stays where it is if the file keeps it
+    in place (``past_present_share_buffer``); the type ``decoder`` is genai's for any decoder of token ids, an
+    attention mask and such a cache.
 
     Args:
         pretrained: the model that was compiled.
@@ -31,7 +33,8 @@ def write_genai(pretrained: Pretrained, model: Path) -> str:
     Returns:
         Why genai cannot run it, in which case nothing is written; "" where it can.
     """
-    graph = onnx.load(str(model), load_external_data=False).graph
+    proto = onnx.load(str(model), load_external_data=False)
+    graph, in_place = proto.graph, is_in_place({entry.key: entry.value for entry in proto.metadata_props})
     shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in (*graph.input, *graph.output)}
     sizes = {name: shape for name, shape in shapes.items() if PAST.fullmatch(name)}
     if pretrained.kind != "causal":
@@ -46,6 +49,7 @@ def write_genai(pretrained: Pretrained, model: Path) -> str:
     told = _config(
         pretrained, model.name, layers=layers, heads=heads, head_size=head_size, vocabulary=shapes["logits"][-1]
     )
+    told["search"]["past_present_share_buffer"] = in_place
     if not told["model"]["eos_token_id"]:
         return "it wants a token that ends a text, and this model names none"
     (model.parent / CONFIG).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -95,5 +99,5 @@ def _config(
                 },
             },
         },
-        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
+        "search": {"do_sample": False, "max_length": context},
     }

@@ -79,6 +79,7 @@ class Settings:
         windows: how many evaluation windows at most; None for all.
         engine: what a TensorRT engine has to take; None where none is asked for.
         bos: begin every window and problem with the token that the tokenizer puts in front of a text.
+        cache: ``joined`` returns a longer KV cache; ``in-place`` writes into it, by an op of ONNX Runtime's own.
         budget: what decides which linears stay dense; None prunes all that the recipe does not skip.
     """
 
@@ -93,6 +94,7 @@ class Settings:
     engine: EngineSettings | None = None
     bos: bool = True
     budget: Budget | None = None
+    cache: Literal["joined", "in-place"] = "joined"
 
 
 @dataclass(frozen=True)
@@ -205,5 +207,6 @@ def plain(settings: Settings) -> dict[str, Any]:
         "ops": settings.ops if settings.engine is None else "what TensorRT takes",
         "lower": "always" if settings.lower_for is None else f"auto, for {settings.lower_for} tokens a call",
         "budget": str(settings.budget) if settings.budget else None,
+        "cache": settings.cache if settings.cache != "joined" else None,
         **(settings.engine.plain() if settings.engine else {}),
     }
