@@ -14,7 +14,8 @@ of its own through its own loop, which chooses as well. All run in turns, with a
 come to rest. A row is the median over the rounds; so is a speed-up, of the ratios within a round.
 
 What a head is stored as is read from the file. Ours leave it dense, in fp32. --head int4 adds each of them once more
-with the head stored as genai's int4 is (MatMulNBits, blocks of 32, accuracy level 4), for timing only.
+with the head stored as genai's int4 is (MatMulNBits, blocks of 32, accuracy level 4), for timing only. A folder of ours runs
+in genai too: name it in --against as well.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import onnx
 from onnx import helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
+from sparsify_export.passes.onnx.protos import data_files
 from sparsify_export.runtime.session import CausalSession, model_file, open_session
 
 WORKER = str(Path(__file__).with_name("kernel_bench") / "genai_worker.py")
@@ -84,8 +86,8 @@ def with_int4_head(path: Path, folder: Path) -> Path:
     if all(opset.domain != "com.microsoft" for opset in proto.opset_import):
         proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     out = folder / path.name
-    if (data := path.with_name(path.name + ".data")).is_file():
-        shutil.copy(data, out.with_name(data.name))
+    for data in data_files(path):
+        shutil.copy(data, folder)
     onnx.save(proto, str(out))
     return out
 
