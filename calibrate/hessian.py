@@ -26,6 +26,21 @@ class Hessian:
         self._sum = torch.zeros(in_features, in_features)
         self._tokens = 0
 
+    @property
+    def in_features(self) -> int:
+        """The number of input features, C."""
+        return len(self._sum)
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens counted so far, without those that a mask left out."""
+        return self._tokens
+
+    def add(self, other: "Hessian") -> None:
+        """Count all that another one counted."""
+        self._sum += other._sum
+        self._tokens += other._tokens
+
     def update(self, x: Tensor, token_mask: Tensor | None = None) -> None:
         """Count the tokens of one batch.
 

@@ -24,6 +24,11 @@ class ActNorm:
         self._tokens = 0
 
     @property
+    def in_features(self) -> int:
+        """The number of input features, K."""
+        return len(self._squares)
+
+    @property
     def tokens(self) -> int:
         """The number of tokens counted so far, without those that a mask left out."""
         return self._tokens
@@ -59,6 +64,11 @@ class ActNorm:
             raise ValueError(f"activations hold NaN or infinity in {bad} of {in_features} input features")
         self._squares += batch.to(self._squares.device)
         self._tokens += tokens
+
+    def add(self, other: "ActNorm") -> None:
+        """Count all that another one counted."""
+        self._squares += other._squares
+        self._tokens += other._tokens
 
     def norm(self) -> torch.Tensor:
         """The norms so far, float32 ``[K]``.

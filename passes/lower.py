@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,14 +14,18 @@ from typing import Any
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
+from onnx import FunctionProto
 from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import onnx_fusions
 from torch.export import ExportedProgram
 
+from .dialect import experts
 from .dialect.functions import with_shared
 from .dialect.packed import OPS
 from .errors import InputError
 from .frontend.trace import PREFIX, Traced
+from .fx.canonical import parameter_names
+from .fx.experts import join_dense
 from .fx.merge import merge_linears
 from .fx.plain import plain_linears
 from .onnx.attention_cache import JoinCacheInAttention
@@ -36,7 +40,8 @@ from .onnx.write import write_model
 
 OPSET = 23
 TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
-    getattr(torch.ops.sparsify, name).default: op.to_onnx for name, op in OPS.items()
+    getattr(torch.ops.sparsify, name).default: op.to_onnx
+    for name, op in {**OPS, **experts.OPS, experts.DENSE: experts.DENSE_OP}.items()
 }
 
 
@@ -68,6 +73,7 @@ def to_onnx(
     Raises:
         InputError: the files cannot be written, TensorRT would not take the model, or its cache cannot stay in place.
     """
+    join_dense(traced.program, parameter_names(traced.program))
     merged = merge_linears(traced.program, apart=quantised)
     plain_linears(traced.program)
     model = _export(traced.program)
@@ -93,7 +99,18 @@ def to_onnx(
     model.metadata_props.update({f"sparsify.{key}": json.dumps(value) for key, value in metadata.items()})
     model.producer_name = "sparsify-export"
     used = set() if tensorrt else {node.op_type for node in model.graph if node.domain == "sparsify"}
-    write_model(model, path, with_shared(op.FUNCTION for name, op in OPS.items() if name in used))
+    write_model(model, path, _functions(sorted(used)))
+
+
+def _functions(used: Iterable[str]) -> list[FunctionProto]:
+    """The bodies of ops by name, and of the ops that those of experts call for each of them."""
+    found = {}
+    for name in used:
+        op = experts.DENSE_OP if name == experts.DENSE else experts.OPS.get(name)
+        found[name] = OPS[name].FUNCTION if op is None else op.FUNCTION
+        if op is not None and op.LINEAR:
+            found[op.LINEAR] = OPS[op.LINEAR].FUNCTION
+    return with_shared(found.values())
 
 
 def _export(program: ExportedProgram) -> ir.Model:

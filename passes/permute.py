@@ -11,6 +11,7 @@ from .equivalence import compare
 from .errors import VerificationError
 from .frontend.trace import PREFIX
 from .fx.channels import ChannelSpace, find_channel_spaces
+from .fx.experts import by_expert
 from .fx.fold import aligned, apply_fold, permute_statistic, stack_scores
 from .fx.run import Values, run_part, run_part_float64
 from .recipe import FoldReport
@@ -27,6 +28,7 @@ def permute(
 
     Before:  y = W2 f(W1 x)                     f acts on every channel alike
     After:   y = W2[:, p] f(W1[p] x)            p puts the channels that compete for a group far apart
+             experts of one stack each get an order of their own
     Left alone: spaces whose consumers are not pruned or do not start at a multiple of m.
     Numerics: the same products; only the sum over the channels runs in another order. Checked in float64: in float32,
         where one channel is a thousand times the others, its place in the sum alone moves the error fourfold.
@@ -42,29 +44,36 @@ def permute(
         spaces = _channel_spaces(block)
     folds = []
     expected: tuple[Values, Values] | None = None
+    readers = {node: x.weight for x in reversed(block.pruned) for node in (x.input, x.node)}
     for space in spaces:
-        if not aligned(space, pattern.m) or not any(c.param in score for c in space.consumers):
-            continue
         with timings.stage("permutation search"):
-            found = find_order(stack_scores(space, score), pattern)
-        if found.is_identity:
+            found = {
+                own: find_order(stack_scores(own, score), pattern)
+                for own in by_expert(space)
+                if aligned(own, pattern.m) and any(c.param in score for c in own.consumers)
+            }
+        found = {own: its for own, its in found.items() if not its.is_identity}
+        if not found:
             continue
         with timings.stage("fold"):
             folded = dict(params)
-            apply_fold(space, found.order, folded)
+            for own, its in found.items():
+                apply_fold(own, its.order, folded)
             if expected is None:
                 plain = run_part(block.part, check, params, block.names)
                 expected = plain, run_part_float64(block.part, check, params, block.names)
             got = run_part_float64(block.part, check, folded, block.names)
             _check_outputs(block, space, got, *expected)
             params.update(folded)
-            apply_fold(space, found.order, score, only_present=True)
-            for statistics in (observed.norms, observed.hessians):
-                for node, statistic in statistics.items():
-                    reader = next(x for x in block.pruned if node in (x.input, x.node))
-                    statistics[node] = permute_statistic(space, found.order, statistic, reader.weight)
-        name = space.name.removeprefix(PREFIX)
-        folds.append(FoldReport(name, space.size, found.retained_before, found.retained_after))
+            for own, its in found.items():
+                apply_fold(own, its.order, score, only_present=True)
+                moved = {consumer.param for consumer in own.consumers}
+                for statistics in (observed.norms, observed.hessians):
+                    for node in [node for node in statistics if readers[node] in moved]:
+                        statistics[node] = permute_statistic(own, its.order, statistics[node], readers[node])
+        for own, its in found.items():
+            name = own.name.removeprefix(PREFIX)
+            folds.append(FoldReport(name, own.size, its.retained_before, its.retained_after))
     return folds
 
 

@@ -319,6 +319,8 @@ def _reasons(linears: Sequence[Linear], recipe: Recipe, given: Mapping[str, Tens
         reasons[linear.path] = ""
         if any(named_by(glob, linear.path) for glob in recipe.skip):
             reasons[linear.path] = "skipped by --skip"
+        elif linear.router:
+            reasons[linear.path] = "it chooses the experts"
         elif linear.path in recipe.budgeted:
             reasons[linear.path] = "the budget leaves it dense"
         elif recipe.given and linear.weight not in given:

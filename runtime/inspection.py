@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ..calibrate.patterns import NM, Unstructured, find_pattern
-from ..passes.dialect.packed import TENSORS, Packed
+from ..passes.dialect.experts import PREFIX, stored_by
+from ..passes.dialect.packed import Packed
 from ..passes.errors import InputError, VerificationError
 from ..passes.onnx.left_out import LeftOut
 from ..passes.onnx.linears import Linear, find_linears
@@ -242,8 +243,8 @@ def _from_plugin(tensors: dict[str, ir.TensorProtocol], attributes: Mapping[str,
 
 def _sparse(model: Model, node: gs.Node, packed: bool) -> tuple[LinearInfo, Tensor | None]:
     """One of our ops, from its packed tensors."""
-    names = TENSORS[node.op]
-    inputs = dict(zip(names, node.inputs[1 : 1 + len(names)], strict=False))
+    names, first = stored_by(node.op)
+    inputs = dict(zip(names, node.inputs[first : first + len(names)], strict=False))
     protos = {name: model.constants[value.name] for name, value in inputs.items() if value.name in model.constants}
     if len(protos) != len(names):
         raise InputError(f"{node.name}: the weight of a sparse op must be stored in the file")
@@ -263,7 +264,7 @@ def _sparse(model: Model, node: gs.Node, packed: bool) -> tuple[LinearInfo, Tens
         weight = None
         if packed:
             stored = {name: _torch(tensor) for name, tensor in tensors.items()}
-            weight = Packed(node.op, stored, attributes).unpack()
+            weight = Packed(node.op.removeprefix(PREFIX), stored, attributes).unpack()
     except (ValueError, KeyError, IndexError, ZeroDivisionError, TypeError, OverflowError) as error:
         raise InputError(f"{node.name}: {error or type(error).__name__}; the file is damaged") from error
     size = sum(tensor.nbytes for tensor in tensors.values())

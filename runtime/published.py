@@ -15,6 +15,8 @@ from transformers import GenerationConfig
 from ..passes.frontend.batches import Batch
 from ..passes.frontend.kv_cache import empty_past
 from ..passes.frontend.trace import PREFIX, Traced, encoded
+from ..passes.fx.experts import restacked
+from ..passes.mapped import mapped
 
 DECODED = 8
 """How many tokens of a text the generation loop writes, and the file is then fed one by one."""
@@ -53,7 +55,11 @@ def put_weights(model: Any, params: Mapping[str, Tensor], transposed: frozenset[
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         value = params[key] if key in params else module.get_parameter(leaf)
-        own = (value.t() if key in transposed and key in params else value).detach().float()
+        experts = restacked(name, value.shape, params, key in transposed)
+        if experts is not None:
+            own = mapped(experts.float())
+        else:
+            own = (value.t() if key in transposed and key in params else value).detach().float()
         module.register_parameter(leaf, torch.nn.Parameter(own, requires_grad=False))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from ..passes.dialect import experts
 from ..passes.dialect.packed import OPS
 from ..passes.errors import InputError
 from ..passes.onnx.cache_in_place import is_in_place
@@ -20,7 +21,7 @@ from . import library_path
 
 log = logging.getLogger(__name__)
 
-SPARSE_OPS = tuple(OPS)
+SPARSE_OPS = (*OPS, *experts.OPS)
 """Names of the ops of our domain, as ONNX Runtime's profile calls them."""
 
 Ints: TypeAlias = NDArray[np.int64]

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
-from families import CAUSAL, FAMILIES, GROUPED, UPDATED, VOCABULARY, compile_family, stored_linears
+from families import CAUSAL, FAMILIES, UPDATED, VOCABULARY, compile_family, stored_linears
 from sparsify_export import compile as compiler
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.passes import mapped
@@ -17,9 +17,6 @@ from sparsify_export.passes.dialect.storage import FP32, Storage
 from sparsify_export.passes.equivalence import compare
 from sparsify_export.passes.errors import InputError, VerificationError
 from sparsify_export.passes.frontend.load import describe
-from sparsify_export.passes.frontend.trace import trace
-from sparsify_export.passes.fx.canonical import canonicalise
-from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.recipe import Distil, Quantise, Tune
 from sparsify_export.runtime import pieces
 from sparsify_export.runtime.inspection import check_pattern
@@ -235,14 +232,6 @@ def test_decodes_24_tokens_like_torch_without_a_cache_at_batch_2_left_padded(fam
         compiled.model.float()
         close = compare(decoded[row : row + 1], baseline, exact, factor=8.0)
         assert close.ok, close
-
-
-def test_mixture_of_experts_is_refused_by_name_rather_than_half_pruned():
-    config = transformers.MixtralConfig(**GROUPED, num_local_experts=4)
-    traced = trace(describe(transformers.MixtralForCausalLM(config)))
-    canonicalise(traced.program)
-    with pytest.raises(InputError, match=r"layers\.0\.mlp\.experts\.\w+ \[4, .*stack of expert matrices"):
-        partition(traced.program)
 
 
 def test_encoder_decoder_is_refused():

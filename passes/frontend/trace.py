@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..errors import InputError
 from .examples import example_of, open_axis
+from .experts import experts_as_ops
 from .kv_cache import cache_argument, cache_of, held_by
 from .load import Pretrained
 from .positions import first_position, steady, steady_until
@@ -103,7 +104,7 @@ def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None, *
         InputError: the model keeps a state that is not a KV cache, or cannot be traced.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), experts_as_ops(pretrained.model):
             if pretrained.kind == "causal":
                 traced = _trace_causal(pretrained)
             elif pretrained.inputs[0] == "input_ids":

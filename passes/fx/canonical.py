@@ -9,6 +9,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..mapped import mapped
+from .experts import split_experts
 from .replace import replace_node
 
 aten = torch.ops.aten
@@ -27,13 +28,14 @@ def canonicalise(program: ExportedProgram) -> frozenset[str]:
              attention(q, expand(k), expand(v))
              (no assertion)
              x
+    Stacks of experts become linears as well: see `split_experts`.
     Left alone: an ``addmm`` whose weight is not a parameter or is read by anything else.
     Numerics: the same products; the sum may run in another order.
 
     Returns:
         The keys of the parameters that are now transposed.
     """
-    transposed = set()
+    transposed: set[str] = set()
     graph = program.graph_module.graph
     names = parameter_names(program)
     for node in list(graph.nodes):
@@ -61,6 +63,7 @@ def canonicalise(program: ExportedProgram) -> frozenset[str]:
             replace_node(program, node, linear)
         elif node.target is aten.scaled_dot_product_attention.default:
             _repeat_the_only_head(node)
+    transposed |= split_experts(program, names)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return frozenset(transposed)

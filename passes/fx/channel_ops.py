@@ -83,6 +83,19 @@ def _layer_norm(params: ParameterAtoms, a: Arguments, shape: Shape) -> Result:
     return _normalised(params.atoms, params.value(a["input"]), axes, gains)
 
 
+def _tokens_of(params: ParameterAtoms, a: Arguments, shape: Shape) -> Result:
+    """Some of the rows: nothing that their channels are changes."""
+    value = params.value(a["x"])
+    if value.tracked(0):
+        raise Unknown
+    return Value(shape, value.atoms)
+
+
+def _by_token(params: ParameterAtoms, a: Arguments, shape: Shape) -> Result:
+    """Rows of different experts in one tensor: what reads it reads the same channel of all of them."""
+    return pointwise(params.atoms, [params.value(found) for found in a["found"]], shape)
+
+
 def _reduce(params: ParameterAtoms, a: Arguments, shape: Shape) -> Result:
     value = params.value(a["self"])
     rank = len(value.shape)
@@ -119,6 +132,8 @@ RULES: dict[str, Rule] = {
         ["aten::mean", "aten::sum", "aten::var", "aten::amax", "aten::amin", "aten::linalg_vector_norm"], _reduce
     ),
     "aten::embedding": _embedding,
+    "sparsify::tokens_of": _tokens_of,
+    "sparsify::by_token": _by_token,
 }
 
 UNTAGGED_POINTWISE = {"aten::hardswish", "aten::log_sigmoid", "aten::__and__", "aten::__or__", "aten::masked_fill"}

@@ -10,11 +10,20 @@ from torch.fx import Graph, Node
 
 from ..frontend.trace import PREFIX
 from ..parts import ONE, Axes, Parts, Reader, find_parts
+from .experts import BY_TOKEN
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default)
 COPIES = (aten.alias.default, aten.clone.default, aten.contiguous.default)
 SPLITS = (aten.split.Tensor, aten.split.default, aten.split_with_sizes.default, aten.chunk.default)
+RANKINGS = (
+    aten.topk.default,
+    aten.sort.default,
+    aten.sort.stable,
+    aten.argsort.default,
+    aten.argmax.default,
+    aten.max.dim,
+)
 CUTS = {**dict.fromkeys(SPLITS, 2), aten.unbind.int: 1, aten.select.int: 1, aten.slice.Tensor: 1}
 """Ops that take ranges of an axis, and where among their arguments they say which axis."""
 
@@ -30,6 +39,7 @@ class Linear:
         weight: parameter ``[out_features, in_features]``, its key in the state dict.
         bias: parameter ``[out_features]`` or None.
         parts: the linears that it is made of, such as q, k and v.
+        router: its results choose the experts of the graph.
     """
 
     path: str
@@ -40,6 +50,7 @@ class Linear:
     out_features: int
     in_features: int
     parts: Parts = ONE
+    router: bool = False
 
 
 def find_linears(graph: Graph, params: Mapping[str, str]) -> list[Linear]:
@@ -50,6 +61,7 @@ def find_linears(graph: Graph, params: Mapping[str, str]) -> list[Linear]:
         params: placeholder name to parameter key.
     """
     found = []
+    routers = _routers(graph)
     for node in graph.nodes:
         if node.op != "call_function" or node.target is not torch.ops.aten.linear.default:
             continue
@@ -70,8 +82,31 @@ def find_linears(graph: Graph, params: Mapping[str, str]) -> list[Linear]:
                 out_features=out_features,
                 in_features=in_features,
                 parts=find_parts(node, out_features, _readers),
+                router=node in routers,
             )
         )
+    return found
+
+
+def _routers(graph: Graph) -> set[Node]:
+    """The linears that choose experts: the last ones before the rankings of a graph that has stacks of experts.
+
+    A stack is told the experts by number, which come from a ranking, or is given zeros for all that a ranking left out.
+    """
+    if not any(node.target is BY_TOKEN for node in graph.nodes):
+        return set()
+    ahead: list[Node] = [node for node in graph.nodes if node.target in RANKINGS]
+    seen: set[Node] = set()
+    found = set()
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target is aten.linear.default:
+            found.add(node)
+        else:
+            ahead.extend(node.all_input_nodes)
     return found
 
 
@@ -80,7 +115,7 @@ def _readers(value: Node, axes: Axes) -> Iterator[Reader[Node]]:
     rank = value.meta["val"].dim()
     for user in value.users:
         args: Any = user.args
-        if user.target in COPIES:
+        if user.target in COPIES or user.target is BY_TOKEN:
             yield user, axes
         elif user.target in VIEWS:
             after = axes.reshaped(user.meta["val"].shape)

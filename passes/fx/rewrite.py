@@ -1,7 +1,7 @@
 """Replace linears with sparse weights by the ops of the dialect, weights already packed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -11,11 +11,12 @@ from torch.fx import Node
 
 from ...calibrate.patterns import Pattern, Unstructured, find_pattern
 from ..cost import Worth
-from ..dialect import packed
+from ..dialect import experts, packed
 from ..dialect.packed import OnGrid, Packed
 from ..dialect.storage import FP32, Storage
 from ..errors import InputError
 from .canonical import parameter_names
+from .experts import Stack, find_stacks, join_experts
 from .linears import Linear, find_linears
 from .replace import drop_unused, place_beside, replace_node
 
@@ -32,6 +33,7 @@ class Lowered:
         dense_bytes: its weight in float32.
         stored_bytes: its weight as stored.
         attributes: of the op.
+        expert: its number, where one op stores it with the other experts of its stack.
     """
 
     linear: Linear
@@ -41,6 +43,42 @@ class Lowered:
     dense_bytes: int
     stored_bytes: int
     attributes: Mapping[str, int] = field(default_factory=dict)
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A linear, and what is to become of it.
+
+    Attributes:
+        linear: the linear.
+        weight: its weight; None where that is no parameter.
+        pattern: of the weight.
+        reason: why it stays dense, or "".
+    """
+
+    linear: Linear
+    weight: Tensor | None
+    pattern: Pattern | None
+    reason: str
+
+    @property
+    def dense_bytes(self) -> int:
+        """Its weight in float32."""
+        return self.linear.out_features * self.linear.in_features * 4
+
+    def left(self) -> Lowered:
+        """What is said of it where it stays dense."""
+        pattern = None if self.pattern is None else str(self.pattern)
+        return Lowered(self.linear, pattern, "MatMul", self.reason, self.dense_bytes, self.dense_bytes)
+
+    def stored_as(self, storage: Storage, known: OnGrid | None, pattern: Pattern) -> Packed:
+        """Its weight, packed."""
+        assert self.weight is not None
+        try:
+            return packed.pack(self.weight.detach(), pattern, storage, known.scales if known else None)
+        except ValueError as error:
+            raise InputError(f"{self.linear.path}: {error}; store the weights as fp32 or bf16") from error
 
 
 def lower_linears(
@@ -58,7 +96,8 @@ def lower_linears(
     Before:  y = linear(x, W, b)                             W has N:M structure or enough zeros
     After:   y = sparsify.linear_nm(x, values, indices, b, n, m)
              y = sparsify.linear_bitmask(x, values, mask, row_start, b, in_features)
-             or the int8 or int4 form of either, which has scales in front of b
+             or the int8 or int4 form of either, which has scales in front of b; a stack of experts by one op that
+             stores all of them so (``dialect/experts.py``)
     Left alone: dense weights, weights that something besides linears reads (tied embeddings), weights that are not in
         the state dict, and everything when ``sparse`` is False. A packed form that would not be smaller than the
         dense one is not made, nor one that ``worth`` has a reason against.
@@ -79,44 +118,83 @@ def lower_linears(
     """
     names = parameter_names(program)
     nodes = {node.name: node for node in program.graph_module.graph.nodes}
-    results = []
+    found: dict[str, _Found] = {}
     for linear in find_linears(program.graph_module.graph, names):
-        node = nodes[linear.node]
-        dense = linear.out_features * linear.in_features * 4
         weight = program.state_dict.get(linear.weight)
         if weight is None:
-            results.append(Lowered(linear, None, "MatMul", "the weight is a constant, not a parameter", dense, dense))
+            found[linear.node] = _Found(linear, None, None, "the weight is a constant, not a parameter")
             continue
         known = on_grid.get(linear.weight)
         pattern = _pattern(weight.detach(), known.pattern if known else patterns.get(linear.weight))
-        reason = _why_dense(node, weight, pattern, storage, sparse, worth, unpruned.get(linear.path, ""))
-        if reason or pattern is None:
-            found = None if pattern is None else str(pattern)
-            results.append(Lowered(linear, found, "MatMul", reason, dense, dense))
-            continue
-        try:
-            stored = packed.pack(weight.detach(), pattern, storage, known.scales if known else None)
-        except ValueError as error:
-            raise InputError(f"{linear.path}: {error}; store the weights as fp32 or bf16") from error
-        _replace(program, node, stored)
-        results.append(Lowered(linear, str(pattern), stored.op, "", dense, stored.nbytes, stored.attributes))
+        unless = unpruned.get(linear.path, "")
+        reason = _why_dense(nodes[linear.node], weight, pattern, storage, sparse, worth, unless)
+        found[linear.node] = _Found(linear, weight, pattern, reason)
+    stacks = find_stacks(program.graph_module.graph)
+    results = {name: each.left() for name, each in found.items()}
+    for stack in stacks:
+        own = [found[linear.name] for linear in stack.linears if linear.name in found]
+        results |= _lower_stack(program, stack, own, storage, on_grid)
+    alone = found.keys() - {linear.name for stack in stacks for linear in stack.linears}
+    for name, each in found.items():
+        if name in alone and not each.reason and each.pattern is not None:
+            stored = each.stored_as(storage, on_grid.get(each.linear.weight), each.pattern)
+            _replace(program, nodes[name], stored)
+            results[name] = Lowered(
+                each.linear, str(each.pattern), stored.op, "", each.dense_bytes, stored.nbytes, stored.attributes
+            )
     drop_unused(program)
     program.graph_module.recompile()
-    return results
+    return [*results.values()]
 
 
 def stored_weights(program: ExportedProgram, lowered: Sequence[Lowered]) -> dict[str, Packed]:
     """The packed weights of a program that ``lower_linears`` has rewritten, by the key of the dense weight."""
-    state = program.state_dict
-    return {
-        entry.linear.weight: Packed(
-            entry.op,
-            {name: state[f"{entry.linear.weight}.{name}"] for name in packed.TENSORS[entry.op]},
-            entry.attributes,
+    state, found = program.state_dict, {}
+    for entry in lowered:
+        if entry.reason:
+            continue
+        op, key = entry.op, entry.linear.weight
+        if entry.expert is not None:
+            op, key = op.removeprefix(experts.PREFIX), key.rpartition(".")[0]
+        tensors: Mapping[str, Tensor] = {name: state[f"{key}.{name}"] for name in packed.TENSORS[op]}
+        if entry.expert is not None:
+            begin = entry.expert * entry.linear.out_features
+            tensors = experts.rows_of(tensors, begin, begin + entry.linear.out_features)
+        found[entry.linear.weight] = Packed(op, tensors, entry.attributes)
+    return found
+
+
+def _lower_stack(
+    program: ExportedProgram,
+    stack: Stack,
+    own: Sequence[_Found],
+    storage: Storage,
+    on_grid: Mapping[str, OnGrid],
+) -> dict[str, Lowered]:
+    """Store the experts of a stack as one op, by the node of each; all of them stay dense where one has to.
+
+    An expert of zeros only goes with the others. Where they were pruned to different patterns, a bitmask stores all.
+    """
+    names = parameter_names(program)
+    wanted = {str(each.pattern): each.pattern for each in own if each.pattern is not None}
+    left = [each for each in own if each.reason and each.pattern is not None]
+    left += [each for each in own if each.weight is None or (each.pattern is None and bool(each.weight.any()))]
+    if len(own) < len(stack.linears) or left or not wanted:
+        told = f"it is stored with {left[0].linear.path}, which stays dense" if left else ""
+        return {each.linear.node: replace(each, reason=each.reason or told).left() for each in own}
+    pattern = next(iter(wanted.values())) if len(wanted) == 1 else Unstructured(0.5)
+    stored = [each.stored_as(storage, on_grid.get(each.linear.weight), pattern) for each in own]
+    op, attributes = experts.PREFIX + stored[0].op, stored[0].attributes
+    done = {
+        each.linear.node: Lowered(
+            each.linear, str(each.pattern or pattern), op, "", each.dense_bytes, its.nbytes, attributes, expert
         )
-        for entry in lowered
-        if not entry.reason
+        for expert, (each, its) in enumerate(zip(own, stored, strict=True))
     }
+    tall = packed.stack([its.tensors for its in stored])
+    numbers = [*attributes.values(), len(own)]
+    join_experts(program, stack, names, tall, getattr(torch.ops.sparsify, op).default, numbers)
+    return done
 
 
 def _pattern(weight: Tensor, given: Pattern | None) -> Pattern | None:

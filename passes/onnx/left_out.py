@@ -8,7 +8,7 @@ import onnx
 import onnx_graphsurgeon as gs  # type: ignore[import-untyped]
 from torch import Tensor
 
-from ..dialect.packed import TENSORS
+from ..dialect.experts import stored_by
 from .protos import graphs, nbytes
 from .unfold import MICROSOFT, NOT_UNFOLDED
 from .view import STANDARD, Model
@@ -66,8 +66,8 @@ def other_product(node: gs.Node, constants: dict[str, onnx.TensorProto]) -> list
 
 def already_sparse(model: Model, node: gs.Node) -> LeftOut:
     """One of our own ops, as in a file that we wrote."""
-    names = TENSORS[node.op]
-    inputs = zip(names, node.inputs[1:], strict=False)
+    names, first = stored_by(node.op)
+    inputs = zip(names, node.inputs[first:], strict=False)
     protos = {name: model.constants[x.name] for name, x in inputs if x.name in model.constants}
     shape = (0, 0)
     if set(protos) == set(names) and protos["values"].dims:

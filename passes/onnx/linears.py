@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import onnx
 import onnx_graphsurgeon as gs  # type: ignore[import-untyped]
 
+from ..dialect import experts
 from ..dialect.packed import OPS
 from .bias import Bias, bias_of, own_bias
 from .left_out import (
@@ -69,7 +70,7 @@ def find_linears(model: Model) -> tuple[list[Linear], list[LeftOut]]:
     found: list[Linear] = []
     left: list[LeftOut] = []
     for node in model.nodes():
-        if node.domain == "sparsify" and node.op in OPS:
+        if node.domain == "sparsify" and (node.op in OPS or node.op in experts.OPS):
             left.append(already_sparse(model, node))
             continue
         if not _is_product(node):

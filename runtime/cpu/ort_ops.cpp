@@ -1,5 +1,5 @@
-// The ops of the domain sparsify for ONNX Runtime's CPU provider: linear_nm and linear_bitmask, and each again with
-// _int8 and _int4 behind its name.
+// The ops of the domain sparsify for ONNX Runtime's CPU provider: linear_nm and linear_bitmask, each again with _int8
+// and _int4 behind its name, and all of these with experts_ in front.
 //
 // One OrtCustomOp per type of values. A weight is checked once, when the session creates the kernel, so a
 // damaged file is refused there; weights are read in place from the memory-mapped file.
@@ -7,6 +7,7 @@
 #include <string>
 #include <type_traits>
 
+#include "experts.h"
 #include "ort_op.h"
 
 namespace {
@@ -54,23 +55,24 @@ using Scale = std::conditional_t<type == DType::i4, uint16_t, float>;
 
 // linear_nm(x, values, indices, bias?)
 // linear_nm_int8(x, values, indices, scales, bias?), linear_nm_int4 likewise
-template <DType type>
+// `first` is the input that values are.
+template <DType type, size_t first = 1>
 struct NmKernel {
   static constexpr const char* kName = type == DType::i8   ? "linear_nm_int8"
                                        : type == DType::i4 ? "linear_nm_int4"
                                                            : "linear_nm";
   static constexpr const char* kProvider = nullptr;
   static constexpr ort::ElementType kTypes[] = {ort::kFloat, value_type(type), ort::kUint8, scale_type(type)};
-  static constexpr size_t kBias = is_quantised(type) ? 4 : 3;
-  static constexpr size_t kRowsFrom = 1;  // the input whose first dimension is out_features
+  static constexpr size_t kBias = (is_quantised(type) ? 3 : 2) + first;
+  static constexpr size_t kRowsFrom = first;  // the input whose first dimension is out_features
 
   std::string name;
   NmWeight w{};
   Elements<Scale<type>> scale;
 
   explicit NmKernel(const OrtKernelInfo* info) : name(node_name(info)) {
-    const Tensor values = constant(info, 1, "values"), indices = constant(info, 2, "indices");
-    const Tensor scales = is_quantised(type) ? constant(info, 3, "scales") : Tensor{};
+    const Tensor values = constant(info, first, "values"), indices = constant(info, first + 1, "indices");
+    const Tensor scales = is_quantised(type) ? constant(info, first + 2, "scales") : Tensor{};
     if (is_quantised(type)) scale = Elements<Scale<type>>(scales);
     w = {0, 0, small_attribute(info, "n"), small_attribute(info, "m"), type, values.data,
          static_cast<const uint8_t*>(indices.data), is_quantised(type) ? scale.read(scales.data) : nullptr, 0};
@@ -78,19 +80,25 @@ struct NmKernel {
     refuse(info, check_nm(w, values.shape, indices.shape, is_quantised(type) ? &scales.shape : nullptr, nullptr));
   }
 
-  void compute(const OrtKernelContext* context, const float* x, int64_t tokens, const float* bias, float* y) const {
+  NmWeight now(const OrtKernelContext* context) const {
     NmWeight now = w;  // ask for the pointers again: they are only promised to last for one call
-    now.values = bytes(context, 1);
-    now.indices = bytes(context, 2);
-    if (is_quantised(type)) now.scales = scale.read(bytes(context, 3));
+    now.values = bytes(context, first);
+    now.indices = bytes(context, first + 1);
+    if (is_quantised(type)) now.scales = scale.read(bytes(context, first + 2));
+    return now;
+  }
+
+  static auto linear() { return best_kernels(nullptr)->linear_nm; }
+
+  void compute(const OrtKernelContext* context, const float* x, int64_t tokens, const float* bias, float* y) const {
     OrtThreads threads{context};
-    best_kernels(nullptr)->linear_nm(now, x, tokens, bias, y, Parallel{&threads, OrtThreads::run});
+    linear()(now(context), x, tokens, bias, y, Parallel{&threads, OrtThreads::run});
   }
 };
 
 // linear_bitmask(x, values, mask, row_start, bias?)
 // linear_bitmask_int8(x, values, mask, row_start, scales, bias?), linear_bitmask_int4 likewise
-template <DType type>
+template <DType type, size_t first = 1>
 struct BitmaskKernel {
   static constexpr const char* kName = type == DType::i8   ? "linear_bitmask_int8"
                                        : type == DType::i4 ? "linear_bitmask_int4"
@@ -98,8 +106,8 @@ struct BitmaskKernel {
   static constexpr const char* kProvider = nullptr;
   static constexpr ort::ElementType kTypes[] = {ort::kFloat, value_type(type), ort::kUint8, ort::kInt64,
                                                 scale_type(type)};
-  static constexpr size_t kBias = is_quantised(type) ? 5 : 4;
-  static constexpr size_t kRowsFrom = 2;
+  static constexpr size_t kBias = (is_quantised(type) ? 4 : 3) + first;
+  static constexpr size_t kRowsFrom = first + 1;
 
   std::string name;
   BitmaskWeight w{};
@@ -107,9 +115,9 @@ struct BitmaskKernel {
   Elements<Scale<type>> scale;
 
   explicit BitmaskKernel(const OrtKernelInfo* info) : name(node_name(info)) {
-    const Tensor values = constant(info, 1, "values"), mask = constant(info, 2, "mask"),
-                 row_start = constant(info, 3, "row_start");
-    const Tensor scales = is_quantised(type) ? constant(info, 4, "scales") : Tensor{};
+    const Tensor values = constant(info, first, "values"), mask = constant(info, first + 1, "mask"),
+                 row_start = constant(info, first + 2, "row_start");
+    const Tensor scales = is_quantised(type) ? constant(info, first + 3, "scales") : Tensor{};
     start = Elements<int64_t>(row_start);
     if (is_quantised(type)) scale = Elements<Scale<type>>(scales);
     w = {0, attribute(info, "in_features"), type, values.data, static_cast<const uint8_t*>(mask.data),
@@ -119,14 +127,80 @@ struct BitmaskKernel {
                                is_quantised(type) ? &scales.shape : nullptr, nullptr));
   }
 
-  void compute(const OrtKernelContext* context, const float* x, int64_t tokens, const float* bias, float* y) const {
+  BitmaskWeight now(const OrtKernelContext* context) const {
     BitmaskWeight now = w;
-    now.values = bytes(context, 1);
-    now.mask = bytes(context, 2);
-    now.row_start = start.read(bytes(context, 3));
-    if (is_quantised(type)) now.scales = scale.read(bytes(context, 4));
+    now.values = bytes(context, first);
+    now.mask = bytes(context, first + 1);
+    now.row_start = start.read(bytes(context, first + 2));
+    if (is_quantised(type)) now.scales = scale.read(bytes(context, first + 3));
+    return now;
+  }
+
+  static auto linear() { return best_kernels(nullptr)->linear_bitmask; }
+
+  void compute(const OrtKernelContext* context, const float* x, int64_t tokens, const float* bias, float* y) const {
     OrtThreads threads{context};
-    best_kernels(nullptr)->linear_bitmask(now, x, tokens, bias, y, Parallel{&threads, OrtThreads::run});
+    linear()(now(context), x, tokens, bias, y, Parallel{&threads, OrtThreads::run});
+  }
+};
+
+// experts_OP(x, ids, the stored tensors of OP, bias), `Linear` being the kernel of OP with one input more in front.
+template <class Linear>
+struct ExpertsKernel {
+  std::string name;
+  Linear linear;
+  int64_t experts;
+
+  explicit ExpertsKernel(const OrtKernelInfo* info)
+      : name(node_name(info)), linear(info), experts(attribute(info, "experts")) {
+    refuse(info, check_experts(experts, linear.w.rows));
+  }
+
+  void run(OrtKernelContext* context) const {
+    const Tensor x = tensor(input(context, 0)), ids = tensor(input(context, 1));
+    const Tensor bias = tensor(input(context, Linear::kBias));
+    const int64_t rows = linear.w.rows / experts;
+    std::string why = x.shape.size() == 2 ? check_x(x.shape, linear.w.cols) : "x must be [S, K], got " + show(x.shape);
+    if (why.empty() && ids.shape != Shape{x.shape[0]})
+      why = "ids must have shape " + show({x.shape[0]}) + " as x has rows, got " + show(ids.shape);
+    if (why.empty() && bias.shape != Shape{linear.w.rows})
+      why = "bias must have shape " + show({linear.w.rows}) + ", got " + show(bias.shape);
+    const int64_t* id = static_cast<const int64_t*>(ids.data);
+    if (why.empty()) why = check_ids(id, x.shape[0], experts);
+    if (!why.empty()) refuse_if(name + ": " + why);
+    const int64_t y_shape[] = {x.shape[0], rows};
+    OrtValue* y = nullptr;
+    check(ort::KernelContext_GetOutput(api, context, 0, y_shape, 2, &y));
+    void* out = nullptr;
+    check(ort::GetTensorMutableData(api, y, &out));
+    OrtThreads threads{context};
+    linear_experts(Linear::linear(), linear.now(context), experts, static_cast<const float*>(x.data), id, x.shape[0],
+                   static_cast<const float*>(bias.data), static_cast<float*>(out),
+                   Parallel{&threads, OrtThreads::run});
+  }
+};
+
+template <class Linear>
+struct ExpertsOp : Op<Linear> {
+  using Kernel = ExpertsKernel<Linear>;
+  ExpertsOp() {
+    this->GetName = [](const OrtCustomOp*) {
+      static const std::string name = std::string("experts_") + Linear::kName;
+      return name.c_str();
+    };
+    this->GetInputType = [](const OrtCustomOp*, size_t index) {
+      if (index == 1) return ort::kInt64;
+      return index == Linear::kBias ? ort::kFloat : Linear::kTypes[index ? index - 1 : 0];
+    };
+    this->GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return ort::kRequired; };
+    this->CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
+      return guarded([&] { *kernel = new Kernel(info); });
+    };
+    this->KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+      return guarded([&] { static_cast<const Kernel*>(kernel)->run(context); });
+    };
+    this->KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    this->InferOutputShapeFn = nullptr;  // the rows of one expert are in an attribute, which shape inference has not
   }
 };
 
@@ -145,6 +219,34 @@ std::vector<const OrtCustomOp*> sparsify::cpu_ops() {
   static const Op<BitmaskKernel<DType::bf16>> bitmask_bf16;
   static const Op<BitmaskKernel<DType::i8>> bitmask_i8;
   static const Op<BitmaskKernel<DType::i4>> bitmask_i4;
-  return {&nm_f32,      &nm_f16,      &nm_bf16,      &nm_i8,      &nm_i4,
-          &bitmask_f32, &bitmask_f16, &bitmask_bf16, &bitmask_i8, &bitmask_i4};
+  static const ExpertsOp<NmKernel<DType::f32, 2>> experts_nm_f32;
+  static const ExpertsOp<NmKernel<DType::f16, 2>> experts_nm_f16;
+  static const ExpertsOp<NmKernel<DType::bf16, 2>> experts_nm_bf16;
+  static const ExpertsOp<NmKernel<DType::i8, 2>> experts_nm_i8;
+  static const ExpertsOp<NmKernel<DType::i4, 2>> experts_nm_i4;
+  static const ExpertsOp<BitmaskKernel<DType::f32, 2>> experts_bitmask_f32;
+  static const ExpertsOp<BitmaskKernel<DType::f16, 2>> experts_bitmask_f16;
+  static const ExpertsOp<BitmaskKernel<DType::bf16, 2>> experts_bitmask_bf16;
+  static const ExpertsOp<BitmaskKernel<DType::i8, 2>> experts_bitmask_i8;
+  static const ExpertsOp<BitmaskKernel<DType::i4, 2>> experts_bitmask_i4;
+  return {&nm_f32,
+          &nm_f16,
+          &nm_bf16,
+          &nm_i8,
+          &nm_i4,
+          &bitmask_f32,
+          &bitmask_f16,
+          &bitmask_bf16,
+          &bitmask_i8,
+          &bitmask_i4,
+          &experts_nm_f32,
+          &experts_nm_f16,
+          &experts_nm_bf16,
+          &experts_nm_i8,
+          &experts_nm_i4,
+          &experts_bitmask_f32,
+          &experts_bitmask_f16,
+          &experts_bitmask_bf16,
+          &experts_bitmask_i8,
+          &experts_bitmask_i4};
 }

@@ -24,6 +24,7 @@ from .passes.frontend.positions import longest
 from .passes.frontend.trace import Traced, trace
 from .passes.fx.canonical import canonicalise, parameter_names
 from .passes.fx.embeddings import quantise_embeddings, stored_tables
+from .passes.fx.experts import find_stacks
 from .passes.fx.linears import find_linears
 from .passes.fx.partition import Partition, partition
 from .passes.fx.rewrite import lower_linears, stored_weights
@@ -129,6 +130,7 @@ def _compile(
         if traced.size:
             console.note(traced.size)
         transposed = canonicalise(traced.program)
+        _check_experts(traced, settings)
         parts = partition(traced.program)
     batches = batches_for(traced, pretrained, settings, windows)
     params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
@@ -226,6 +228,23 @@ def _compile(
         report = replace(report, genai=write_genai(pretrained, target.model))
     target.finish(pretrained, report)
     return report
+
+
+def _check_experts(traced: Traced, settings: Settings) -> None:
+    """What cannot be done with experts yet is refused before anything is pruned.
+
+    Raises:
+        InputError: an engine or a budget is wanted of a model with experts.
+    """
+    if not find_stacks(traced.program.graph_module.graph):
+        return
+    if settings.engine is not None:
+        raise InputError("this model has experts, which TensorRT's parser has no op for; give -o a name in .onnx")
+    if settings.budget is not None:
+        raise InputError(
+            "this model has experts, and what one of them takes in time and quality depends on how often it is chosen, "
+            "which a budget does not count; give --nm or --sparsity instead"
+        )
 
 
 def _unpruned(traced: Traced, done: Sparsified) -> dict[str, str]:

@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "experts.h"
 #include "formats.h"
 #include "kernels.h"
 #include "pack.h"
@@ -223,6 +224,64 @@ void test_pack(DType type, int64_t rows, int64_t cols, int n, int m) {
   if (again != dense && failures++ < 10) std::printf("pack_bitmask loses weights\n");
 }
 
+// Experts by their kernel, each expert's rows checked against its own dense weight; every third token is zeros.
+template <class Weight>
+void expect_experts(void (*linear)(const Weight&, const float*, int64_t, const float*, float*, const Parallel&),
+                    const Weight& w, const std::vector<int>& dense, int64_t experts, int64_t tokens, const char* what) {
+  const int64_t rows = w.rows / experts;
+  fail_if(check_experts(experts, w.rows));
+  Floats x = activations(w.type, tokens, w.cols), bias(w.rows), y(tokens * rows);
+  std::vector<int64_t> ids(static_cast<size_t>(tokens));
+  for (int64_t t = 0; t < tokens; ++t) {
+    // Some in a row, some not; the last expert is asked by nobody where there are more.
+    ids[size_t(t)] = tokens > 8 && t < 4 ? 0 : below(int(std::max(experts - 1, int64_t{1})));
+    if (t % 3 == 2) std::fill_n(x.memory.get() + t * w.cols, w.cols, 0.0f);
+  }
+  fail_if(check_ids(ids.data(), tokens, experts));
+  linear_experts(linear, w, experts, x.memory.get(), ids.data(), tokens, bias.memory.get(), y.memory.get(), kParallel);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = ids[size_t(t)] * rows + r;
+      float want = bias.memory[size_t(row)];
+      for (int64_t k = 0; k < w.cols; ++k)
+        want += float(dense[size_t(row * w.cols + k)]) * x.memory[size_t(t * w.cols + k)];
+      const float got = y.memory[size_t(t * rows + r)];
+      if (got != want && failures++ < 10)
+        std::printf("experts of %s: y[%d, %d] of expert %d: got %g, want %g\n", what, int(t), int(r),
+                    int(ids[size_t(t)]), double(got), double(want));
+    }
+}
+
+void test_experts(const Kernels& kernels, DType type, int64_t experts, int64_t rows, int64_t cols, int64_t tokens) {
+  const int64_t all = experts * rows;
+  Scales scales(type, all, cols, group_of(type));
+  std::vector<float> weight(size_t(all * cols));
+  std::vector<int> dense(weight.size());
+  for (int64_t row = 0; row < all; ++row)
+    for (int64_t k = 0; k < cols; ++k)
+      if (k % 4 < 2) {
+        dense[size_t(row * cols + k)] = (below(7) - 3) * scales.at(row, k);
+        weight[size_t(row * cols + k)] = float(dense[size_t(row * cols + k)]);
+      }
+  NmWeight w{all, cols, 2, 4, type, nullptr, nullptr, scales.data, type == DType::i4 ? scales.width : 0};
+  Bytes values(size_t(all * w.value_bytes_per_row()), true), indices(size_t(all * w.index_bytes_per_row()), true);
+  fail_if(pack_nm(weight.data(), w, values.data, indices.data, kParallel));
+  w.values = values.data;
+  w.indices = indices.data;
+  expect_experts(kernels.linear_nm, w, dense, experts, tokens, "linear_nm");
+
+  BitmaskWeight b{all, cols, type, nullptr, nullptr, nullptr, scales.data, w.group};
+  Bytes mask(size_t(all * b.mask_bytes_per_row()), true);
+  std::vector<int64_t> row_start(size_t(all + 1));
+  find_mask(weight.data(), all, cols, type, mask.data, row_start.data(), kParallel);
+  b.mask = mask.data;
+  b.row_start = row_start.data();
+  Bytes stored(size_t(row_start.back()) * (type == DType::i4 ? 1 : byte_size(type)), true);
+  fail_if(pack_bitmask(weight.data(), b, stored.data, kParallel));
+  b.values = stored.data;
+  expect_experts(kernels.linear_bitmask, b, dense, experts, tokens, "linear_bitmask");
+}
+
 void test_pairwise_max_sum(const Kernels& kernels, int64_t r, int64_t k1, int64_t k2) {
   Floats a(r * k1), b(r * k2);
   std::vector<double> out(size_t(k1 * k2), -1.0);
@@ -264,6 +323,11 @@ int main() {
           for (const int64_t cols : {0, 1, 31, 32, 33, 64, 65, 100})
             test_bitmask(*kernels, percent, type, tokens, rows, cols);
     }
+  for (const DType type : types)
+    for (const int64_t experts : {1, 2, 5})
+      for (const int64_t rows : {1, 18})
+        for (const int64_t cols : {4, 132})
+          for (const int64_t tokens : {0, 1, 2, 7, 40}) test_experts(*kernels, type, experts, rows, cols, tokens);
   for (const DType type : {DType::f32, DType::i8, DType::i4}) {  // more than one panel, group and chunk
     test_nm(*kernels, 2, 4, type, 1100, 70, 150);
     test_bitmask(*kernels, 50, type, 1100, 70, 601);
