@@ -42,6 +42,21 @@ class Tune:
 
 
 @dataclass(frozen=True)
+class Moves:
+    """How masks move while weights are distilled; they stand still in the last third of the steps.
+
+    Attributes:
+        every: steps of the optimiser between two choices.
+        pull: by what fraction a step at the peak learning rate shrinks what is behind a zero (SR-STE).
+        score: what ranks the weights: their magnitude, or that times the root of Adam's second moment.
+    """
+
+    every: int = 8
+    pull: float = 0.0
+    score: Literal["magnitude", "fisher"] = "magnitude"
+
+
+@dataclass(frozen=True)
 class Distil:
     """How to train the surviving weights of all blocks together, after the last one is pruned.
 
@@ -51,12 +66,14 @@ class Distil:
             half of it.
         tokens_per_step: batches are gathered until a step of the optimiser has seen so many tokens.
         seed: of the order of the batches.
+        moves: how masks move meanwhile, or None where zeros stay.
     """
 
     epochs: int = 3
     rate: float = 0.0015
     tokens_per_step: int = 1024
     seed: int = 0
+    moves: Moves | None = None
 
 
 @dataclass(frozen=True)
@@ -202,11 +219,13 @@ class DistilReport:
         before: loss on the held-out batches, before: nats a token, or squared error over the target's energy.
         after: the same with the weights that were kept.
         epochs: passes over the batches.
+        moved: fraction of the kept weights that were pruned before; None where zeros stayed.
     """
 
     before: float
     after: float
     epochs: int
+    moved: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from ..calibrate.matmul import linear as product
 from ..calibrate.patterns import NM, Pattern
 from ..calibrate.scores import wanda
 from ..calibrate.statistics import ActNorm
-from .distil import Output
 from .errors import InputError
 from .frontend.batches import Batch
 from .fx.linears import Linear
 from .fx.partition import Part, Partition
 from .fx.run import Fast, Values, run_model
+from .outputs import Output
 from .recipe import Progress
 
 

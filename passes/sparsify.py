@@ -9,9 +9,10 @@ from torch import Tensor
 from ..calibrate.patterns import Pattern
 from .checkpoint import Checkpoint, fingerprint
 from .dialect.packed import OnGrid
-from .distil import Output, distil
+from .distil import distil
 from .frontend.batches import Batch
 from .fx.partition import Partition
+from .outputs import Output
 from .pipeline import prune
 from .quantise import Gridded, for_packing
 from .quantise_trained import quantise_trained
@@ -91,6 +92,7 @@ def sparsify(
                 settings,
                 output=output,
                 quantised=quantised,
+                patterns=patterns,
                 progress=progress,
                 checkpoint=kept,
                 name=name,
@@ -110,7 +112,7 @@ def sparsify(
             quantised=quantised,
             patterns=patterns,
         )
-        distilled.append(train(recipe.distil, "distil-on-grid"))
+        distilled.append(train(replace(recipe.distil, moves=None), "distil-on-grid"))
     on_grid = {key: for_packing(its, patterns[key]) for key, its in quantised.items()}
     return Sparsified(tuple(blocks), tuple(distilled), on_grid, patterns)
 

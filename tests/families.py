@@ -10,6 +10,7 @@ import torch
 import transformers as t
 from sparsify_export import compile as compiler
 from sparsify_export.calibrate.patterns import NM, Pattern
+from sparsify_export.objective import output_of
 from sparsify_export.passes.dialect.packed import Packed
 from sparsify_export.passes.dialect.storage import FP32, Storage
 from sparsify_export.passes.frontend.batches import Batch, token_batches
@@ -153,7 +154,7 @@ def compile_family(
         cache = compiler.cache_pairs(traced, parts)
         if name in UPDATED:
             recipe = {"update": "alps", "mask_from": "update", **recipe}
-        output = compiler.output_of(traced)
+        output = output_of(traced, pretrained)
         done = sparsify(parts, params, Recipe(pattern, **recipe), batches, output=output, cache=cache)
         compiler.store(traced, params)
     put_weights(pretrained.model, params, transposed)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,118 @@ def token_batches(
         past = [x for pair in empty_past(traced.cache, len(ids)) for x in pair]
         batches.append(Batch((*(known[name] for name in names), *past), None, len(past)))
     return batches
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts of different lengths as an encoder reads them, special tokens included.
+
+    Attributes:
+        ids: token ids of each.
+        types: of each token, which of a pair of texts it belongs to.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    types: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        """Of all texts together."""
+        return sum(map(len, self.ids))
+
+
+def padded_batches(
+    traced: Traced, texts: Texts, *, names: Sequence[str], padding: int, tokens_per_batch: int = TOKENS_PER_BATCH
+) -> list[Batch]:
+    """Put texts of like length together, padded behind to the longest of each batch.
+
+    Args:
+        traced: the model, an encoder that takes an ``attention_mask``.
+        texts: what to batch.
+        names: the inputs the graph takes.
+        padding: the token that pads.
+        tokens_per_batch: how many tokens run at once, padding included; one text may have more.
+    """
+    order = sorted(range(len(texts)), key=lambda index: len(texts.ids[index]))
+    groups: list[list[int]] = []
+    for index in order:
+        if not groups or (len(groups[-1]) + 1) * len(texts.ids[index]) > tokens_per_batch:
+            groups.append([])
+        groups[-1].append(index)
+    batches = []
+    for group in groups:
+        shape = (len(group), len(texts.ids[group[-1]]))
+        known = {
+            "input_ids": torch.full(shape, padding),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "token_type_ids": torch.zeros(shape, dtype=torch.long),
+        }
+        for row, index in enumerate(group):
+            own = slice(len(texts.ids[index]))
+            known["input_ids"][row, own] = torch.tensor(texts.ids[index])
+            known["attention_mask"][row, own] = 1
+            known["token_type_ids"][row, own] = torch.tensor(texts.types[index])
+        batches.append(Batch(tuple(known[name] for name in names), known["attention_mask"].bool()))
+    return batches
+
+
+def read_texts(path: Path, tokenizer: Any, *, tokens: int, length: int, bos: bool = True) -> Texts:
+    """Tokenize texts one by one, each with the special tokens that the tokenizer puts around it.
+
+    Args:
+        path: plain text, whose texts have blank lines between them; or JSONL, a text a line in the field ``text``, and
+            where that is one of a pair, as rerankers take, the other in ``text_pair``.
+        tokenizer: the model's.
+        tokens: texts are read until they have so many.
+        length: tokens of a text at most; a longer one is cut into several, and of a pair the end is left out.
+        bos: put special tokens around every text.
+
+    Raises:
+        InputError: the file cannot be read, holds no text, or is not JSONL with ``text`` on every line.
+    """
+    pairs = _split_texts(path)
+    ids: list[tuple[int, ...]] = []
+    types: list[tuple[int, ...]] = []
+    for begin in range(0, len(pairs), 64):
+        some = pairs[begin : begin + 64]
+        for alone in (True, False):
+            chosen = [pair for pair in some if (pair[1] is None) == alone]
+            if not chosen:
+                continue
+            made = tokenizer(
+                [text for text, _ in chosen],
+                None if alone else [other for _, other in chosen],
+                add_special_tokens=bos,
+                truncation=True,
+                max_length=length,
+                return_overflowing_tokens=alone,
+                return_token_type_ids=True,
+                verbose=False,
+            )
+            ids += [tuple(text) for text in made["input_ids"]]
+            types += [tuple(text) for text in made["token_type_ids"]]
+        if sum(map(len, ids)) >= tokens:
+            break
+    count, seen = 0, 0
+    while count < len(ids) and seen < tokens:
+        seen += len(ids[count])
+        count += 1
+    return Texts(tuple(ids[:count]), tuple(types[:count]))
+
+
+def _split_texts(path: Path) -> list[tuple[str, str | None]]:
+    """The texts of a file, each with the other one of its pair or None."""
+    whole = read_text(path)
+    if path.suffix != ".jsonl":
+        return [(text.strip(), None) for text in re.split(r"\n\s*\n", whole) if text.strip()]
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    found = [(entry["text"], entry.get("text_pair")) for entry in entries if entry["text"].strip()]
+    if wrong := next((other for _, other in found if other is not None and not isinstance(other, str)), None):
+        raise InputError(f"{path}: a text_pair is {wrong!r}; want a string")
+    return found
 
 
 def read_windows(path: Path, tokenizer: Any, *, samples: int | None, length: int, bos: bool = True) -> Tensor:

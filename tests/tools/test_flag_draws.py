@@ -44,6 +44,9 @@ VALUES = MappingProxyType(
         "tune_lr": (0.01,),
         "distil": (0, 1),
         "distil_lr": (0.01,),
+        "mask_moves": (0, 2),
+        "mask_rank": ("magnitude", "fisher"),
+        "mask_pull": (0.1,),
         "quantise": ("rtn", "sweep", "joint"),
         "storage": (Storage("fp16"), Storage("bf16"), Storage("int8"), Storage("int4", 32)),
         "seed": (3,),
@@ -58,7 +61,8 @@ def drawn(draw):
             given[name] = draw.choice(values)
     if any(name.startswith("besa") for name in given):  # or nearly all of these would be refused
         given |= {"allocate": draw.choice(VALUES["allocate"][1:]), "pattern": draw.choice(VALUES["pattern"][4:])}
-    for name, wanted in {"tune_epochs": "tune", "tune_lr": "tune", "distil_lr": "distil"}.items():
+    learned = {"mask_rank": "mask_moves", "mask_pull": "mask_moves", "mask_moves": "distil", "distil_lr": "distil"}
+    for name, wanted in {"tune_epochs": "tune", "tune_lr": "tune", **learned}.items():
         if name in given:
             given[wanted] = VALUES[wanted][-1]
     if "quantise" in given:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from sparsify_export.calibration_data import text_batches
-from sparsify_export.compile import as_stored, cache_pairs, output_of, store
+from sparsify_export.compile import as_stored, cache_pairs, store
+from sparsify_export.objective import output_of
 from sparsify_export.passes.dialect.storage import FP32
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.frontend.batches import read_windows, token_batches
@@ -54,7 +55,9 @@ def measure(cell: Cell) -> dict[str, Any]:
         recipe, storage = recipe_of(cell), split_pattern(cell.pattern)[1]
         batches = text_batches(traced, pretrained, recipe, calibration)
         with stages.run("prune"):
-            done = sparsify(parts, params, recipe, batches, output=output_of(traced), cache=cache_pairs(traced, parts))
+            done = sparsify(
+                parts, params, recipe, batches, output=output_of(traced, pretrained), cache=cache_pairs(traced, parts)
+            )
         blocks = done.blocks
         if storage != FP32:
             store(traced, params)

@@ -19,7 +19,6 @@ from .calibrate.masks import keep_mask
 from .calibrate.patterns import NM, Pattern
 from .passes.dialect import packed
 from .passes.dialect.storage import Storage
-from .passes.distil import Output
 from .passes.errors import InputError
 from .passes.frontend.batches import Batch
 from .passes.frontend.trace import Traced
@@ -31,6 +30,7 @@ from .passes.fx.rewrite import lower_linears
 from .passes.lower import to_onnx
 from .passes.mapped import mapped
 from .passes.onnx.protos import data_files
+from .passes.outputs import Output
 from .passes.recipe import Recipe
 from .passes.sensitivity import sensitivity
 from .passes.skip import named_by

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from .passes.errors import InputError
 from .passes.frontend.batches import (
     TOKENS_PER_BATCH,
     Batch,
+    Texts,
+    padded_batches,
     read_npz,
+    read_texts,
     read_windows,
     token_batches,
     written_by_itself,
@@ -22,6 +26,7 @@ from .passes.frontend.npz import load_npz
 from .passes.frontend.positions import longest, windows_of
 from .passes.frontend.trace import Traced
 from .passes.recipe import Recipe
+from .runtime.embedding import pooling_of
 from .runtime.published import DECODED
 from .settings import Console, Settings
 from .stages import Stages
@@ -31,6 +36,9 @@ HELD_OUT = 48
 
 PADDED = ((17, 10), (23, 14, 5))
 """And of two and of three texts at once."""
+
+PARTS = 4
+"""Where rates are learned, a step takes such a part of the tokens that one takes elsewhere, as a short window is."""
 
 CUT = (1.0, 0.8, 0.5)
 """How much of a piece of sound one, two and three samples have; the model was seen to take half, see ``open_axis``."""
@@ -46,8 +54,11 @@ tokens), and products of weights in a run at most. A run is made some ten times,
 
 def calibration_text(
     pretrained: Pretrained, settings: Settings, stages: Stages, console: Console
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | Texts | None, Tensor | None]:
     """Calibration windows and held-out tokens, or None where the model or the settings want none.
+
+    An encoder reads texts one by one, as it will be given them, where it can be told which tokens are padding: as many
+    as fill the windows.
 
     Raises:
         InputError: the model does not take text, or has no tokenizer to read it with.
@@ -76,6 +87,10 @@ def calibration_text(
             samples, length = wanted.samples or 128, wanted.length or 2048
             length = _shortened(length, limit, "the model takes", console)
             words = pretrained.tokenizer
+            if pretrained.kind == "encoder" and "attention_mask" in pretrained.inputs:
+                cut = pooling_of(Path(pretrained.source)).length
+                length = _shortened(length, cut, "the folder says that a text has", console)
+                return _texts(Path(wanted.text), words, samples, length, bos=settings.bos, console=console)
             windows = read_windows(Path(wanted.text), words, samples=samples + 1, length=length, bos=settings.bos)
             _shortened(length, windows.shape[1], "the text holds", console)
             if len(windows) < samples:
@@ -83,6 +98,21 @@ def calibration_text(
     if len(windows) > samples:
         return windows[:samples], windows[samples:]
     return windows, None
+
+
+def _texts(
+    path: Path, words: Any, samples: int, length: int, *, bos: bool, console: Console
+) -> tuple[Texts, Tensor | None]:
+    """Texts that fill so many windows, and the one behind them."""
+    found = read_texts(path, words, tokens=samples * length + 1, length=length, bos=bos)
+    if not found.tokens:
+        raise InputError(f"{path} holds no token; calibration needs some")
+    if found.tokens <= samples * length:
+        console.note(f"calibrating on {found.tokens} tokens in {len(found)} texts; that is what {path} holds")
+        return found, None
+    if len(found) == 1:
+        return found, None
+    return Texts(found.ids[:-1], found.types[:-1]), torch.tensor([found.ids[-1]])
 
 
 def _shortened(length: int, limit: int | None, why: str, console: Console) -> int:
@@ -101,7 +131,9 @@ def example_for(settings: Settings) -> Mapping[str, Tensor] | None:
     return load_npz(files[0]) if files else None
 
 
-def batches_for(traced: Traced, pretrained: Pretrained, settings: Settings, windows: Tensor | None) -> list[Batch]:
+def batches_for(
+    traced: Traced, pretrained: Pretrained, settings: Settings, windows: Tensor | Texts | None
+) -> list[Batch]:
     """The calibration batches: the user's own, or windows of text; none where nothing is pruned."""
     if settings.calibration.inputs is not None:
         return read_npz(settings.calibration.inputs, traced, samples=settings.calibration.samples)
@@ -111,14 +143,17 @@ def batches_for(traced: Traced, pretrained: Pretrained, settings: Settings, wind
     return text_batches(traced, pretrained, settings.recipe, windows)
 
 
-def text_batches(traced: Traced, pretrained: Pretrained, recipe: Recipe, windows: Tensor) -> list[Batch]:
+def text_batches(traced: Traced, pretrained: Pretrained, recipe: Recipe, windows: Tensor | Texts) -> list[Batch]:
     """Calibration windows in batches of the size that the recipe learns from: a step takes a whole batch at least."""
     tokens = TOKENS_PER_BATCH
     learns = [each.tokens_per_step for each in (recipe.tune, recipe.distil) if each is not None]
     if learns:
         tokens = min(learns)
     if recipe.allocation is not None:
-        tokens = 1  # a window each
+        tokens = 1 if isinstance(windows, Tensor) else tokens // PARTS  # a window each
+    if isinstance(windows, Texts):
+        padding = pretrained.model.config.get_text_config().pad_token_id or 0
+        return padded_batches(traced, windows, names=pretrained.inputs, padding=padding, tokens_per_batch=tokens)
     return token_batches(traced, windows, names=pretrained.inputs, tokens_per_batch=tokens)
 
 

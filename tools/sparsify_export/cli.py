@@ -146,6 +146,9 @@ def compile_command(
     tune_lr: float | None = None,
     distil: int | None = None,
     distil_lr: float | None = None,
+    mask_moves: int | None = None,
+    mask_rank: Literal["magnitude", "fisher"] | None = None,
+    mask_pull: float | None = None,
     calibration: str | None = None,
     calibration_inputs: Path | None = None,
     samples: int | None = None,
@@ -226,6 +229,11 @@ def compile_command(
             joint it is done twice: as floats, and then on the grid.
         distil_lr: peak learning rate, as a fraction of the root mean square of each weight; default 0.0015. On a grid
             half of it.
+        mask_moves: steps of --distil after which masks are chosen again, within their pattern or their rows' numbers
+            of zeros, from weights that go on being trained behind zeros; the last third of the steps keeps them. 0 for
+            masks that stay, the default but of best. On a grid they stay.
+        mask_rank: what they are chosen by: magnitude, or fisher, magnitude times the root of Adam's second moment.
+        mask_pull: by what fraction a step at the peak learning rate shrinks what is behind a zero.
         calibration: text file, JSONL with a text field, or self, the default: text the model writes itself.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
             is also verified and timed on them.
@@ -370,6 +378,9 @@ def compile_command(
                 "--tune-lr": tune_lr,
                 "--distil": distil,
                 "--distil-lr": distil_lr,
+                "--mask-moves": mask_moves,
+                "--mask-rank": mask_rank,
+                "--mask-pull": mask_pull,
                 "--quantise": None if quantise == "rtn" else quantise,  # which packing does by itself
                 "--calibration": None if is_onnx else calibration,
                 "--samples": None if is_onnx else samples,
@@ -400,6 +411,9 @@ def compile_command(
         tune_lr=tune_lr,
         distil=distil,
         distil_lr=distil_lr,
+        mask_moves=mask_moves,
+        mask_rank=mask_rank,
+        mask_pull=mask_pull,
         quantise=quantise,
         storage=on_grid,
         seed=seed,

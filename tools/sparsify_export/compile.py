@@ -14,10 +14,10 @@ from .dense_checkpoint import DenseCheckpoint
 from .engine import Pruned, finish_engine
 from .evaluation import evaluate_onnx, evaluate_torch
 from .genai_folder import write_genai
+from .objective import output_of
 from .onnx_in import compile_onnx
 from .passes.checkpoint import Checkpoint
 from .passes.dialect.packed import Packed
-from .passes.distil import Output
 from .passes.errors import InputError
 from .passes.frontend.load import load
 from .passes.frontend.positions import longest
@@ -147,7 +147,7 @@ def _compile(
                 batches,
                 target,
                 this_machine(),
-                output=output_of(traced),
+                output=output_of(traced, pretrained),
                 seed=settings.calibration.seed,
                 console=console,
             )
@@ -159,7 +159,7 @@ def _compile(
                 params,
                 recipe,
                 batches,
-                output=output_of(traced),
+                output=output_of(traced, pretrained),
                 cache=cache_pairs(traced, parts),
                 progress=console.progress,
                 note=console.note,
@@ -263,11 +263,6 @@ def cache_pairs(traced: Traced, parts: Partition) -> list[tuple[str, str]]:
     outputs = dict(zip(traced.outputs, parts.outputs, strict=True))
     pasts = [name for name in traced.inputs if name.startswith("past_key_values.")]
     return [(inputs[name], outputs[name.replace("past_key_values.", "present.")]) for name in pasts]
-
-
-def output_of(traced: Traced) -> Output:
-    """What the model returns first."""
-    return "logits" if traced.kind == "causal" else "values"
 
 
 def store(traced: Traced, params: Mapping[str, Tensor]) -> None:

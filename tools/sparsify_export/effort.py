@@ -1,6 +1,6 @@
 """From flags to a recipe: an effort fills in what was not given, and a flag that was given changes only itself."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .calibrate.besa import Learning
@@ -10,7 +10,7 @@ from .calibrate.rates import reachable
 from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError
 from .passes.given_masks import GivenMasks
-from .passes.recipe import Distil, Hessians, MaskFrom, Quantise, Quantiser, Recipe, Score, Tune, Update
+from .passes.recipe import Distil, Hessians, MaskFrom, Moves, Quantise, Quantiser, Recipe, Score, Tune, Update
 
 Allocate = Literal["none", "besa-row", "besa-layer", "besa-nm"]
 Effort = Literal["fast", "balanced", "best"]
@@ -43,6 +43,9 @@ class Flags:
     tune_lr: float | None = None
     distil: int | None = None
     distil_lr: float | None = None
+    mask_moves: int | None = None
+    mask_rank: Literal["magnitude", "fisher"] | None = None
+    mask_pull: float | None = None
     quantise: Quantiser | None = None
     storage: Storage = FP32
     seed: int = 0
@@ -104,6 +107,9 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
         _check_score(flags, update, folds=permute == "fold")
     tune, distil = _tune(flags, onnx=onnx), _distil(flags, onnx=onnx)
     quantise = _quantise(flags, onnx=onnx, learns=bool(tune or distil or allocation))
+    if distil is not None:
+        moves = _moves(flags, on_grid=quantise is not None and quantise.method != "joint", onnx=onnx)
+        distil = replace(distil, moves=moves)
     if flags.hessian is not None and update == "none" and (quantise is None or quantise.method == "rtn"):
         raise InputError(f"--hessian {flags.hessian} has no effect without an update of the weights or a sweep")
     return Recipe(
@@ -185,12 +191,42 @@ def _distil(flags: Flags, *, onnx: bool) -> Distil | None:
     default = Distil.epochs if effort_of(flags, onnx=onnx) == "best" else 0
     epochs = default if flags.distil is None else flags.distil
     if not epochs:
-        if flags.distil_lr is not None:
-            raise InputError(f"--distil-lr {flags.distil_lr:g} has no effect without --distil EPOCHS")
+        idle = {"--distil-lr": flags.distil_lr, "--mask-moves": flags.mask_moves or None}
+        idle |= {"--mask-rank": flags.mask_rank, "--mask-pull": flags.mask_pull}
+        for flag, value in idle.items():
+            if value is not None:
+                said = value if isinstance(value, str) else f"{value:g}"
+                raise InputError(f"{flag} {said} has no effect without --distil EPOCHS")
         return None
     if flags.distil_lr is not None and not 0 < flags.distil_lr <= 1:
         raise InputError(f"--distil-lr {flags.distil_lr:g} is out of range; want above 0, at most 1")
     return Distil(epochs, flags.distil_lr or Distil.rate, seed=flags.seed)
+
+
+def _moves(flags: Flags, *, on_grid: bool, onnx: bool) -> Moves | None:
+    """How masks move while the weights are distilled, or None where they stay: given ones, and those on a grid.
+
+    Raises:
+        InputError: a flag is out of range, or nothing may move that a flag moves.
+    """
+    if flags.mask_moves is not None and flags.mask_moves < 0:
+        raise InputError(
+            f"--mask-moves {flags.mask_moves} is negative; want a number of steps, or 0 for masks that stay"
+        )
+    if flags.mask_pull is not None and not 0 <= flags.mask_pull < 1:
+        raise InputError(f"--mask-pull {flags.mask_pull:g} is out of range; want 0 to less than 1")
+    still = "--mask, which says what goes" if flags.given else "--quantise rtn or sweep, whose grid is made for a mask"
+    if flags.mask_moves and (flags.given or on_grid):
+        raise InputError(f"--mask-moves {flags.mask_moves} cannot be had with {still}")
+    best = effort_of(flags, onnx=onnx) == "best" and not flags.given and not on_grid
+    every = flags.mask_moves if flags.mask_moves is not None else Moves.every if best else 0
+    if not every:
+        for flag, value in {"--mask-rank": flags.mask_rank, "--mask-pull": flags.mask_pull}.items():
+            if value is not None:
+                raise InputError(f"{flag} {value} has no effect where masks stay; want --mask-moves STEPS")
+        return None
+    pull = Moves.pull if flags.mask_pull is None else flags.mask_pull
+    return Moves(every, pull, flags.mask_rank or Moves.score)
 
 
 def _quantise(flags: Flags, *, onnx: bool, learns: bool) -> Quantise | None:

@@ -381,7 +381,8 @@ def _totals(report: Report) -> Table:
             gain = f"{row.ratio:.2f}x" if row.ratio >= NO_GAIN else f"{row.ratio:.2f}x: no gain"
             table.add_row(row.name, f"{row.model.p50:.1f} ms, {against} {row.against.p50:.1f} ms ({gain})")
     for name, loss in zip(("distilled", "distilled on the grid"), report.distilled, strict=False):
-        table.add_row(name, f"loss on held-out text {loss.before:.3f}, now {loss.after:.3f}")
+        moved = f", {loss.moved:.1%} of the kept weights moved" if loss.moved is not None else ""
+        table.add_row(name, f"loss on held-out text {loss.before:.3f}, now {loss.after:.3f}{moved}")
     if report.evaluation:
         dense, result = report.evaluation.dense, report.evaluation.result
         where = f"{result.windows} windows of {result.window} tokens"

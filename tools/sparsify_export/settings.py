@@ -195,6 +195,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "tune_lr": recipe.tune.rate if recipe and recipe.tune else None,
         "distil": recipe.distil.epochs if recipe and recipe.distil else None,
         "distil_lr": recipe.distil.rate if recipe and recipe.distil else None,
+        "mask_moves": asdict(recipe.distil.moves) if recipe and recipe.distil and recipe.distil.moves else None,
         "quantise": _quantiser(settings),
         "calibration": str(settings.calibration.inputs or settings.calibration.text),
         "samples": settings.calibration.samples,
