@@ -101,6 +101,8 @@ def padded_batches(
 ) -> list[Batch]:
     """Put texts of like length together, padded behind to the longest of each batch.
 
+    The batches come in no order of length, so that those of one part of them, such as what is held out, are of any.
+
     Args:
         traced: the model, an encoder that takes an ``attention_mask``.
         texts: what to batch.
@@ -115,7 +117,8 @@ def padded_batches(
             groups.append([])
         groups[-1].append(index)
     batches = []
-    for group in groups:
+    for place in torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist():
+        group = groups[place]
         shape = (len(group), len(texts.ids[group[-1]]))
         known = {
             "input_ids": torch.full(shape, padding),

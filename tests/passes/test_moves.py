@@ -6,6 +6,7 @@ import pytest
 import torch
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.passes import distil as module
+from sparsify_export.passes.checkpoint import Checkpoint
 from sparsify_export.passes.distil import distil
 from sparsify_export.passes.frontend.batches import Batch
 from sparsify_export.passes.fx.partition import partition
@@ -162,6 +163,44 @@ def test_the_pattern_holds_at_every_step_and_the_last_third_is_frozen(pattern, m
                 assert torch.equal(keep[key].sum(1), (params[key] != 0).sum(1))
             if step >= 16:
                 assert torch.equal(keep[key], masks[15][key])
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("pattern", "moves"), CASES[1:3], ids=str)
+@pytest.mark.parametrize("stop", [20, 43])  # of 48 batches: while masks move, and after that
+def test_going_on_gives_what_was_not_stopped(pattern, moves, stop, tmp_path):
+    parts, dense, params = toy(pattern)
+
+    def run(checkpoint, progress=lambda *told: None):
+        found = dict(params)
+        report = distil(
+            parts,
+            dense,
+            found,
+            KEYS,
+            [Batch((x,), None) for x in BATCHES],
+            Distil(EPOCHS, RATE, TOKENS, moves=moves),
+            output="logits",
+            patterns=dict.fromkeys(KEYS, pattern),
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+        return found, report
+
+    def stopping(stage, done, total):
+        if done == stop:
+            raise Stopped
+
+    whole = run(None)
+    kept = Checkpoint.open(tmp_path / "kept", {})
+    with pytest.raises(Stopped):
+        run(kept, stopping)
+    again = run(kept)
+    assert again[1] == whole[1]
+    assert all(torch.equal(again[0][key], whole[0][key]) for key in whole[0])
 
 
 def test_masks_that_never_get_to_move_are_those_that_stay():
