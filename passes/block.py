@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..calibrate import masks, scores
 from ..calibrate.damping import damped_inverse
-from ..calibrate.patterns import Group
+from ..calibrate.patterns import Group, Pattern
 from .errors import InputError
+from .form import Form
 from .fx.attended import Attended
 from .fx.linears import Linear
 from .fx.partition import Part
@@ -69,6 +70,16 @@ class Block:
         """The outputs that must not change; the cache may be reordered."""
         state = {present for _, present in self.cache}
         return [name for name in self.part.outputs if name and name not in state]
+
+    def form(self, key: str) -> Form | None:
+        """What a budget made of a weight; None where it has the recipe's pattern."""
+        chosen = dict(self.recipe.forms)
+        return next((chosen[x.path] for x in self.part.linears if x.weight == key and x.path in chosen), None)
+
+    def pattern(self, key: str) -> Pattern | None:
+        """The zeros that a weight is to have; None for a weight that is quantised as it is."""
+        form = self.form(key)
+        return self.recipe.pattern if form is None else form.pattern
 
     def parts(self, key: str) -> Parts:
         """The linears that a weight is made of, such as q, k and v of a fused one, if all that read it agree on it."""
@@ -147,8 +158,10 @@ def mask(block: Block, key: str, score: Tensor) -> Tensor:
     """
     if block.given:
         return block.given[key]
-    group, parts = GROUPS[block.recipe.score], block.parts(key)
-    return parts.joined([masks.keep_mask(rows, block.recipe.pattern, group) for rows in parts.split(score)])
+    group, parts, pattern = GROUPS[block.recipe.score], block.parts(key), block.pattern(key)
+    if pattern is None:
+        return torch.ones_like(score, dtype=torch.bool)
+    return parts.joined([masks.keep_mask(rows, pattern, group) for rows in parts.split(score)])
 
 
 def alike(block: Block, keys: Iterable[str]) -> dict[tuple[str, ...], list[str]]:

@@ -19,7 +19,7 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import onnx_fusions
 from torch.export import ExportedProgram
 
-from .dialect import experts
+from .dialect import experts, linear_codes
 from .dialect.functions import with_shared
 from .dialect.packed import OPS
 from .errors import InputError
@@ -40,8 +40,11 @@ from .onnx.write import write_model
 
 OPSET = 23
 TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
-    getattr(torch.ops.sparsify, name).default: op.to_onnx
-    for name, op in {**OPS, **experts.OPS, experts.DENSE: experts.DENSE_OP}.items()
+    **{
+        getattr(torch.ops.sparsify, name).default: op.to_onnx
+        for name, op in {**OPS, **experts.OPS, experts.DENSE: experts.DENSE_OP}.items()
+    },
+    torch.ops.sparsify.linear_codes.default: linear_codes.to_onnx,
 }
 
 
@@ -161,7 +164,7 @@ def _name_nodes(model: ir.Model) -> None:
 
 def _module(node: ir.Node) -> str:
     """The module path of a linear, so that the file says which layer each weight belongs to; "" for other nodes."""
-    if node.domain != "sparsify" and node.op_type != "MatMul":
+    if node.domain != "sparsify" and node.op_type not in ("MatMul", linear_codes.NODE):
         return ""
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     return scopes[-2].removeprefix(PREFIX) if len(scopes) > 1 else ""

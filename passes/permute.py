@@ -29,15 +29,14 @@ def permute(
     Before:  y = W2 f(W1 x)                     f acts on every channel alike
     After:   y = W2[:, p] f(W1[p] x)            p puts the channels that compete for a group far apart
              experts of one stack each get an order of their own
-    Left alone: spaces whose consumers are not pruned or do not start at a multiple of m.
+    Left alone: spaces whose consumers are not pruned, or to several patterns, or do not start at a multiple of m.
     Numerics: the same products; only the sum over the channels runs in another order. Checked in float64: in float32,
         where one channel is a thousand times the others, its place in the sum alone moves the error fourfold.
 
     Raises:
         VerificationError: a fold changed what the block computes.
     """
-    pattern = block.recipe.pattern
-    if block.recipe.permute == "none" or not isinstance(pattern, NM):
+    if block.recipe.permute == "none" or not any(isinstance(block.pattern(key), NM) for key in score):
         return []
     timings = block.timings
     with timings.stage("channel spaces"):
@@ -46,6 +45,10 @@ def permute(
     expected: tuple[Values, Values] | None = None
     readers = {node: x.weight for x in reversed(block.pruned) for node in (x.input, x.node)}
     for space in spaces:
+        chosen = {block.pattern(c.param) for c in space.consumers if c.param in score}
+        pattern = chosen.pop() if len(chosen) == 1 else None
+        if not isinstance(pattern, NM):
+            continue
         with timings.stage("permutation search"):
             found = {
                 own: find_order(stack_scores(own, score), pattern)

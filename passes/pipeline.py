@@ -233,7 +233,7 @@ def _prune_block(
         tuned = tune(block, whole, params, states, observed.outputs, batches)
     with timings.stage("quantise"):
         own = {key: updated.keep for key, updated in done.items()}
-        patterns = {key: its for key, mask in own.items() if (its := _pattern(block.recipe, mask, picks.get(key)))}
+        patterns = {key: its for key, mask in own.items() if (its := _pattern(block, key, mask, picks.get(key)))}
         quantised = quantise_block(block, params, own, patterns, observed, grids)
     if block.recipe.quantise is not None and block.recipe.quantise.method == "joint":
         with timings.stage("tune on the grid"):
@@ -253,7 +253,7 @@ def _prune_block(
             LinearReport(
                 path=linear.path,
                 shape=shape,
-                pattern=_told(block.recipe, patterns.get(key), own[key]),
+                pattern=_told(block, key, patterns.get(key), own[key]),
                 reason="",
                 retained_before=before[key],
                 retained_after=after[key],
@@ -269,14 +269,18 @@ def _prune_block(
     return BlockReport(block.part.path, tuple(linears), tuple(folds), error, tuned), quantised, patterns
 
 
-def _pattern(recipe: Recipe, keep: Tensor, pick: NM | None) -> Pattern | None:
+def _pattern(block: Block, key: str, keep: Tensor, pick: NM | None) -> Pattern | None:
     """The pattern that a weight was given and is to be stored by; None where all of it was kept, or nothing.
 
     Args:
-        recipe: what was asked for.
-        keep: the weight's mask.
+        block: the block.
+        key: the weight.
+        keep: its mask.
         pick: the pattern that was learned for it, if patterns were.
     """
+    recipe = block.recipe
+    if (form := block.form(key)) is not None:
+        return form.pattern
     if isinstance(recipe.pattern, NM):
         return recipe.pattern
     if recipe.given is not None:  # nobody said whether these zeros come in groups
@@ -287,8 +291,11 @@ def _pattern(recipe: Recipe, keep: Tensor, pick: NM | None) -> Pattern | None:
     return Unstructured(pruned) if 0 < pruned < 1 else None
 
 
-def _told(recipe: Recipe, pattern: Pattern | None, keep: Tensor) -> str:
+def _told(block: Block, key: str, pattern: Pattern | None, keep: Tensor) -> str | None:
     """A pattern as the report names it: a fraction that was asked for as it was written, else that of the mask."""
+    recipe = block.recipe
+    if (form := block.form(key)) is not None:
+        return None if form.pattern is None else str(form.pattern)
     if isinstance(pattern, NM):
         return str(pattern)
     if recipe.allocation is None and recipe.given is None:
@@ -314,7 +321,7 @@ def _reasons(linears: Sequence[Linear], recipe: Recipe, given: Mapping[str, Tens
     for glob in recipe.skip:
         if not any(named_by(glob, linear.path) for linear in linears):
             raise InputError(f"--skip {glob} matches none of the {len(linears)} linears, e.g. {linears[0].path}")
-    reasons = {}
+    reasons, chosen = {}, dict(recipe.forms)
     for linear in linears:
         reasons[linear.path] = ""
         if any(named_by(glob, linear.path) for glob in recipe.skip):
@@ -323,6 +330,8 @@ def _reasons(linears: Sequence[Linear], recipe: Recipe, given: Mapping[str, Tens
             reasons[linear.path] = "it chooses the experts"
         elif linear.path in recipe.budgeted:
             reasons[linear.path] = "the budget leaves it dense"
+        elif linear.path in chosen:
+            continue
         elif recipe.given and linear.weight not in given:
             reasons[linear.path] = f"{recipe.given.file.name} has no mask for it"
         elif recipe.given and bool(given[linear.weight].all()):
@@ -332,7 +341,7 @@ def _reasons(linears: Sequence[Linear], recipe: Recipe, given: Mapping[str, Tens
         elif not _has_pattern(recipe, linear.in_features):
             names = ", ".join(str(pattern) for pattern in recipe.allocation.patterns) if recipe.allocation else ""
             reasons[linear.path] = f"in_features {linear.in_features} is not a multiple of the groups of {names}"
-    if all(reasons.values()):
+    if all(reasons.values()) and not recipe.budgeted:
         raise InputError(f"no linear is left to prune; {linears[0].path}: {reasons[linears[0].path]}")
     return reasons
 

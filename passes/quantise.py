@@ -112,13 +112,15 @@ def quantise_block(
         factor = None if hessian is None else _factor(hessian, paths[keys[0]])
         for key in keys:
             weight = params[key].float()
-            if key not in patterns or not _gains(weight, patterns[key], wanted.storage):
+            form = block.form(key)
+            storage = wanted.storage if form is None else form.storage
+            if not storage.quantised or not _gains(weight, patterns.get(key), storage):
                 continue
             if as_learned:
                 done[key] = replace(learned[key], exact=weight)
             else:
                 importance = hessian.diagonal() if hessian is not None else None
-                done[key] = _gridded(paths[key], wanted.storage, weight, importance, learned.get(key))
+                done[key] = _gridded(paths[key], storage, weight, importance, learned.get(key))
             new = done[key].value()
             if hessian is not None and factor is not None:
                 done[key], new = _fit(done[key], hessian, factor, keep[key])
@@ -145,8 +147,8 @@ def first_grids(block: Block, keys: Iterable[str], params: Mapping[str, Tensor])
     return found
 
 
-def for_packing(gridded: Gridded, pattern: Pattern) -> OnGrid:
-    """What packing has to know of a weight that is on its grid and was pruned to ``pattern``."""
+def for_packing(gridded: Gridded, pattern: Pattern | None) -> OnGrid:
+    """What packing has to know of a weight that is on its grid and was pruned to ``pattern``, or to none."""
     scales = gridded.scales().to(gridded.storage.grid.dtype)
     return OnGrid(pattern, scales if gridded.storage.group else scales[:, 0].contiguous())
 
@@ -219,10 +221,12 @@ def _factor(hessian: Tensor, path: str) -> Tensor:
         raise InputError(f"{path}: {error}; take --quantise rtn, or more calibration text") from error
 
 
-def _gains(weight: Tensor, pattern: Pattern, storage: Storage) -> bool:
+def _gains(weight: Tensor, pattern: Pattern | None, storage: Storage) -> bool:
     """Whether the weight will be packed: it is not all zero, and the packed form is smaller than the dense one."""
     if not bool(weight.any()):
         return False
+    if pattern is None:
+        return storage.blocked
     rows, columns = weight.shape
     size = packed_bytes(rows, columns, int(weight.count_nonzero()), pattern, storage)
     return size < weight.numel() * weight.element_size()

@@ -9,6 +9,7 @@ from typing import Literal
 from ..calibrate.besa import Learning
 from ..calibrate.patterns import Pattern
 from .dialect.storage import Storage
+from .form import Form
 from .given_masks import GivenMasks
 
 Score = Literal["ria", "wanda", "magnitude", "hessian"]
@@ -103,6 +104,7 @@ class Recipe:
         permute: fold channel orders where the graph allows it (N:M only), or not at all.
         skip: glob patterns of module paths that stay dense.
         budgeted: module paths of linears that a budget of time or bytes leaves dense.
+        forms: what a budget made of the others, by module path; those without one get ``pattern``.
         allocation: how BESA learns what each row loses (unstructured only), or None for the same rate everywhere.
         update: how the surviving weights make up for those that are gone.
         mask_from: whether the update chooses the mask as it goes, or takes that of the score. Without an update,
@@ -119,7 +121,7 @@ class Recipe:
         quantise: how they are quantised, or None for weights that are stored as floats or are rounded when packed.
 
     Raises:
-        ValueError: the update would choose a mask that undoes the allocation.
+        ValueError: the update would choose a mask that undoes the allocation, or forms come with rates or masks.
     """
 
     pattern: Pattern
@@ -128,6 +130,7 @@ class Recipe:
     permute: Literal["fold", "none"] = "fold"
     skip: tuple[str, ...] = ()
     budgeted: tuple[str, ...] = ()
+    forms: tuple[tuple[str, Form], ...] = ()
     allocation: Learning | None = None
     update: Update = "none"
     mask_from: MaskFrom = "score"
@@ -139,6 +142,8 @@ class Recipe:
     quantise: Quantise | None = None
 
     def __post_init__(self) -> None:
+        if self.forms and (self.allocation is not None or self.given is not None):
+            raise ValueError("forms were chosen, so neither rates nor masks can be")
         if self.allocation is None or self.mask_from == "score" or self.update == "none":
             return
         if self.allocation.per == "pattern" or self.update == "sparsegpt":

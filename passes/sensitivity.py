@@ -1,180 +1,179 @@
-"""How much the model's loss grows when a linear loses weights, estimated for all linears from one backward pass."""
+"""How much the loss grows when a linear changes, estimated for any change of any linear from one backward pass."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from ..calibrate.masks import keep_mask
 from ..calibrate.matmul import linear as product
-from ..calibrate.patterns import NM, Pattern
-from ..calibrate.scores import wanda
 from ..calibrate.statistics import ActNorm
 from .errors import InputError
 from .frontend.batches import Batch
 from .fx.linears import Linear
 from .fx.partition import Part, Partition
-from .fx.run import Fast, Values, run_model
+from .fx.run import Values, run_model, run_part_changed
+from .mapped import mapped
 from .outputs import Output
 from .recipe import Progress
 
+TOKENS = 1024
+"""How many tokens changes are judged on; norms are those of all that are looked at."""
+Rounding = Callable[[Tensor], Tensor]
 
-def sensitivity(
+
+Site: TypeAlias = tuple[int, str]
+"""One linear in the graph: which of the blocks it is in, and its node there. One module may run at several."""
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What linears read at some tokens, and what their outputs meant for the loss there.
+
+    Attributes:
+        sources: what each linear reads: linears that read the same share it.
+        inputs: x, ``[tokens, in_features]``, by source.
+        gradients: g, ``[tokens, out_features]``, scaled so that the sum of (g'change)^2 is the damage.
+        norms: of the inputs over all tokens that were looked at, by source.
+    """
+
+    sources: Mapping[Site, Site]
+    inputs: Mapping[Site, Tensor]
+    gradients: Mapping[Site, Tensor]
+    norms: Mapping[Site, Tensor]
+
+    def norm(self, sites: Sequence[Site]) -> Tensor:
+        """The activation norms of linears of one weight together, ``[in_features]``."""
+        norms = [self.norms[self.sources[site]] for site in sites]
+        return norms[0] if len(norms) == 1 else torch.stack(norms).norm(dim=0)
+
+    def damage(self, site: Site, weight: Tensor, changed: Iterable[tuple[Tensor, Rounding]]) -> list[float]:
+        r"""The damage of giving a linear other weights, alone.
+
+        With x what the linear reads at a token t, r what becomes of x, W' another weight, and g the gradient of the
+        loss by its output there,
+
+        .. math:: d = \frac{1}{2n} \sum_t \bigl( g_t^\top (W' r(x_t) - W x_t) \bigr)^2
+
+        For logits the loss is the surprise at tokens drawn from what the model itself predicts; then d is the
+        second-order term of KL(model, changed model) in nats a token (Amari 1998, "Natural Gradient Works Efficiently
+        in Learning"; the terms between two tokens are left out, whose mean is small and whose noise is not). For
+        values y the loss is v'y with random v, and d is the squared error of y over the squared norm of y.
+
+        Args:
+            site: of the linear.
+            weight: W, ``[out_features, in_features]``.
+            changed: W', and r.
+        """
+        x, gradient = self.inputs[self.sources[site]], self.gradients[site]
+        before = product(x, weight.float())
+        return [
+            float((gradient * (product(rounding(x), new) - before)).sum(-1).double().square().sum())
+            for new, rounding in changed
+        ]
+
+
+def witness(
     partition: Partition,
     params: Mapping[str, Tensor],
     batches: Sequence[Batch],
-    pattern: Pattern,
     *,
     output: Output,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
-) -> dict[str, float]:
-    r"""The damage of pruning each linear alone, without an update of what survives.
-
-    With x what the linear reads at a token t, W' its weight with the zeros of Wanda's mask, and g the gradient of the
-    loss by its output there,
-
-    .. math:: d = \frac{1}{2n} \sum_t \bigl( g_t^\top (W' - W) x_t \bigr)^2
-
-    For logits the loss is the surprise at tokens drawn from what the model itself predicts; then d is the second-order
-    term of KL(model, pruned model) in nats a token (Amari 1998, "Natural Gradient Works Efficiently in Learning";
-    the terms between two tokens are left out, whose mean is small and whose noise is not). For values y the loss is
-    v'y with random v, and d is the squared error of y over the squared norm of y.
+) -> Witness:
+    """Run every text forward and backward through the whole model, and keep what `Witness` says.
 
     Args:
         partition: the model.
-        params: dense weights by key.
-        batches: what to look at; each goes forward and backward through the whole model, one text at a time.
-        pattern: the zeros to make.
+        params: its weights by key.
+        batches: what to look at, one text at a time.
         output: what the model's first output is.
-        seed: of the tokens drawn, or of v.
+        seed: of the tokens that the loss is about, or of v, and of the tokens that are kept.
         progress: told about every text.
 
-    Returns:
-        d by module path, for the linears of the blocks whose in_features the pattern fits.
-
     Raises:
-        InputError: no token counts, or the loss has no gradient.
+        InputError: no token counts, activations hold NaN, or a linear does not reach the model's output.
     """
-    generator = torch.Generator().manual_seed(seed)
-    texts = [text for batch in batches for text in _texts(batch)]
-    linears = [linear for part in partition.blocks for linear in part.linears if _fits(pattern, linear)]
-    if not linears:
-        return {}
-    norms = {linear.path: ActNorm(linear.in_features) for linear in linears}
-    for done, text in enumerate(texts):
-        progress("looking at activations", done, len(texts))
-        with torch.no_grad():
-            _run(partition, params, text, _norms(norms, text))
-    removed = {}
-    for linear in linears:
-        weight = params[linear.weight].detach().float()
-        keep = keep_mask(wanda(weight, norms[linear.path].norm()), pattern, "row")
-        removed[linear.path] = torch.where(keep, 0.0, -weight)
-    damage, size = dict.fromkeys(removed, 0.0), 0.0
+    texts = [text for batch in batches for text in batch.texts()]
+    linears = {(place, x.node): x for place, part in enumerate(partition.blocks) for x in part.linears}
+    sources: dict[Site, Site] = {}
+    first: dict[Site, Site] = {}
+    for (place, node), linear in linears.items():
+        sources[place, node] = first.setdefault((place, linear.input), (place, node))
+    norms = {site: ActNorm(linears[site].in_features) for site in first.values()}
+    inputs: dict[Site, list[Tensor]] = {site: [] for site in first.values()}
+    gradients: dict[Site, list[Tensor]] = {site: [] for site in linears}
+    generator, size = torch.Generator().manual_seed(seed), 0.0
+    most = -(-TOKENS // max(1, len(texts)))
     for done, text in enumerate(texts):
         progress("estimating damage", done, len(texts))
-        found, counted = _damage_of(partition, params, text, removed, output, generator)
-        damage = {path: damage[path] + found[path] for path in damage}
+        seen, counted = _look(partition, params, text, output, generator)
         size += counted
+        rows: dict[int, Tensor] = {}
+        for site, (x, gradient) in seen.items():
+            x, gradient = text.counted(x.float()), text.counted(gradient)
+            if len(x) not in rows:
+                rows[len(x)] = torch.randperm(len(x), generator=generator)[:most]
+            own = rows[len(x)]
+            gradients[site].append(gradient[own] * (len(x) / max(1, len(own))) ** 0.5)
+            if site in norms:
+                _count(norms[site], linears[site].path, x)
+                inputs[site].append(x[own])
     if not size:
         raise InputError("no token of the calibration batches counts, so no damage can be estimated")
-    return {path: total / size for path, total in damage.items()}
+    factor = (0.5 / size if output == "logits" else 1 / size) ** 0.5
+    return Witness(
+        sources,
+        {site: mapped(torch.cat(found)) for site, found in inputs.items()},
+        {site: mapped(torch.cat(found) * factor) for site, found in gradients.items()},
+        {site: its.norm() for site, its in norms.items()},
+    )
 
 
-def _fits(pattern: Pattern, linear: Linear) -> bool:
-    return not isinstance(pattern, NM) or linear.in_features % pattern.m == 0
+def _look(
+    partition: Partition, params: Mapping[str, Tensor], text: Batch, output: Output, generator: torch.Generator
+) -> tuple[dict[Site, tuple[Tensor, Tensor]], float]:
+    """What every linear reads and the gradient by what it makes; and tokens, or the output's energy."""
+    seen: dict[Site, tuple[Tensor, Tensor]] = {}
+    paths: dict[Site, str] = {}
+    places = {id(part): place for place, part in enumerate(partition.blocks)}
 
+    def run(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> Values:
+        def probe(linear: Linear, x: Tensor, y: Tensor) -> Tensor:
+            if id(part) not in places:
+                return y
+            site = (places[id(part)], linear.node)
+            nothing = torch.zeros_like(y, requires_grad=True)
+            seen[site], paths[site] = (x.detach(), nothing), linear.path
+            return y + nothing
 
-def _texts(batch: Batch) -> list[Batch]:
-    """The rows of a batch, each a batch: one backward pass wants the activations of the whole model."""
-    rows = len(batch.inputs[0])
-    whole = batch.token_mask
-    masks = [None if whole is None else whole[row : row + 1] for row in range(rows)]
-    return [Batch(tuple(x[row : row + 1] for x in batch.inputs), mask, batch.cached) for row, mask in enumerate(masks)]
-
-
-def _damage_of(
-    partition: Partition,
-    params: Mapping[str, Tensor],
-    text: Batch,
-    removed: Mapping[str, Tensor],
-    output: Output,
-    generator: torch.Generator,
-) -> tuple[dict[str, float], float]:
-    """The damage of one text by path, summed, and what it is to be divided by: tokens, or the output's energy."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def nudge(linear: Linear, x: Tensor, y: Tensor) -> Tensor:
-        probe = torch.zeros_like(y, requires_grad=True)
-        seen[linear.path] = (x.detach(), probe)
-        return y + probe
+        return run_part_changed(part, values, params, names, probe)
 
     with torch.enable_grad():
-        rows = _counted(_run(partition, params, text, nudge), text)
+        made = run_model(partition, text.inputs, params, run)
+        rows = text.counted(made.float())
         if output == "logits":
-            drawn = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)
+            drawn = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator) if len(rows) else rows.long()
             loss = -rows.log_softmax(-1).gather(-1, drawn).sum()
-            size, factor = float(len(rows)), 0.5
+            size = float(len(rows))
         else:
             loss = (rows * torch.randn(rows.shape, generator=generator)).sum()
-            size, factor = float(rows.detach().square().sum()), 1.0
-    paths = [path for path in removed if path in seen]
-    gradients = torch.autograd.grad(loss, [seen[path][1] for path in paths], allow_unused=True)
-    found = dict.fromkeys(removed, 0.0)
-    for path, gradient in zip(paths, gradients, strict=True):
+            size = float(rows.detach().square().sum())
+    gradients = torch.autograd.grad(loss, [nothing for _, nothing in seen.values()], allow_unused=True)
+    found = {}
+    for (site, (x, _)), gradient in zip(seen.items(), gradients, strict=True):
         if gradient is None:
-            raise InputError(f"{path} does not reach the model's first output, so its damage cannot be estimated")
-        change = product(seen[path][0].float(), removed[path])
-        found[path] = factor * float((gradient * change).sum(-1).double().square().sum())
+            raise InputError(
+                f"{paths[site]} does not reach the model's first output, so its damage cannot be estimated"
+            )
+        found[site] = (x, gradient.float())
     return found, size
 
 
-def _counted(output: Tensor, text: Batch) -> Tensor:
-    """The rows of the model's first output that count, ``[tokens, features]``."""
-    rows = output.float().flatten(end_dim=-2)
-    mask = None if text.token_mask is None else text.token_mask.reshape(-1)
-    return rows if mask is None or len(mask) != len(rows) else rows[mask]
-
-
-def _norms(norms: Mapping[str, ActNorm], text: Batch) -> Callable[[Linear, Tensor, Tensor], Tensor]:
-    def see(linear: Linear, x: Tensor, y: Tensor) -> Tensor:
-        if linear.path in norms:
-            mask = text.token_mask if text.token_mask is not None and text.token_mask.shape == x.shape[:-1] else None
-            norms[linear.path].update(x, mask)
-        return y
-
-    return see
-
-
-def _run(
-    partition: Partition, params: Mapping[str, Tensor], text: Batch, see: Callable[[Linear, Tensor, Tensor], Tensor]
-) -> Tensor:
-    """The model's first output, where ``see(linear, x, y)`` gives what each linear of a block returns."""
-
-    def run(part: Part, values: Values, params: Mapping[str, Tensor], names: Mapping[str, str]) -> Values:
-        given = [params[names[name]] if name in names else values[name] for name in part.inputs]
-        made = _Seen(part, see).run(*given)
-        results = made if isinstance(made, tuple | list) else (made,)
-        return {name: value for name, value in zip(part.outputs, results, strict=True) if name}
-
-    return run_model(partition, text.inputs, params, run)
-
-
-class _Seen(Fast):
-    """Shows what every linear reads and returns, and goes on with what it is given back."""
-
-    def __init__(self, part: Part, see: Callable[[Linear, Tensor, Tensor], Tensor]) -> None:
-        super().__init__(part.module)
-        self._linears = {linear.node: linear for linear in part.linears}
-        self._see = see
-
-    def run_node(self, n: Node) -> Any:
-        made = super().run_node(n)
-        linear = self._linears.get(n.name)
-        if linear is None:
-            return made
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        return self._see(linear, args[0], made)
+def _count(norm: ActNorm, path: str, x: Tensor) -> None:
+    try:
+        norm.update(x)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error

@@ -1,7 +1,7 @@
 """Everything that a recipe does to a model: the blocks one by one, then all of them together."""
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from ..calibrate.patterns import Pattern
 from .checkpoint import Checkpoint, fingerprint
 from .dialect.packed import OnGrid
 from .distil import distil
+from .form import Form
 from .frontend.batches import Batch
 from .fx.partition import Partition
 from .outputs import Output
@@ -29,12 +30,14 @@ class Sparsified:
             and with joint quantisation first that of the floats, then that on the grid.
         on_grid: what packing has to know of the weights that were quantised, by key.
         patterns: the pattern that each pruned weight was given, by key.
+        forms: what a budget made of weights, by key.
     """
 
     blocks: tuple[BlockReport, ...]
     distilled: tuple[DistilReport, ...]
     on_grid: dict[str, OnGrid]
     patterns: dict[str, Pattern]
+    forms: dict[str, Form] = field(default_factory=dict)
 
 
 def sparsify(
@@ -113,8 +116,10 @@ def sparsify(
             patterns=patterns,
         )
         distilled.append(train(replace(recipe.distil, moves=None), "distil-on-grid"))
-    on_grid = {key: for_packing(its, patterns[key]) for key, its in quantised.items()}
-    return Sparsified(tuple(blocks), tuple(distilled), on_grid, patterns)
+    on_grid = {key: for_packing(its, patterns.get(key)) for key, its in quantised.items()}
+    chosen = dict(recipe.forms)
+    forms = {x.weight: chosen[x.path] for part in partition.blocks for x in part.linears if x.path in chosen}
+    return Sparsified(tuple(blocks), tuple(distilled), on_grid, patterns, forms)
 
 
 def _trains_before_the_grid(recipe: Recipe) -> bool:

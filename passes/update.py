@@ -11,7 +11,6 @@ from ..calibrate.patterns import Pattern, RowCounts
 from ..calibrate.update import DAMPING, Inputs, cost, prepare, relative_error, update
 from .block import GROUPS, Block, Observed, alike
 from .errors import InputError
-from .recipe import Recipe
 
 MORE: Final = (0.01, 0.1, 1.0)
 """Damping that is tried where an update makes a layer worse."""
@@ -48,29 +47,32 @@ def update_block(
     """The weights of a block as pruned, by key.
 
     Left alone but for the mask: weights that another block reads as well, which would be fitted to this block's inputs.
-    What two linears of the block share is fitted to the inputs of both.
+    What two linears of the block share is fitted to the inputs of both. Where nothing is pruned there is nothing to
+    make up for.
 
     Raises:
         InputError: a Hessian is not positive definite with any damping.
     """
     done = {}
-    groups = {} if block.recipe.update == "none" else alike(block, keep)
+    pruned = [key for key in keep if block.pattern(key) is not None]
+    groups = {} if block.recipe.update == "none" else alike(block, pruned)
     fitted = {key for keys in groups.values() for key in keys}
     for key in (key for key in keep if key not in fitted):
         done[key] = Updated(torch.where(keep[key], params[key], 0.0), keep[key])  # literal +0.0, never -0.0
     for nodes, keys in groups.items():
         hessian = observed.hessian(nodes)
         assert hessian is not None
-        own = {key: _target(block.recipe, keep[key]) for key in keys}
+        own = {key: _target(block, key, keep[key]) for key in keys}
         done |= _update_alike(block, {key: params[key] for key in keys}, keep, own, hessian)
     return done
 
 
-def _target(recipe: Recipe, keep: Tensor) -> Pattern | RowCounts | Tensor:
+def _target(block: Block, key: str, keep: Tensor) -> Pattern | RowCounts | Tensor:
     """What an update is to make: the mask itself, or, where it chooses, the pattern or the counts that were learned."""
-    if recipe.mask_from == "score":
+    pattern = block.pattern(key)
+    if block.recipe.mask_from == "score" or pattern is None:
         return keep
-    return recipe.pattern if recipe.allocation is None else RowCounts((~keep).sum(dim=1))
+    return pattern if block.recipe.allocation is None else RowCounts((~keep).sum(dim=1))
 
 
 def _update_alike(

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import time
@@ -20,12 +21,13 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from .. import _native
-from ..calibrate.masks import nm_keep_mask
+from ..calibrate.masks import keep_mask, nm_keep_mask
 from ..calibrate.patterns import NM, Pattern, Unstructured
 from ..passes.cost import DENSE, TOKENS, Speed, Worth, fit, format_name, why_dense
-from ..passes.dialect import packed
+from ..passes.dialect import linear_codes, packed
 from ..passes.dialect.packed import Packed
 from ..passes.dialect.storage import Storage
+from ..passes.form import Form
 from . import library_path
 
 FEATURES = 2048
@@ -38,6 +40,10 @@ STREAMED = 128 << 20
 """Bytes of weights that one run reads at one token, so that they come from memory and not from a cache."""
 
 MOST_LAYERS = 64
+CYCLED = 64 << 20
+"""Bytes of the weights of `seconds` at most: twice the last-level cache of most machines."""
+FEW_LAYERS = 4
+"""Layers that are timed where weights are read once for many tokens."""
 RUNS = {1: 15, 16: 7, 256: 5}
 """How often a session of so many tokens is timed; the best counts."""
 
@@ -56,11 +62,13 @@ class Machine:
         key: what the figures hold for: processor, instruction set, versions, threads.
         speeds: by ``format_name``, and the dense one as ``MatMul``.
         file: where they are kept; None keeps nothing.
+        layers: seconds of layers of one size, by what `seconds` was asked.
     """
 
     key: Mapping[str, str | int]
     speeds: dict[str, Speed] = field(default_factory=dict)
     file: Path | None = None
+    layers: dict[str, float] = field(default_factory=dict)
 
     def worth(self, storage: Storage, *, tokens: int) -> Worth:
         """The decision for weights stored so, in calls of ``tokens`` tokens."""
@@ -86,11 +94,36 @@ class Machine:
         """Of the op that stores weights so."""
         return self._speed(format_name(pattern, storage), lambda: measure_sparse(pattern, storage))
 
+    def seconds(
+        self, form: Form, out_features: int, in_features: int, *, tokens: int, weights: int, bias: bool
+    ) -> float:
+        """Of one layer of this size as it runs in a model, measured on such layers.
+
+        Args:
+            form: of its weight.
+            out_features: of the layer.
+            in_features: likewise.
+            tokens: of a call.
+            weights: numbers in the model's linears together: so many layers run one after the other that all of them
+                are as large as the model, or too large for a cache.
+            bias: whether it has one.
+        """
+        size = form.nbytes(out_features, in_features)
+        many = min(-(-weights // (out_features * in_features)), -(-CYCLED // size)) if tokens < 16 else FEW_LAYERS
+        many = max(FEW_LAYERS, many)
+        said = "with bias" if bias else "without bias"
+        name = f"{form}, {out_features} x {in_features} {said}, {tokens} tokens, {many} layers"
+        if name not in self.layers:
+            self.layers[name] = measure_layer(form, out_features, in_features, tokens=tokens, layers=many, bias=bias)
+            if self.file is not None:
+                _write(self.file, self.key, self.speeds, self.layers)
+        return self.layers[name]
+
     def _speed(self, name: str, measure: Callable[[], Speed]) -> Speed:
         if name not in self.speeds:
             self.speeds[name] = measure()
             if self.file is not None:
-                _write(self.file, self.key, self.speeds)
+                _write(self.file, self.key, self.speeds, self.layers)
         return self.speeds[name]
 
 
@@ -106,7 +139,8 @@ def this_machine() -> Machine:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = root / "sparsify-export" / f"machine-{digest}.json"
-    return Machine(key, _read(file, key), file)
+    speeds, layers = _read(file, key)
+    return Machine(key, speeds, file, layers)
 
 
 def measure_dense() -> Speed:
@@ -121,6 +155,64 @@ def measure_sparse(pattern: Pattern, storage: Storage) -> Speed:
     else:
         group, makers = 1, {density: _packer(Unstructured(1 - density), storage) for density in DENSITIES}
     return _measure(makers, FEATURES // group * group, max(TINY // group, 1) * group)
+
+
+def measure_layer(form: Form, out_features: int, in_features: int, *, tokens: int, layers: int, bias: bool) -> float:
+    """Seconds of one of ``layers`` layers of this size that read the same, each with a weight of its own: the median.
+
+    The weights are random, pruned at random where the form says so.
+    """
+    nodes: list[ir.Node] = []
+    weights: list[ir.Value] = []
+    made = []
+    float_type, layer = ir.TensorType(ir.DataType.FLOAT), _layer(form, out_features, in_features)
+    x = ir.Value(name="x", type=float_type, shape=ir.Shape(["tokens", in_features]))
+    shift = torch.linspace(-1, 1, out_features)
+    for number in range(layers):
+        y = ir.Value(name=f"y{number}", type=float_type, shape=ir.Shape(["tokens", out_features]))
+        own = [_stored(f"{name}{number}", _another(layer, tensor, number)) for name, tensor in _tensors(layer).items()]
+        shifts = [_stored(f"bias{number}", shift + number)] if bias else []
+        weights += [*own, *shifts]
+        made.append(y)
+        if form.dense:
+            product = ir.Value(name=f"product{number}", type=float_type) if bias else y
+            nodes.append(ir.Node("", "MatMul", [x, *own], outputs=[product]))
+            nodes += [ir.Node("", "Add", [product, *shifts], outputs=[y])] if bias else []
+        elif form.storage.blocked:
+            given = linear_codes.attributes(form.storage, out_features, in_features)
+            numbers = [ir.AttrInt64(name, value) for name, value in given.items()]
+            inputs = [x, *own, None, None, *(shifts or [None])]
+            nodes.append(ir.Node(linear_codes.DOMAIN, linear_codes.NODE, inputs, numbers, outputs=[y]))
+        else:
+            assert isinstance(layer, Packed)
+            numbers = [ir.AttrInt64(name, value) for name, value in layer.attributes.items()]
+            nodes.append(ir.Node("sparsify", layer.op, [x, *own, *shifts], numbers, outputs=[y]))
+    opsets = {"": 23, "sparsify": 1, linear_codes.DOMAIN: 1}
+    graph = ir.Graph([x], made, nodes=nodes, initializers=weights, opset_imports=opsets, name="layers")
+    times = _times(ir.Model(graph, ir_version=10), "x", tokens, in_features)
+    return sorted(times)[len(times) // 2] / layers
+
+
+def _layer(form: Form, out_features: int, in_features: int) -> Layer:
+    """A random weight of this size in the form."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator).div(in_features**0.5)
+    if form.storage.blocked:
+        return dict(zip(linear_codes.TENSORS, linear_codes.pack(weight, form.storage), strict=True))
+    if form.pattern is None:
+        return {"weight": weight.T.contiguous()}
+    chances = torch.rand(weight.shape, generator=generator)
+    return packed.pack(weight * keep_mask(chances, form.pattern, "row"), form.pattern, form.storage)
+
+
+def _stored(name: str, tensor: Tensor) -> ir.Value:
+    stored = TorchTensor(tensor, name=name)
+    return ir.Value(name=name, const_value=stored, type=ir.TensorType(stored.dtype))
+
+
+def _another(layer: Layer, tensor: Tensor, number: int) -> Tensor:
+    """ONNX Runtime keeps equal dense weights once, so each layer has its rows in an order of its own."""
+    return tensor if isinstance(layer, Packed) else tensor.roll(number, 0)
 
 
 def _measure(makers: Mapping[float, Callable[[int], Layer]], features: int, tiny: int) -> Speed:
@@ -160,19 +252,22 @@ def _tensors(layer: Layer) -> Mapping[str, Tensor]:
 
 def _seconds(layer: Layer, features: int, tokens: int, layers: int) -> float:
     """Seconds of one of ``layers`` equal layers in a row, each with its own copy of the weight: the best run."""
+    return min(_times(_chain(layer, features, layers), "x0", tokens, features)) / layers
+
+
+def _times(model: ir.Model, name: str, tokens: int, features: int) -> list[float]:
+    """Seconds of every run of a model on random tokens."""
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(library_path()))
-    model = ir.to_proto(_chain(layer, features, layers)).SerializeToString()
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    del model
-    feed = {"x0": np.random.default_rng(0).standard_normal((tokens, features), np.float32)}
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feed = {name: np.random.default_rng(0).standard_normal((tokens, features), np.float32)}
     session.run(None, feed)
     times = []
-    for _ in range(RUNS[tokens]):
+    for _ in range(next(runs for most, runs in RUNS.items() if tokens <= most or most == max(RUNS))):
         start = time.perf_counter()
         session.run(None, feed)
         times.append(time.perf_counter() - start)
-    return min(times) / layers
+    return times
 
 
 def _chain(layer: Layer, features: int, layers: int) -> ir.Model:
@@ -183,10 +278,7 @@ def _chain(layer: Layer, features: int, layers: int) -> ir.Model:
     for number in range(layers):
         weights = []
         for name, tensor in _tensors(layer).items():
-            # ONNX Runtime keeps equal dense weights once, so each layer has its rows in an order of its own.
-            own = tensor if isinstance(layer, Packed) else tensor.roll(number, 0)
-            stored = TorchTensor(own, name=f"{name}{number}")
-            weights.append(ir.Value(name=stored.name, const_value=stored, type=ir.TensorType(stored.dtype)))
+            weights.append(_stored(f"{name}{number}", _another(layer, tensor, number)))
         initializers += weights
         if isinstance(layer, Packed):
             op, domain, attributes = layer.op, "sparsify", dict(layer.attributes)
@@ -209,23 +301,25 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _read(file: Path, key: Mapping[str, str | int]) -> dict[str, Speed]:
+def _read(file: Path, key: Mapping[str, str | int]) -> tuple[dict[str, Speed], dict[str, float]]:
     """What the file holds; nothing where there is none, it is damaged, or it is about another machine."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
         if content["key"] != key:
-            return {}
-        return {
+            return {}, {}
+        speeds = {
             name: Speed(float(s["overhead"]), tuple(map(float, s["empty"])), tuple(map(float, s["full"])))
             for name, s in content["speeds"].items()
         }
+        layers = {str(name): float(seconds) for name, seconds in content.get("layers", {}).items()}
+        return speeds, {name: seconds for name, seconds in layers.items() if 0 < seconds < math.inf}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return {}, {}
 
 
-def _write(file: Path, key: Mapping[str, str | int], speeds: Mapping[str, Speed]) -> None:
+def _write(file: Path, key: Mapping[str, str | int], speeds: Mapping[str, Speed], layers: Mapping[str, float]) -> None:
     """Keep the figures for the next run; where that is not possible, the next run measures again."""
-    content = {"key": key, "speeds": {name: asdict(speed) for name, speed in speeds.items()}}
+    content = {"key": key, "speeds": {name: asdict(speed) for name, speed in speeds.items()}, "layers": layers}
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from . import (
     linear_bitmask,
     linear_bitmask_int4,
     linear_bitmask_int8,
+    linear_codes,
     linear_nm,
     linear_nm_int4,
     linear_nm_int8,
@@ -24,10 +25,11 @@ OPS = {
         linear_nm, linear_nm_int8, linear_nm_int4, linear_bitmask, linear_bitmask_int8, linear_bitmask_int4
     )
 }  # fmt: skip
-"""The ops of the dialect by name."""
+"""The sparse ops of the dialect by name."""
 
 TENSORS = {name: tuple(i.name for i in op.SCHEMA.inputs if i.name not in ("x", "bias")) for name, op in OPS.items()}
 """What each op stores, in the order of its inputs."""
+TENSORS[linear_codes.NAME] = linear_codes.TENSORS
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Packed:
             ValueError: the tensors do not fit each other; see the op's file.
         """
         t, a = self.tensors, self.attributes
+        if self.op == linear_codes.NAME:
+            return linear_codes.unpack(t["codes"], t["scales"], a["bits"], a["in_features"])
         scales, group = t.get("scales"), a.get("group", 0)
         if "mask" in t:
             dense = _native.unpack_bitmask(
@@ -74,20 +78,30 @@ class OnGrid:
     """What packing has to know of a weight that was put on the grid of its storage before.
 
     Attributes:
-        pattern: of its mask, which keeps weights whose code became 0.
+        pattern: of its mask, which keeps weights whose code became 0; None where nothing was pruned.
         scales: as the op stores them.
     """
 
-    pattern: Pattern
+    pattern: Pattern | None
     scales: Tensor
 
 
-def pack(weight: Tensor, pattern: Pattern, storage: Storage, scales: Tensor | None = None) -> Packed:
-    """Store a sparse weight ``[out_features, in_features]``; quantised storage takes ``scales`` or finds its own.
+def pack(weight: Tensor, pattern: Pattern | None, storage: Storage, scales: Tensor | None = None) -> Packed:
+    """Store a weight ``[out_features, in_features]``; quantised storage takes ``scales`` or finds its own.
+
+    Without a pattern it is dense, and its storage ``blocked``.
 
     Raises:
         ValueError: it does not have the pattern, or does not fit the storage; see the op's file.
     """
+    if pattern is None:
+        codes = linear_codes.pack(weight, storage, scales)
+        own = {
+            "bits": linear_codes.BITS[storage.kind],
+            "block": storage.block_of(weight.shape[1]),
+            "in_features": weight.shape[1],
+        }
+        return Packed(linear_codes.NAME, dict(zip(linear_codes.TENSORS, codes, strict=True)), own)
     name = op_name(pattern, storage)
     every = {"in_features": weight.shape[1], "group": storage.group}
     tensors: tuple[Tensor, ...]

@@ -26,16 +26,21 @@ class Storage:
         kind: ``fp32``, ``fp16``, ``bf16``; ``int8``, one float32 scale a row; ``int4``, one float16 scale a group.
         group: columns that share a scale; 0 unless ``int4``.
         half_scales: the scales of ``int8`` are float16, as a TensorRT engine takes them.
+        blocked: a dense ``int8`` or ``int4`` weight, which ONNX Runtime's own operator multiplies (linear_codes.py): it
+            quantises activations not token by token but a block of `block_of` columns at a time.
 
     Raises:
-        ValueError: ``group`` does not go with ``kind``.
+        ValueError: ``group`` does not go with ``kind``, or ``blocked`` with a float.
     """
 
     kind: Kind = "fp32"
     group: int = 0
     half_scales: bool = False
+    blocked: bool = False
 
     def __post_init__(self) -> None:
+        if self.blocked and not self.quantised:
+            raise ValueError(f"only codes come in blocks, got {self.kind}")
         if self.kind == "int4" and self.group not in GROUPS:
             raise ValueError(f"int4 wants a group of 32, 64 or 128 columns, got {self.group}")
         if self.kind != "int4" and self.group != 0:
@@ -74,7 +79,16 @@ class Storage:
         """
         if self.kind == "bf16":
             return x.bfloat16().to(x.dtype)
+        if self.blocked:
+            return quantise_blocks(x, self.block_of(x.shape[-1]))
         return quantise_tokens(x) if self.quantised else x
+
+    def block_of(self, in_features: int) -> int:
+        """How many columns of a ``blocked`` weight, and of its activations, share a scale as they are stored.
+
+        A row of int8 has one scale, which is repeated for every block: the longest that fills it without padding.
+        """
+        return self.group or next((size for size in reversed(GROUPS) if in_features % size == 0), GROUPS[0])
 
 
 FP32 = Storage()
@@ -100,6 +114,13 @@ def quantise_tokens(x: Tensor) -> Tensor:
     codes = torch.round(exact / step.masked_fill(tiny, 1.0))
     result = codes.to(x.dtype) * step.masked_fill(tiny, 0.0).to(x.dtype)
     return result.masked_fill(~exact.isfinite().all(dim=-1, keepdim=True), torch.nan)
+
+
+def quantise_blocks(x: Tensor, block: int) -> Tensor:
+    """As ``quantise_tokens``, with a step for every ``block`` columns of a token; the last may be short."""
+    columns = x.shape[-1]
+    blocks = torch.nn.functional.pad(x, (0, -columns % block)).unflatten(-1, (-1, block))
+    return quantise_tokens(blocks).flatten(-2)[..., :columns]
 
 
 def plain(weight: Tensor) -> Tensor:

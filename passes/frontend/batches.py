@@ -43,6 +43,23 @@ class Batch:
     token_mask: Tensor | None
     cached: int = 0
 
+    def texts(self) -> list["Batch"]:
+        """The rows of the batch, each a batch."""
+        masks = [None if self.token_mask is None else self.token_mask[row : row + 1] for row in range(self.rows)]
+        return [
+            Batch(tuple(x[row : row + 1] for x in self.inputs), mask, self.cached) for row, mask in enumerate(masks)
+        ]
+
+    @property
+    def rows(self) -> int:
+        """How many texts, or other samples, there are."""
+        return len(self.inputs[0])
+
+    def counted(self, output: Tensor) -> Tensor:
+        """The rows of an output that belong to tokens that count, ``[tokens, features]``; all where it has others."""
+        rows, mask = output.flatten(end_dim=-2), self.token_mask
+        return rows if mask is None or mask.numel() != len(rows) else rows[mask.reshape(-1)]
+
     def head(self) -> "Batch":
         """The first ``CHECK_TOKENS`` tokens, padding in front left out, or the first sample: enough to check a fold."""
         own = self.inputs[: len(self.inputs) - self.cached]

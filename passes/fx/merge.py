@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from ..dialect import linear_codes
 from ..dialect.packed import OPS, stack
 from ..frontend.trace import PREFIX
 from ..mapped import mapped
@@ -20,7 +21,7 @@ from .replace import drop_unused, replace_node
 
 aten = torch.ops.aten
 
-LINEAR = {aten.linear.default, *(getattr(torch.ops.sparsify, name).default for name in OPS)}
+LINEAR = {aten.linear.default, *(getattr(torch.ops.sparsify, name).default for name in (*OPS, linear_codes.NAME))}
 
 
 @dataclass(frozen=True)

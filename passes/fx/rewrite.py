@@ -15,6 +15,7 @@ from ..dialect import experts, packed
 from ..dialect.packed import OnGrid, Packed
 from ..dialect.storage import FP32, Storage
 from ..errors import InputError
+from ..form import Form
 from .canonical import parameter_names
 from .experts import Stack, find_stacks, join_experts
 from .linears import Linear, find_linears
@@ -55,12 +56,14 @@ class _Found:
         weight: its weight; None where that is no parameter.
         pattern: of the weight.
         reason: why it stays dense, or "".
+        storage: of its values, or of dense codes.
     """
 
     linear: Linear
     weight: Tensor | None
     pattern: Pattern | None
     reason: str
+    storage: Storage = FP32
 
     @property
     def dense_bytes(self) -> int:
@@ -72,11 +75,11 @@ class _Found:
         pattern = None if self.pattern is None else str(self.pattern)
         return Lowered(self.linear, pattern, "MatMul", self.reason, self.dense_bytes, self.dense_bytes)
 
-    def stored_as(self, storage: Storage, known: OnGrid | None, pattern: Pattern) -> Packed:
+    def stored(self, known: OnGrid | None, pattern: Pattern | None) -> Packed:
         """Its weight, packed."""
         assert self.weight is not None
         try:
-            return packed.pack(self.weight.detach(), pattern, storage, known.scales if known else None)
+            return packed.pack(self.weight.detach(), pattern, self.storage, known.scales if known else None)
         except ValueError as error:
             raise InputError(f"{self.linear.path}: {error}; store the weights as fp32 or bf16") from error
 
@@ -89,6 +92,7 @@ def lower_linears(
     worth: Worth | None = None,
     on_grid: Mapping[str, OnGrid] = MappingProxyType({}),
     patterns: Mapping[str, Pattern] = MappingProxyType({}),
+    forms: Mapping[str, Form] = MappingProxyType({}),
     unpruned: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Lowered]:
     """Rewrite every linear whose weight is sparse to a sparse op, in place.
@@ -98,6 +102,7 @@ def lower_linears(
              y = sparsify.linear_bitmask(x, values, mask, row_start, b, in_features)
              or the int8 or int4 form of either, which has scales in front of b; a stack of experts by one op that
              stores all of them so (``dialect/experts.py``)
+             sparsify.linear_codes(x, codes, scales, b, bits, block, in_features)     where a form says dense codes
     Left alone: dense weights, weights that something besides linears reads (tied embeddings), weights that are not in
         the state dict, and everything when ``sparse`` is False. A packed form that would not be smaller than the
         dense one is not made, nor one that ``worth`` has a reason against.
@@ -111,6 +116,7 @@ def lower_linears(
         worth: asked for every weight that could be lowered; None lowers all of them.
         on_grid: the weights, by key, that were quantised before; all others are rounded to nearest here.
         patterns: what weights were pruned to, by key; the pattern of all others is found from their zeros.
+        forms: what weights are stored as, by key, where that is not ``storage``.
         unpruned: why linears were not pruned, by path: of those whose weight is dense that is the reason.
 
     Raises:
@@ -125,22 +131,28 @@ def lower_linears(
             found[linear.node] = _Found(linear, None, None, "the weight is a constant, not a parameter")
             continue
         known = on_grid.get(linear.weight)
+        form = forms.get(linear.weight)
+        its = form.storage if form else storage
+        if its.blocked and bool(weight.any()):
+            found[linear.node] = _Found(linear, weight, None, _why_not_alone(nodes[linear.node]), its)
+            continue
         pattern = _pattern(weight.detach(), known.pattern if known else patterns.get(linear.weight))
         unless = unpruned.get(linear.path, "")
-        reason = _why_dense(nodes[linear.node], weight, pattern, storage, sparse, worth, unless)
-        found[linear.node] = _Found(linear, weight, pattern, reason)
+        reason = _why_dense(nodes[linear.node], weight, pattern, its, sparse, worth, unless)
+        found[linear.node] = _Found(linear, weight, pattern, reason, its)
     stacks = find_stacks(program.graph_module.graph)
     results = {name: each.left() for name, each in found.items()}
     for stack in stacks:
         own = [found[linear.name] for linear in stack.linears if linear.name in found]
-        results |= _lower_stack(program, stack, own, storage, on_grid)
+        results |= _lower_stack(program, stack, own, on_grid)
     alone = found.keys() - {linear.name for stack in stacks for linear in stack.linears}
     for name, each in found.items():
-        if name in alone and not each.reason and each.pattern is not None:
-            stored = each.stored_as(storage, on_grid.get(each.linear.weight), each.pattern)
+        if name in alone and not each.reason and (each.pattern is not None or each.storage.blocked):
+            stored = each.stored(on_grid.get(each.linear.weight), each.pattern)
             _replace(program, nodes[name], stored)
+            pattern_name = None if each.pattern is None else str(each.pattern)
             results[name] = Lowered(
-                each.linear, str(each.pattern), stored.op, "", each.dense_bytes, stored.nbytes, stored.attributes
+                each.linear, pattern_name, stored.op, "", each.dense_bytes, stored.nbytes, stored.attributes
             )
     drop_unused(program)
     program.graph_module.recompile()
@@ -168,7 +180,6 @@ def _lower_stack(
     program: ExportedProgram,
     stack: Stack,
     own: Sequence[_Found],
-    storage: Storage,
     on_grid: Mapping[str, OnGrid],
 ) -> dict[str, Lowered]:
     """Store the experts of a stack as one op, by the node of each; all of them stay dense where one has to.
@@ -183,7 +194,7 @@ def _lower_stack(
         told = f"it is stored with {left[0].linear.path}, which stays dense" if left else ""
         return {each.linear.node: replace(each, reason=each.reason or told).left() for each in own}
     pattern = next(iter(wanted.values())) if len(wanted) == 1 else Unstructured(0.5)
-    stored = [each.stored_as(storage, on_grid.get(each.linear.weight), pattern) for each in own]
+    stored = [each.stored(on_grid.get(each.linear.weight), pattern) for each in own]
     op, attributes = experts.PREFIX + stored[0].op, stored[0].attributes
     done = {
         each.linear.node: Lowered(
@@ -220,16 +231,22 @@ def _why_dense(
         return (unpruned or "the weight is dense") if bool(weight.any()) else "the weight is zero everywhere"
     if not sparse:
         return "--ops standard"
-    holder = node.args[1]
-    assert isinstance(holder, Node)
-    if any(user.target is not torch.ops.aten.linear.default for user in holder.users):
-        return "the weight is tied to something that is not a linear"
+    if reason := _why_not_alone(node):
+        return reason
     rows, columns = weight.shape
     nonzeros = int(weight.count_nonzero())
     size = packed.packed_bytes(rows, columns, nonzeros, pattern, storage)
     if size >= weight.numel() * weight.element_size():
         return f"packed it would take {size} bytes, dense {weight.numel() * weight.element_size()}"
     return worth(pattern, rows, columns, nonzeros) if worth is not None else ""
+
+
+def _why_not_alone(node: Node) -> str:
+    """Whether something besides linears reads the weight, as a reason; "" where nothing does."""
+    holder = node.args[1]
+    assert isinstance(holder, Node)
+    tied = any(user.target is not torch.ops.aten.linear.default for user in holder.users)
+    return "the weight is tied to something that is not a linear" if tied else ""
 
 
 def _replace(program: ExportedProgram, node: Node, stored: Packed) -> None:

@@ -10,6 +10,7 @@ from torch.fx import Interpreter, Node
 from torch.fx.node import map_aggregate
 
 from ...calibrate.matmul import linear
+from .linears import Linear
 from .partition import Part, Partition
 
 aten = torch.ops.aten
@@ -111,6 +112,21 @@ def run_part_rounded(
     """
     with torch.no_grad():
         results = _Rounded(part, names, rounded, fast=fast).run(*_arguments(part, values, params, names))
+    return _named(part, results)
+
+
+def run_part_changed(
+    part: Part,
+    values: Values,
+    params: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    change: Callable[[Linear, Tensor, Tensor], Tensor],
+) -> Values:
+    """As ``run_part``, where ``change(linear, x, y)`` says what a linear that reads x returns instead of y.
+
+    Gradients are kept where they are enabled: what ``change`` adds may ask for one.
+    """
+    results = _Changed(part, change).run(*_arguments(part, values, params, names))
     return _named(part, results)
 
 
@@ -251,6 +267,20 @@ class _Rounded(Fast):
         made = self._change[n](exact)
         x = args[0] + (made - exact) if torch.is_grad_enabled() else made
         return self.call_function(n.target, (x, *args[1:]), dict(kwargs))
+
+
+class _Changed(Fast):
+    """Shows what every linear reads and returns, and goes on with what it is given back."""
+
+    def __init__(self, part: Part, change: Callable[[Linear, Tensor, Tensor], Tensor]) -> None:
+        super().__init__(part.module)
+        self._linears = {linear.node: linear for linear in part.linears}
+        self._change = change
+
+    def run_node(self, n: Node) -> Any:
+        made = super().run_node(n)
+        linear = self._linears.get(n.name)
+        return made if linear is None else self._change(linear, self.fetch_args_kwargs_from_env(n)[0][0], made)
 
 
 class _Float64(Interpreter):

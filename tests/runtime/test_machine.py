@@ -5,7 +5,8 @@ import json
 import pytest
 from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.passes.cost import DENSE, Speed
-from sparsify_export.passes.dialect.storage import Storage
+from sparsify_export.passes.dialect.storage import FP32, Storage
+from sparsify_export.passes.form import Form
 from sparsify_export.runtime import machine
 from sparsify_export.runtime.machine import Machine, measure_dense, measure_sparse, this_machine
 
@@ -53,6 +54,33 @@ def test_every_format_can_be_measured(pattern, storage, small):
 def test_dense_can_be_measured(small):
     speed = measure_dense()
     assert speed.empty == speed.full
+
+
+FORMS = [
+    Form(),
+    Form(None, Storage("int8", blocked=True)),
+    Form(None, Storage("int4", 32, blocked=True)),
+    *(Form(pattern, storage) for pattern in (NM(2, 4), Unstructured(0.7)) for storage in (FP32, Storage("int8"))),
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_can_be_timed_in_a_layer_of_its_own_size(form, bias, tokens, small):
+    assert machine.measure_layer(form, 48, 64, tokens=tokens, layers=3, bias=bias) > 0
+
+
+def test_layers_are_as_many_as_the_model_has_numbers_and_are_timed_once(cache, monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "measure_layer", lambda form, *size, **how: asked.append((form, size, how)) or 1e-3)
+    given = {"tokens": 1, "weights": 100 * 64 * 64, "bias": False}
+    assert this_machine().seconds(Form(), 64, 64, **given) == this_machine().seconds(Form(), 64, 64, **given) == 1e-3
+    assert [how["layers"] for _, _, how in asked] == [100]
+    this_machine().seconds(Form(), 4096, 4096, **{**given, "weights": 1 << 40})  # no more than a cache holds twice
+    this_machine().seconds(Form(), 64, 64, **{**given, "tokens": 128})
+    this_machine().seconds(Form(), 64, 64, **{**given, "bias": True})
+    assert [how["layers"] for _, _, how in asked[1:]] == [4, 4, 100]
 
 
 def test_each_format_is_measured_once_and_only_when_it_is_asked_for(cache, asked):

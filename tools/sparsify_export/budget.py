@@ -1,88 +1,66 @@
-"""Which linears stay dense, so that the model meets a budget of time or bytes with the least damage.
+"""Which form every linear gets, so that the model meets a budget of time, bytes or loss.
 
-Nothing is believed that can be measured: the dense model is written and timed first, then the choice with weights that
-are zeroed by magnitude, for speed and size depend on where zeros are allowed and on nothing else. Where it misses the
-budget by more than 5 %, what linears gain is corrected by what was measured, and it is chosen again, twice at most.
+Nothing is believed that can be measured: the dense model is written and timed first, then a file of the choice. Where
+that misses the budget by more than 5 %, what linears gain is corrected, and it is chosen again, twice at most.
 """
 
-import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .calibrate.budget import Form, choose
-from .calibrate.masks import keep_mask
-from .calibrate.patterns import NM, Pattern
-from .passes.dialect import packed
-from .passes.dialect.storage import Storage
+from .calibrate.budget import Option
+from .calibrate.patterns import NM, Unstructured
+from .calibrate.search import Goal, Measured, OutOfReachError, Try, search
+from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError
+from .passes.form import Form
 from .passes.frontend.batches import Batch
-from .passes.frontend.trace import Traced
-from .passes.fx.canonical import canonicalise
-from .passes.fx.embeddings import quantise_embeddings
 from .passes.fx.linears import Linear
 from .passes.fx.partition import Partition
-from .passes.fx.rewrite import lower_linears
-from .passes.lower import to_onnx
-from .passes.mapped import mapped
-from .passes.onnx.protos import data_files
 from .passes.outputs import Output
 from .passes.recipe import Recipe
-from .passes.sensitivity import sensitivity
+from .passes.sensitivity import Site, Witness, witness
 from .passes.skip import named_by
-from .publish import PARTIAL
-from .runtime.benchmark import compare_files
 from .runtime.machine import Machine
-from .runtime.session import open_session
+from .runtime.trial import Trials
+from .runtime.workload import Workload
 from .settings import Budget, Console
-from .target import Target
 
-TRIES = 3
-BATCHES = 8
-"""How many calibration batches the damage is estimated from."""
-REPEATS = 15
+TEXTS = 8
+"""How many calibration texts the damage is estimated from."""
+PATTERNS = (NM(2, 4), NM(4, 8), NM(6, 8), NM(8, 16), *map(Unstructured, (0.3, 0.5, 0.7, 0.9)))
+STORAGES = (FP32, Storage("bf16"), Storage("int8"), Storage("int4", 32))
+SURELY = 1.25
+"""By what factor a form must be slower than one that cannot hurt more, on the size with most weights, not to be timed
+on the others."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Linears of a block that read the same input, and so run as one op.
+    """Linears that get one form: those that run as one op since they read the same, and those that share a weight.
 
     Attributes:
-        linears: of the block.
-        damage: see ``sensitivity``, of all of them together.
-        dense_seconds: predicted for this machine in the workload.
-        sparse_seconds: the same with zeros.
-        dense_bytes: in float32.
-        sparse_bytes: as packed.
+        ops: for each op its linears and where they are.
+        forms: that it may have; the first is dense.
+        options: the figures of each form.
     """
 
-    linears: tuple[Linear, ...]
-    damage: float
-    dense_seconds: float
-    sparse_seconds: float
-    dense_bytes: int
-    sparse_bytes: int
+    ops: tuple[tuple[tuple[Site, Linear], ...], ...]
+    forms: tuple[Form, ...]
+    options: tuple[Option, ...]
 
+    @property
+    def weights(self) -> dict[str, Linear]:
+        """One linear of every weight, by its key."""
+        return {linear.weight: linear for op in self.ops for _, linear in op}
 
-@dataclass(frozen=True)
-class Try:
-    """One choice, and what came of it: predicted, and measured on a file of its zeros.
-
-    Attributes:
-        sparse: how many linears are sparse.
-        damage: predicted, of all of them.
-        predicted: the speed-up, or the fraction of bytes.
-        measured: the same of the file.
-    """
-
-    sparse: int
-    damage: float
-    predicted: float
-    measured: float
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the linears; one that runs at several places is there once."""
+        return tuple(dict.fromkeys(linear.path for op in self.ops for _, linear in op))
 
 
 @dataclass(frozen=True)
@@ -91,252 +69,286 @@ class Choice:
 
     Attributes:
         budget: what was asked for.
-        dense: module paths of the linears that stay dense, of those that could have been pruned.
         groups: all groups with their figures.
-        sparse: for each group whether it is pruned.
+        dense: the dense file.
         tries: every choice that was made, the last is what counts.
-        dense_ms: of the workload, the dense file's median in the last try; 0 where nothing was timed, for a size.
-        result_ms: likewise of the choice.
+        losses: by what part the perplexity grew with every choice, where a loss is to be held.
     """
 
     budget: Budget
-    dense: tuple[str, ...]
     groups: tuple[Group, ...]
-    sparse: tuple[bool, ...]
+    dense: Measured
     tries: tuple[Try, ...]
-    dense_ms: float
-    result_ms: float
+    losses: tuple[float, ...] = ()
+
+    @property
+    def forms(self) -> tuple[tuple[str, Form], ...]:
+        """The forms of linears that do not stay dense, by module path."""
+        chosen = self._chosen()
+        return tuple((path, form) for group, form in chosen if not form.dense for path in group.paths)
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Module paths of the linears that stay dense."""
+        return tuple(path for group, form in self._chosen() if form.dense for path in group.paths)
+
+    def _chosen(self) -> list[tuple[Group, Form]]:
+        picks = self.tries[-1].picks
+        return [(group, group.forms[pick]) for group, pick in zip(self.groups, picks, strict=True)]
 
     def plain(self) -> dict[str, Any]:
         """As JSON-able values, for the report."""
         groups = [
             {
-                "linears": [linear.path for linear in group.linears],
-                "sparse": sparse,
-                "damage": group.damage,
-                "dense_ms": 1e3 * group.dense_seconds,
-                "sparse_ms": 1e3 * group.sparse_seconds,
-                "dense_bytes": group.dense_bytes,
-                "sparse_bytes": group.sparse_bytes,
+                "linears": list(group.paths),
+                "form": str(form),
+                "forms": [
+                    {"form": str(form), "ms": 1e3 * option.seconds, "bytes": option.nbytes, "damage": option.damage}
+                    for form, option in zip(group.forms, group.options, strict=True)
+                ],
             }
-            for group, sparse in zip(self.groups, self.sparse, strict=True)
+            for group, form in self._chosen()
+        ]
+        tries = [
+            {
+                "mix": told_mix(self.groups, each.picks),
+                "damage": each.damage,
+                "ms": each.ms,
+                "size": each.size,
+                "measured": asdict(each.measured),
+            }
+            for each in self.tries
         ]
         return {
             "budget": str(self.budget),
             "speedup": self.budget.speedup,
             "size": self.budget.size,
-            "workload": str(self.budget.workload),
-            "tries": [vars(each) for each in self.tries],
-            "dense_ms": self.dense_ms,
-            "result_ms": self.result_ms,
+            "workload": str(self.budget.workload) if self.budget.workload else None,
+            "loss": self.budget.loss,
+            "losses": list(self.losses),
+            "tries": tries,
             "groups": groups,
         }
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What trial files are made from, and the budget they are held against.
+def candidates(recipe: Recipe, storage: Storage | None, *, chosen: bool) -> list[Form]:
+    """The forms to choose from, dense first.
 
-    Attributes:
-        traced: traces the model anew: writing a file changes the program.
-        storage: of sparse weights.
-        pattern: of their zeros.
-        budget: what is asked for.
+    Args:
+        recipe: its pattern is the only one where it was ``chosen``.
+        storage: the only one besides dense float32; None for all.
+        chosen: whether the user said which pattern.
     """
-
-    traced: Callable[[], Traced]
-    storage: Storage
-    pattern: Pattern
-    budget: Budget
-
-    def write(self, path: Path, linears: Sequence[Linear]) -> None:
-        """The model in which some linears have their smallest weights zeroed; none: the dense float32 model."""
-        traced = self.traced()
-        canonicalise(traced.program)
-        state, patterns = traced.program.state_dict, {linear.weight: self.pattern for linear in linears}
-        for key in patterns:
-            weight = state[key].detach()
-            kept = mapped(weight * keep_mask(weight.abs(), self.pattern, "row"))
-            state[key] = torch.nn.Parameter(kept, requires_grad=False)
-        lower_linears(traced.program, storage=self.storage, patterns=patterns, sparse=bool(linears))
-        if linears and self.storage.quantised:
-            quantise_embeddings(traced.program)
-        to_onnx(traced, path, metadata={})
+    if chosen:
+        return [Form(), Form(recipe.pattern, storage or FP32)]
+    own = STORAGES if storage is None else (storage,)
+    coded = [Form(None, Storage(its.kind, its.group, blocked=True)) for its in own if its.quantised]
+    return [Form(), *coded, *(Form(pattern, its) for its in own for pattern in PATTERNS)]
 
 
-def choose_linears(
-    trial: Trial,
-    recipe: Recipe,
+def look(
     parts: Partition,
     params: Mapping[str, Tensor],
     batches: Sequence[Batch],
-    target: Target,
-    machine: Machine,
-    *,
     output: Output,
     seed: int,
     console: Console,
-) -> Choice:
-    """Choose which linears are pruned.
+) -> Witness:
+    """What the damage of forms is estimated from."""
+    texts = [text for batch in batches for text in batch.texts()][:TEXTS]
+    return witness(parts, params, texts, output=output, seed=seed, progress=console.progress)
 
-    Args:
-        trial: how trial files are made.
-        recipe: what it leaves dense (``skip``) stays dense.
-        parts: the model.
-        params: its dense weights by key.
-        batches: calibration batches.
-        target: beside which trial files are written, and removed again.
-        machine: predicts the time of ops.
-        output: what the model's first output is.
-        seed: of the tokens that the damage is estimated on.
-        console: where to tell what happens.
+
+def make_groups(
+    parts: Partition,
+    params: Mapping[str, Tensor],
+    seen: Witness,
+    recipe: Recipe,
+    forms: Sequence[Form],
+    machine: Machine,
+    workload: Workload | None,
+    console: Console,
+) -> list[Group]:
+    """Every group of linears that the recipe does not skip, with the figures of all forms that may be worth it.
+
+    Where no workload is given nothing is timed, and seconds are 0.
 
     Raises:
-        InputError: nothing can be pruned, the model cannot run the workload, or the budget cannot be met: then the
-            nearest that can be is named.
+        InputError: no linear can have any form but the dense one.
     """
-    allowed = [
-        [linear for linear in part.linears if not any(named_by(glob, linear.path) for glob in recipe.skip)]
-        for part in parts.blocks
-    ]
-    found = sensitivity(
-        parts, params, batches[:BATCHES], recipe.pattern, output=output, seed=seed, progress=console.progress
-    )
-    groups = _groups(trial, allowed, found, machine)
-    if not groups:
-        raise InputError(f"a budget wants linears that can be pruned to {recipe.pattern}, and there is none")
-    stage = target.out.with_name(f".{target.out.name}.{secrets.token_hex(4)}{PARTIAL}")
-    files = Target(target.out, target.folder, target.overwrite, stage)
-    with files.guarded():
-        files.open()
-        console.progress("writing the dense model", 0, 0)
-        trial.write(stage / "dense.onnx", [])
-        return _search(trial, groups, stage, console)
-
-
-def _groups(
-    trial: Trial, blocks: Sequence[Sequence[Linear]], damage: Mapping[str, float], machine: Machine
-) -> list[Group]:
-    """The linears of every block that can be pruned, those that read the same input together."""
-    workload = trial.budget.workload
-    tokens = (workload.tokens or 1) * workload.batch
-    dense, sparse = machine.dense(), machine.sparse(trial.pattern, trial.storage)
-    density = trial.pattern.n / trial.pattern.m if isinstance(trial.pattern, NM) else 1 - trial.pattern.sparsity
-    sizes: dict[tuple[int, int], int] = {}
+    grouped = _grouped(parts, recipe)
+    if not any(_can_have(ops, form, {}) for ops in grouped for form in forms[1:]):
+        raise InputError(f"a budget wants linears that can be {' or '.join(map(str, forms[1:4]))}, and there is none")
+    if workload is None:
+        seconds: dict[tuple[Any, ...], float] = {}
+    else:
+        seconds = _seconds(grouped, forms, machine, workload, console)
     groups = []
-    for block in blocks:
-        together: dict[str, list[Linear]] = {}
-        for linear in block:
-            if linear.path in damage:
-                together.setdefault(linear.input, []).append(linear)
-        for linears in together.values():
-            rows, columns = sum(linear.out_features for linear in linears), linears[0].in_features
-            if (rows, columns) not in sizes:
-                sizes[rows, columns] = _packed_bytes(trial, rows, columns)
-            groups.append(
-                Group(
-                    linears=tuple(linears),
-                    damage=sum(damage[linear.path] for linear in linears),
-                    dense_seconds=dense.seconds(rows, columns, 1.0, tokens),
-                    sparse_seconds=sparse.seconds(rows, columns, density, tokens),
-                    dense_bytes=rows * columns * 4,
-                    sparse_bytes=sizes[rows, columns],
-                )
-            )
+    for done, ops in enumerate(grouped):
+        console.progress("weighing forms", done, len(grouped))
+        found = [(form, _figures(ops, form, seconds)) for form in forms if _can_have(ops, form, seconds)]
+        worth = [
+            (form, option)
+            for form, option in found
+            if form.dense or not any(_better(*other, form, option, timed=workload is not None) for other in found)
+        ]
+        damage = _damage(ops, [form for form, _ in worth], params, seen)
+        options = [Option(option.seconds, option.nbytes, hurt) for (_, option), hurt in zip(worth, damage, strict=True)]
+        groups.append(Group(ops, tuple(form for form, _ in worth), tuple(options)))
     return groups
 
 
-def _packed_bytes(trial: Trial, rows: int, columns: int) -> int:
-    """What a weight of this size takes: packed, a random one, for the values do not matter."""
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    return packed.pack(weight * keep_mask(weight.abs(), trial.pattern, "row"), trial.pattern, trial.storage).nbytes
+def choose_forms(
+    groups: Sequence[Group], budget: Budget, goal: Goal, trials: Trials, dense: Measured, console: Console
+) -> Choice:
+    """Choose the form of every group.
 
+    Args:
+        groups: with their figures.
+        budget: what the user asked for.
+        goal: what is to be met.
+        trials: writes and measures files of choices.
+        dense: the dense file.
+        console: where to tell what happens.
 
-@dataclass(frozen=True)
-class Scale:
-    """What files have told so far.
-
-    Attributes:
-        worth: seconds that a file gained over those that were predicted.
-        rest: bytes of a file besides the weights of the groups.
+    Raises:
+        InputError: the budget cannot be met; the nearest that can be is named.
     """
 
-    worth: float
-    rest: int
-
-
-def _search(trial: Trial, groups: Sequence[Group], stage: Path, console: Console) -> Choice:
-    """Choose, measure and choose again."""
-    budget, dense = trial.budget, stage / "dense.onnx"
-    dense_ms, _, _ = _timed(dense, dense, budget)
-    dense_bytes = _size(dense)
-    scale = Scale(1.0, dense_bytes - sum(group.dense_bytes for group in groups))
-    tries: list[Try] = []
-    while True:
-        console.progress(f"choosing, try {len(tries) + 1}", 0, 0)
-        sparse, possible = _pick(groups, budget, scale, dense_ms=dense_ms, dense_bytes=dense_bytes)
-        linears = [linear for group, its in zip(groups, sparse, strict=True) if its for linear in group.linears]
-        file = stage / f"try{len(tries)}.onnx"
-        trial.write(file, linears)
-        dense_ms, result_ms, ratio = _timed(file, dense, budget)
-        nbytes = _size(file)
-        for each in (file, *data_files(file)):
-            each.unlink()
-        chosen = [group for group, its in zip(groups, sparse, strict=True) if its]
-        saved = 1e3 * sum(group.dense_seconds - group.sparse_seconds for group in chosen)
-        stored = sum(g.sparse_bytes if its else g.dense_bytes for g, its in zip(groups, sparse, strict=True))
-        predicted, measured = (
-            (dense_ms / max(dense_ms - scale.worth * saved, 1e-3), ratio)
-            if budget.speedup
-            else ((stored + scale.rest) / dense_bytes, nbytes / dense_bytes)
+    def measure(picks: Sequence[int]) -> Measured:
+        return trials.measure(
+            {key: group.forms[pick] for group, pick in zip(groups, picks, strict=True) for key in group.weights}
         )
-        tries.append(Try(len(linears), sum(group.damage for group in chosen), predicted, measured))
-        met, near = budget.judge(measured)
-        if not possible and not met:
-            raise InputError(_out_of_reach(budget, trial.pattern, measured))
-        if near or not possible or len(tries) == TRIES:
-            if not met:
-                console.note(f"the budget of {budget} is missed: {measured:.3g} was measured after {TRIES} choices")
-            left = [linear.path for g, its in zip(groups, sparse, strict=True) if not its for linear in g.linears]
-            return Choice(budget, tuple(left), tuple(groups), sparse, tuple(tries), dense_ms, result_ms)
-        gained = dense_ms * (1 - 1 / ratio)
-        if budget.speedup and (gained <= 0 or saved <= 0):
-            raise InputError(_out_of_reach(budget, trial.pattern, measured))
-        scale = Scale(gained / saved if budget.speedup else scale.worth, nbytes - stored)
+
+    options = [group.options for group in groups]
+    try:
+        tries = search(options, goal, dense, measure, lambda text: console.progress(text, 0, 0))
+    except OutOfReachError as error:
+        names = sorted({str(form) for group in groups for form in group.forms[1:]})
+        forms = names[0] if len(names) == 1 else f"the best of {len(names)} forms"
+        nearest = f"{error.nearest:.2f}x" if goal.speedup else f"{error.nearest:.2f} of the bytes"
+        raise InputError(
+            f"a budget of {budget} is out of reach: with every linear that gains as {forms}, it is {nearest}"
+        ) from error
+    last = tries[-1].measured
+    if not goal.judge(last)[0]:
+        got = last.speedup if goal.speedup else last.size
+        console.note(f"the budget of {budget} is missed: {got:.3g} was measured after {len(tries)} choices")
+    return Choice(budget, tuple(groups), dense, tuple(tries))
 
 
-def _timed(file: Path, dense: Path, budget: Budget) -> tuple[float, float, float]:
-    """Milliseconds of the dense file and of another in turns, and the speed-up; a size wants no clock."""
-    if not budget.speedup:
-        return 0.0, 0.0, 1.0
-    (row,) = compare_files(file, dense, budget.workload.feed(open_session(dense)), repeats=REPEATS)
-    assert row.against is not None
-    assert row.ratio is not None
-    return row.against.p50, row.model.p50, row.ratio
+def told_mix(groups: Sequence[Group], picks: Sequence[int]) -> str:
+    """How many linears have which form: ``30 dense fp32, 180 2:4 int8``."""
+    counts: dict[str, int] = {}
+    for group, pick in zip(groups, picks, strict=True):
+        name = str(group.forms[pick])
+        counts[name] = counts.get(name, 0) + len(group.paths)
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _pick(
-    groups: Sequence[Group], budget: Budget, scale: Scale, *, dense_ms: float, dense_bytes: int
-) -> tuple[tuple[bool, ...], bool]:
-    """Which groups are sparse, and whether that is expected to be enough; where nothing is, all that gain are."""
-    forms = [
-        [Form(g.dense_seconds, g.dense_bytes, 0.0), Form(g.sparse_seconds, g.sparse_bytes, g.damage)] for g in groups
-    ]
-    if budget.speedup:
-        gain = dense_ms / 1e3 * (1 - 1 / budget.speedup) / scale.worth
-        found = choose(forms, seconds=sum(g.dense_seconds for g in groups) - gain)
-        most = tuple(g.sparse_seconds < g.dense_seconds for g in groups)
-    else:
-        assert budget.size is not None
-        found = choose(forms, nbytes=budget.size * dense_bytes - scale.rest)
-        most = tuple(g.sparse_bytes < g.dense_bytes for g in groups)
-    return (most, False) if found is None else (tuple(map(bool, found)), True)
+Ops = tuple[tuple[tuple[Site, Linear], ...], ...]
 
 
-def _size(file: Path) -> int:
-    return sum(part.stat().st_size for part in (file, *data_files(file)))
+def _grouped(parts: Partition, recipe: Recipe) -> list[Ops]:
+    """The ops of every group; see `Group`."""
+    groups: list[list[tuple[tuple[Site, Linear], ...]]] = []
+    holder: dict[str, list[tuple[tuple[Site, Linear], ...]]] = {}
+    for place, part in enumerate(parts.blocks):
+        own = [linear for linear in part.linears if not any(named_by(glob, linear.path) for glob in recipe.skip)]
+        together: dict[str, list[Linear]] = {}
+        for linear in own:
+            together.setdefault(linear.input, []).append(linear)
+        for linears in together.values():
+            op = tuple(((place, linear.node), linear) for linear in linears)
+            joined = [op]
+            for group in {
+                id(g): g for g in (holder.get(linear.weight) for linear in linears) if g is not None
+            }.values():
+                joined = [*group, *joined]
+                groups = [each for each in groups if each is not group]
+            groups.append(joined)
+            holder |= {linear.weight: joined for its in joined for _, linear in its}
+    return [tuple(group) for group in groups]
 
 
-def _out_of_reach(budget: Budget, pattern: Pattern, measured: float) -> str:
-    nearest = f"{measured:.2f}x" if budget.speedup else f"{measured:.2f} of the bytes"
-    return f"a budget of {budget} is out of reach: with every linear that gains pruned to {pattern}, it is {nearest}"
+def _shape(op: Sequence[tuple[Site, Linear]]) -> tuple[int, int, bool]:
+    """Rows, columns and whether there is a bias, of linears that run as one."""
+    linears = [linear for _, linear in op]
+    rows = sum(linear.out_features for linear in linears)
+    return rows, linears[0].in_features, any(linear.bias is not None for linear in linears)
+
+
+def _seconds(
+    grouped: Sequence[Ops], forms: Sequence[Form], machine: Machine, workload: Workload, console: Console
+) -> dict[tuple[Any, ...], float]:
+    """Seconds by shape and form; a form that is clearly not worth it on the size with most weights is left out."""
+    shapes = sorted((_shape(op) for ops in grouped for op in ops), key=lambda shape: (shape[0] * shape[1], shape))
+    counts = {shape: len(list(same)) for shape, same in groupby(shapes)}
+    order = sorted(counts, key=lambda shape: -shape[0] * shape[1] * counts[shape])
+    whole = sum(rows * columns * count for (rows, columns, _), count in counts.items())
+    tokens = (workload.tokens or 1) * workload.batch
+    found: dict[tuple[Any, ...], float] = {}
+    left = list(forms)
+    for done, shape in enumerate(order):
+        rows, columns, bias = shape
+        for at, form in enumerate(form for form in left if form.fits(columns)):
+            console.progress(f"timing {form}, {rows} x {columns}", done * len(left) + at, len(order) * len(left))
+            found[shape, form] = machine.seconds(form, rows, columns, tokens=tokens, weights=whole, bias=bias)
+        if not done:
+            left = [form for form in left if form.dense or not _surely_worse(form, left, shape, found)]
+    return found
+
+
+def _surely_worse(
+    form: Form, others: Sequence[Form], shape: tuple[int, int, bool], seconds: Mapping[tuple[Any, ...], float]
+) -> bool:
+    """Whether another form that cannot hurt more is clearly faster."""
+    if (shape, form) not in seconds:
+        return False
+    return any(
+        other != form
+        and (shape, other) in seconds
+        and other.cannot_hurt_more(form)
+        and SURELY * seconds[shape, other] <= seconds[shape, form]
+        for other in others
+    )
+
+
+def _can_have(ops: Ops, form: Form, seconds: Mapping[tuple[Any, ...], float]) -> bool:
+    shapes = [_shape(op) for op in ops]
+    if not all(form.fits(columns) for _, columns, _ in shapes):
+        return False
+    if not form.dense and sum(form.nbytes(*shape[:2]) for shape in shapes) >= sum(4 * r * c for r, c, _ in shapes):
+        return False
+    return not seconds or all((shape, form) in seconds for shape in shapes)
+
+
+def _figures(ops: Ops, form: Form, seconds: Mapping[tuple[Any, ...], float]) -> Option:
+    """Time and bytes of a group in one form; a weight that several linears share is there once."""
+    weights = {linear.weight: linear for op in ops for _, linear in op}.values()
+    nbytes = sum(form.nbytes(linear.out_features, linear.in_features) for linear in weights)
+    return Option(sum(seconds[_shape(op), form] for op in ops) if seconds else 0.0, nbytes, 0.0)
+
+
+def _better(form: Form, option: Option, other: Form, its: Option, *, timed: bool) -> bool:
+    """Whether a form cannot hurt more than another and costs no more of what counts, so that nobody wants the other."""
+    if form == other or not form.cannot_hurt_more(other):
+        return False
+    return option.seconds <= its.seconds if timed else option.nbytes <= its.nbytes
+
+
+def _damage(ops: Ops, forms: Sequence[Form], params: Mapping[str, Tensor], seen: Witness) -> list[float]:
+    """What each form of a group costs: all its linears, each alone."""
+    sites: dict[str, list[Site]] = {}
+    for op in ops:
+        for site, linear in op:
+            sites.setdefault(linear.weight, []).append(site)
+    total = [0.0] * len(forms)
+    changing = [place for place, form in enumerate(forms) if not form.dense]
+    for key, places in sites.items():
+        weight, norm = params[key].detach().float(), seen.norm(places)
+        changed = [(forms[place].applied(weight, norm), forms[place].storage.activations) for place in changing]
+        for site in places:
+            for place, hurt in zip(changing, seen.damage(site, weight, changed), strict=True):
+                total[place] += hurt
+    return total

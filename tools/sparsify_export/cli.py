@@ -164,6 +164,7 @@ def compile_command(
     cache: Literal["joined", "in-place"] | None = None,
     speedup: float | None = None,
     bytes_: Annotated[float | None, Parameter(name="--bytes")] = None,
+    max_loss: str | None = None,
     workload: str | None = None,
     batch: str | None = None,
     seq: str | None = None,
@@ -258,11 +259,13 @@ def compile_command(
         lower_for: tokens in a call that --lower auto decides for; default 1, decoding.
         cache: what a decoder does with the keys and values of a token: join them to a copy of the cache, the default,
             which any runtime can do, or write them into it, by an attention of ONNX Runtime's own.
-        speedup: leave as many linears dense as a speed-up of so much over the dense float32 file allows, those that
-            pruning would hurt most; measured on this machine in the --workload.
-        bytes_: leave as many linears dense as a file of this fraction of the dense float32 file's bytes allows.
-        workload: what --speedup is measured in: decode:64, the default, is one token behind a cache of 64; prefill:128
-            a prompt of 128 tokens, prefill:128x8 eight of them; run, a model that takes no text.
+        speedup: the least damage at a speed-up of so much over the dense float32 file, measured on this machine in the
+            --workload. With --nm or --sparsity linears get those zeros or stay dense; without, each gets the form that
+            pays most of all that have a kernel: dense int8 and int4, and several patterns in several types.
+        bytes_: likewise at this fraction of the dense float32 file's bytes.
+        max_loss: likewise the fastest whose perplexity on --eval grows by so much at most, such as 2%.
+        workload: what --speedup and --max-loss are measured in: decode:64, the default, is one token behind a cache of
+            64; prefill:128 a prompt of 128 tokens, prefill:128x8 eight of them; run, a model that takes no text.
         batch: texts at once that an engine takes, as min,opt,max; default 1,1,1.
         seq: tokens at once that an engine takes, as min,opt,max; default 1 to a quarter of the context, best at 128;
             longer prompts are read in pieces. Without a KV cache to the context.
@@ -285,6 +288,7 @@ def compile_command(
         log_file: file that warnings of libraries and, where something goes wrong, tracebacks are appended to.
     """
     log_to(log_file)
+    from .calibrate.patterns import NM
     from .compile import compile_model
     from .effort import Flags, effort_of, make_recipe
     from .passes.checkpoint import Checkpoint
@@ -314,6 +318,7 @@ def compile_command(
     if cache is not None and model.endswith(".onnx"):
         raise InputError(f"--cache {cache} has no meaning for an .onnx file, whose graph stays as it is")
     # What an .onnx file stores in 8 or 4 bits would grow in floats, pruned or not.
+    said = dtype
     asked = model.endswith(".onnx") and Path(model).is_file() and not engine and ops != "standard"
     own = own_storage(Path(model)) if asked and (dtype is None or (dtype == "int4" and group is None)) else None
     dtype = dtype or (own.kind if own else "fp16" if engine else "fp32")
@@ -348,6 +353,10 @@ def compile_command(
         storage = Storage("fp16")
         on_grid = Storage("int8", half_scales=True) if codes == "int8" else FP32
     pattern = parse_pattern(nm, sparsity)
+    budget = make_budget(speedup, bytes_, max_loss, workload)
+    free = budget is not None and pattern is None and mask is None
+    if free:  # the recipe's own pattern is that of no linear then
+        pattern, on_grid = NM(2, 4), Storage("int4", group or 32) if said is None else on_grid
     if not bos and eval_ is None and (calibration_inputs is not None or (pattern is None and mask is None)):
         raise InputError("--no-bos has no effect where no text is read: neither calibration text nor --eval")
     if not bos and model.endswith(".onnx"):
@@ -425,9 +434,10 @@ def compile_command(
     if lower_for is not None and lower != "auto":
         raise InputError(f"--lower-for {lower_for} has no effect without --lower auto")
     positive("--lower-for", lower_for)
-    budget = make_budget(speedup, bytes_, workload)
     if budget is not None:
+        budget = replace(budget, pattern=not free, storage=None if free and said is None else storage)
         check_budget(
+            budget,
             recipe,
             {
                 f"{model}, an .onnx file": is_onnx,
@@ -437,6 +447,7 @@ def compile_command(
                 "--cache in-place": cache == "in-place",
                 "--checkpoint, for what was measured once will not be measured again": checkpoint is not None,
             },
+            evaluated=eval_ is not None,
         )
     tokens = (lower_for or 1) if lower == "auto" else None
     served = check_triton(triton, Path(out)) if triton is not None else None

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .budget import Trial, choose_linears
+from .budget import Choice
+from .budgeted import Subject, choose_and_prune
 from .calibration_data import batches_for, calibration_text, crossings, example_for, probes_of
 from .dense_checkpoint import DenseCheckpoint
 from .engine import Pruned, finish_engine
@@ -17,7 +18,7 @@ from .genai_folder import write_genai
 from .objective import output_of
 from .onnx_in import compile_onnx
 from .passes.checkpoint import Checkpoint
-from .passes.dialect.packed import Packed
+from .passes.dialect.packed import OPS, Packed
 from .passes.errors import InputError
 from .passes.frontend.load import load
 from .passes.frontend.positions import longest
@@ -30,13 +31,14 @@ from .passes.fx.partition import Partition, partition
 from .passes.fx.rewrite import lower_linears, stored_weights
 from .passes.lower import to_onnx
 from .passes.mapped import mapped
-from .passes.recipe import Timings
+from .passes.recipe import Recipe, Timings
 from .passes.sparsify import Sparsified, sparsify
 from .passes.tables import Table
 from .plan import engine_sizes
 from .report import Evaluation, Report, build_report
 from .runtime.artifact import CONTEXT
 from .runtime.benchmark import compare_kernels
+from .runtime.evaluate import Perplexity
 from .runtime.inspection import LEFT_DENSE
 from .runtime.machine import this_machine
 from .runtime.published import ask, put_weights
@@ -135,37 +137,20 @@ def _compile(
     batches = batches_for(traced, pretrained, settings, windows)
     params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
     done = Sparsified((), (), {}, {})
-    recipe, choice = settings.recipe, None
-    if recipe is not None and settings.budget is not None:
-        with stages.run("choose"):
-            trial = Trial(lambda: trace(pretrained, example), settings.storage, recipe.pattern, settings.budget)
-            choice = choose_linears(
-                trial,
-                recipe,
-                parts,
-                params,
-                batches,
-                target,
-                this_machine(),
-                output=output_of(traced, pretrained),
-                seed=settings.calibration.seed,
-                console=console,
-            )
-            recipe = replace(recipe, budgeted=choice.dense)
-    if recipe is not None:
-        with stages.run("prune"):
-            done = sparsify(
-                parts,
-                params,
-                recipe,
-                batches,
-                output=output_of(traced, pretrained),
-                cache=cache_pairs(traced, parts),
-                progress=console.progress,
-                note=console.note,
-                timings=timings,
-                checkpoint=checkpoint,
-            )
+    choice: Choice | None = None
+    if settings.recipe is not None:
+        model = Subject(
+            pretrained,
+            traced,
+            parts,
+            params,
+            batches,
+            output_of(traced, pretrained),
+            lambda: trace(pretrained, example),
+        )
+        perplexity = before[0] if before else None
+        choice, done = _prune(model, settings, perplexity, target, checkpoint, stages, timings, console)
+        del model
         store(traced, params)
     probes = probes_of(traced, pretrained, batches, held_out, settings)
     if sizes is not None:
@@ -184,11 +169,14 @@ def _compile(
             worth=worth,
             on_grid=done.on_grid,
             patterns=done.patterns,
+            forms=done.forms,
             unpruned=_unpruned(traced, done),
         )
         packed = stored_weights(traced.program, lowered)
-        rounded = dict.fromkeys(packed, settings.storage.activations)
-        embeddings = quantise_embeddings(traced.program) if settings.storage.quantised else []
+        storages = {key: done.forms[key].storage if key in done.forms else settings.storage for key in packed}
+        rounded = {key: its.activations for key, its in storages.items()}
+        coded = settings.storage.quantised or any(its.quantised for its in storages.values())
+        embeddings = quantise_embeddings(traced.program) if coded else []
         stored = as_stored(params, {**packed, **stored_tables(traced.program, embeddings)})
         put_weights(pretrained.model, stored, transposed)
         published = [ask(pretrained.model, traced, probe) for probe in probes]
@@ -205,7 +193,7 @@ def _compile(
         verified = verify(target.model, traced, expected)
     with stages.run("measure"):
         console.progress("measuring", 0, 0)
-        latency = compare_kernels(target.model) if any(not entry.reason for entry in lowered) else ()
+        latency = compare_kernels(target.model) if any(entry.op in OPS for entry in lowered) else ()
     after = evaluate_onnx(pretrained, target.model, settings, stages, console)
     report = build_report(
         source=source,
@@ -245,6 +233,39 @@ def _check_experts(traced: Traced, settings: Settings) -> None:
             "this model has experts, and what one of them takes in time and quality depends on how often it is chosen, "
             "which a budget does not count; give --nm or --sparsity instead"
         )
+
+
+def _prune(
+    model: Subject,
+    settings: Settings,
+    before: Perplexity | None,
+    target: Target,
+    checkpoint: Path | None,
+    stages: Stages,
+    timings: Timings,
+    console: Console,
+) -> tuple[Choice | None, Sparsified]:
+    """Prune to the recipe, or to what a budget makes of it."""
+
+    def prune(recipe: Recipe) -> Sparsified:
+        with stages.run("prune"):
+            return sparsify(
+                model.parts,
+                model.params,
+                recipe,
+                model.batches,
+                output=model.output,
+                cache=cache_pairs(model.traced, model.parts),
+                progress=console.progress,
+                note=console.note,
+                timings=timings,
+                checkpoint=checkpoint,
+            )
+
+    assert settings.recipe is not None
+    if settings.budget is None:
+        return None, prune(settings.recipe)
+    return choose_and_prune(model, settings, before, target, prune, stages, console)
 
 
 def _unpruned(traced: Traced, done: Sparsified) -> dict[str, str]:

@@ -41,14 +41,21 @@ def evaluate_onnx(
         return _evaluate(onnx_logits(CausalSession(open_session(model))), pretrained, settings, console)
 
 
+def perplexity_of(logits: Logits, pretrained: Pretrained, settings: Settings, console: Console) -> Perplexity:
+    """Perplexity on the text of ``--eval``, of whatever gives the logits."""
+    assert settings.evaluate is not None
+    limit = longest(pretrained.model)
+    length = min(settings.window, limit or settings.window)
+    windows = read_windows(
+        settings.evaluate, pretrained.tokenizer, samples=settings.windows, length=length, bos=settings.bos
+    )
+    return perplexity(logits, windows, progress=console.progress)
+
+
 def _evaluate(
     logits: Logits, pretrained: Pretrained, settings: Settings, console: Console
 ) -> tuple[Perplexity, ExactAnswers]:
     """What ``--eval`` asks for, of the dense model and of the result alike."""
-    assert settings.evaluate is not None
-    limit = longest(pretrained.model)
-    length = min(settings.window, limit or settings.window)
-    words, bos = pretrained.tokenizer, settings.bos
-    windows = read_windows(settings.evaluate, words, samples=settings.windows, length=length, bos=bos)
-    found = perplexity(logits, windows, progress=console.progress)
-    return found, exact_answers(logits, words, limit=limit, bos=bos, progress=console.progress)
+    found = perplexity_of(logits, pretrained, settings, console)
+    limit, words = longest(pretrained.model), pretrained.tokenizer
+    return found, exact_answers(logits, words, limit=limit, bos=settings.bos, progress=console.progress)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .html_report import NO_GAIN
+from .passes.dialect import linear_codes
 from .passes.frontend.trace import PREFIX
 from .passes.fx.rewrite import Lowered
 from .passes.onnx.protos import data_files
@@ -169,7 +170,7 @@ def build_report(
                 shape=(entry.linear.out_features, entry.linear.in_features),
                 pattern=linear.pattern if linear else entry.pattern,
                 op=entry.op,
-                reason=(linear.reason if linear and linear.reason else entry.reason),
+                reason=(linear.reason if linear and linear.reason else entry.reason or _told_codes(entry)),
                 sparsity=linear.sparsity if linear and linear.pattern else None,
                 retained_before=linear.retained_before if linear else None,
                 retained_after=linear.retained_after if linear else None,
@@ -227,6 +228,11 @@ def render(report: Report) -> Group:
         parts.append(_engine_linears(report.engine))
     parts += [_totals(report), _stages(report)]
     return Group(*parts)
+
+
+def _told_codes(entry: Lowered) -> str:
+    """What the file holds for a weight that a budget quantised and did not prune; "" for others."""
+    return f"dense, in {entry.attributes['bits']} bits" if entry.op == linear_codes.NAME else ""
 
 
 def _blocks(report: Report) -> Table:
@@ -402,24 +408,23 @@ def _totals(report: Report) -> Table:
 
 
 def _told_choice(choice: Mapping[str, Any], table: Table) -> None:
-    """What the budget was, what it came to, and what it left dense."""
-    last, size = choice["tries"][-1], choice["size"] is not None
-    unit = " of the bytes" if size else "x"
-    left = sum(len(group["linears"]) for group in choice["groups"] if not group["sparse"])
-    all_of_it = sum(group["damage"] for group in choice["groups"])
+    """What the budget was, what was chosen, and what it came to."""
+    last, timed = choice["tries"][-1], choice["workload"] is not None
+    measured, count = last["measured"], len(choice["tries"])
+    met = f"{measured['speedup']:.3g}x, " if timed else ""
     table.add_row(
         f"budget: {choice['budget']}",
-        f"{last['measured']:.3g}{unit} measured, {last['predicted']:.3g}{unit} predicted, by choice "
-        f"{len(choice['tries'])} of 3 at most; {left} of {left + last['sparse']} linears stay dense",
+        f"{met}{measured['size']:.3f} of the bytes measured on a trial file, choice {count} of 3 at most",
     )
-    table.add_row(
-        "damage estimated",
-        f"{last['damage']:.3g} before the update, {all_of_it:.3g} if all were pruned (nats a token, or squared error)",
-    )
-    if not size:
+    table.add_row("chosen", last["mix"])
+    table.add_row("damage estimated", f"{last['damage']:.3g} before the update (nats a token, or squared error)")
+    if timed:
         table.add_row(
-            choice["workload"], f"{choice['result_ms']:.1f} ms, dense float32 {choice['dense_ms']:.1f} ms, in turns"
+            choice["workload"],
+            f"{measured['ms']:.2f} ms, {last['ms']:.2f} ms predicted; dense float32 {measured['dense_ms']:.2f} ms",
         )
+    for loss in choice["losses"]:
+        table.add_row("perplexity of the choice", f"grew by {100 * loss:.2f} %")
 
 
 def _told_table(entry: Embedding) -> str:

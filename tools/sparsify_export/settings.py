@@ -1,5 +1,6 @@
 """Everything that is asked of the compiler: plain data, printed before work starts and stored with the result."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,15 +9,13 @@ from typing import Any, Literal
 import torch
 
 from .calibrate.patterns import NM, Pattern, Unstructured
+from .calibrate.search import Goal
 from .calibrate.update import DAMPING
 from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError
 from .passes.recipe import Recipe
 from .plan import EngineSettings
 from .runtime.workload import Workload
-
-MISSED = 0.05
-"""By what fraction a budget may be missed before it is chosen again."""
 
 
 @dataclass(frozen=True)
@@ -40,27 +39,35 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the result has to meet; one of the two is given.
+    """What the result has to meet; one of the three is given, or none where only the frontier is asked for.
 
     Attributes:
         speedup: of the workload, over the dense float32 file.
         size: bytes of the file, as a fraction of the dense float32 file.
-        workload: what is timed.
+        loss: by what fraction the perplexity may grow; then the fastest is looked for.
+        workload: what is timed; None where nothing is, for a size.
+        pattern: whether the user said which zeros are to be made; else every form that has a kernel is looked at.
+        storage: likewise of the dtype; None for all.
     """
 
     speedup: float | None
     size: float | None
-    workload: Workload
+    workload: Workload | None
+    loss: float | None = None
+    pattern: bool = True
+    storage: Storage | None = None
 
     def __str__(self) -> str:
-        return f"{self.speedup:g}x at {self.workload}" if self.speedup else f"{self.size:g} of the bytes"
-
-    def judge(self, measured: float) -> tuple[bool, bool]:
-        """Whether a speed-up or a fraction of bytes is enough, and whether it is what was asked for, within 5 %."""
         if self.speedup:
-            return measured >= self.speedup * (1 - MISSED), abs(measured / self.speedup - 1) <= MISSED
-        assert self.size is not None
-        return measured <= self.size * (1 + MISSED), abs(measured / self.size - 1) <= MISSED
+            return f"{self.speedup:g}x at {self.workload}"
+        if self.size:
+            return f"{self.size:g} of the bytes"
+        return f"{100 * self.loss:g} % of perplexity at {self.workload}" if self.loss else f"any at {self.workload}"
+
+    @property
+    def goal(self) -> Goal:
+        """What the forms are chosen for. A model that is changed to d nats a token has e^d times the perplexity."""
+        return Goal(self.speedup, self.size, math.log1p(self.loss) if self.loss else None)
 
 
 @dataclass(frozen=True)
@@ -108,44 +115,73 @@ class Console:
 SILENT = Console()
 
 
-def make_budget(speedup: float | None, size: float | None, workload: str | None) -> Budget | None:
-    """What ``--speedup``, ``--bytes`` and ``--workload`` ask for, or None without the first two.
+def make_budget(
+    speedup: float | None, size: float | None, loss: str | None, workload: str | None, *, dry: bool = False
+) -> Budget | None:
+    """What ``--speedup``, ``--bytes``, ``--max-loss`` and ``--workload`` ask for, or None without the first three.
+
+    Args:
+        speedup: above 1.
+        size: a fraction.
+        loss: a fraction, or percent.
+        workload: as `Workload.parse` takes it.
+        dry: whether the frontier is asked for, which needs none of the three.
 
     Raises:
-        InputError: both are given, one is out of range, or the workload is none or has no effect.
+        InputError: several are given, one is out of range, or the workload is none or has no effect.
     """
-    if speedup is not None and size is not None:
-        raise InputError(f"--speedup {speedup:g} and --bytes {size:g} were both given; want at most one of them")
-    if workload is not None and speedup is None:
-        raise InputError(f"--workload {workload} has no effect without --speedup")
+    told = {"--speedup": speedup, "--bytes": size, "--max-loss": loss}
+    given = [
+        f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}" for flag, value in told.items() if value
+    ]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} were both given; want at most one of them")
+    if workload is not None and speedup is None and loss is None and not dry:
+        raise InputError(f"--workload {workload} has no effect without --speedup or --max-loss")
     if speedup is not None and not 1 < speedup <= 100:
         raise InputError(f"--speedup {speedup:g} is out of range; want above 1, at most 100")
     if size is not None and not 0 < size < 1:
         raise InputError(f"--bytes {size:g} is out of range; want a fraction between 0 and 1")
-    if speedup is None and size is None:
+    if speedup is None and size is None and loss is None and not dry:
         return None
-    return Budget(speedup, size, Workload.parse(workload or "decode:64"))
+    timed = None if size is not None and not dry else Workload.parse(workload or "decode:64")
+    return Budget(speedup, size, timed, None if loss is None else _fraction(loss))
 
 
-def check_budget(recipe: Recipe | None, unsuited: Mapping[str, bool]) -> None:
+def _fraction(text: str) -> float:
+    """Read ``2%`` or ``0.02``."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise InputError(
+            f"--max-loss {text} is out of range; want a part of the perplexity above 0, such as 2% or 0.02"
+        )
+    return value
+
+
+def check_budget(budget: Budget, recipe: Recipe | None, unsuited: Mapping[str, bool], *, evaluated: bool) -> None:
     """Refuse a budget beside what leaves nothing to choose, or cannot be measured.
 
     Args:
+        budget: what is asked for.
         recipe: what it chooses the linears for.
         unsuited: whether each of these is there, by what it is called.
+        evaluated: whether there is a text to evaluate on.
 
     Raises:
         InputError: something is.
     """
-    if recipe is None:
-        raise InputError("--speedup and --bytes choose what is pruned; want --nm or --sparsity beside them")
-    if recipe.given is not None:
-        raise InputError("--speedup and --bytes choose what is pruned, and --mask says it; leave one of them out")
-    if recipe.allocation is not None and recipe.allocation.per == "pattern":
-        raise InputError("--speedup and --bytes choose for one pattern, and --allocate besa-nm learns several")
+    if recipe is not None and recipe.given is not None:
+        raise InputError("a budget chooses what is pruned, and --mask says it; leave one of them out")
+    if recipe is not None and recipe.allocation is not None and recipe.allocation.per == "pattern":
+        raise InputError("a budget chooses for one pattern, and --allocate besa-nm learns several")
+    if budget.loss is not None and not evaluated:
+        raise InputError("--max-loss is held against a measured perplexity; want --eval FILE beside it")
     for what, there in unsuited.items():
         if there:
-            raise InputError(f"--speedup and --bytes cannot be had with {what}")
+            raise InputError(f"a budget cannot be had with {what}")
 
 
 def parse_pattern(nm: str | None, sparsity: float | None) -> Pattern | None:
@@ -175,11 +211,22 @@ def _quantiser(settings: Settings) -> str | None:
     return "rtn" if settings.storage.quantised and settings.ops == "sparse" else None
 
 
+def _free(settings: Settings) -> bool:
+    """Whether a budget chooses how weights are stored."""
+    return settings.budget is not None and not settings.budget.pattern and settings.budget.storage is None
+
+
+def _pattern(settings: Settings) -> str | None:
+    if settings.budget is not None and not settings.budget.pattern:
+        return "as the budget says"
+    return str(settings.recipe.pattern) if settings.recipe else None
+
+
 def plain(settings: Settings) -> dict[str, Any]:
     """The settings as JSON-able values."""
     recipe = settings.recipe
     return {
-        "pattern": str(recipe.pattern) if recipe else None,
+        "pattern": _pattern(settings),
         "score": recipe.score if recipe else None,
         "ria_power": recipe.ria_power if recipe else None,
         "permute": recipe.permute if recipe else None,
@@ -203,8 +250,8 @@ def plain(settings: Settings) -> dict[str, Any]:
         "seed": settings.calibration.seed,
         "threads": torch.get_num_threads() if recipe else None,  # the bits of a whole run depend on it
         "bos": "where the tokenizer puts one" if settings.bos else "none",
-        "dtype": settings.storage.kind,
-        "group": settings.storage.group or None,
+        "dtype": settings.storage.kind if not _free(settings) else "as the budget says",
+        "group": settings.storage.group or None if not _free(settings) else None,
         "ops": settings.ops if settings.engine is None else "what TensorRT takes",
         "lower": "always" if settings.lower_for is None else f"auto, for {settings.lower_for} tokens a call",
         "budget": str(settings.budget) if settings.budget else None,

@@ -334,3 +334,17 @@ def test_tokens_are_drawn_by_their_probability():
     share = drawn.bincount(minlength=4) / len(drawn)
     # Five standard deviations of a share of 20,000 draws.
     assert torch.allclose(share, torch.tensor([0.2, 0.0, 0.5, 0.3]), rtol=0, atol=5 * 0.5 / 20_000**0.5)
+
+
+def test_texts_and_what_counts_of_an_output():
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    ids = torch.arange(6).view(2, 3)
+    batch = Batch((ids, torch.zeros(2, 1)), mask, 1)
+    one, other = batch.texts()
+    assert torch.equal(one.inputs[0], ids[:1])
+    assert torch.equal(other.token_mask, mask[1:])
+    assert one.cached == 1
+    output = torch.arange(12.0).view(2, 3, 2)
+    assert torch.equal(batch.counted(output), output.reshape(6, 2)[mask.reshape(-1)])
+    assert len(batch.counted(torch.zeros(2, 5))) == 2  # no row a token: all of it counts
+    assert Batch((ids,), None).texts()[1].token_mask is None

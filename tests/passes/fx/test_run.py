@@ -8,6 +8,7 @@ from sparsify_export.passes.fx.run import (
     live_after,
     observe_part,
     run_part,
+    run_part_changed,
     run_part_float64,
     run_part_rounded,
     run_part_with_grad,
@@ -142,3 +143,26 @@ def test_only_what_later_parts_read_stays_alive():
         assert alive & made == ({table, carried} if later in blocks else {carried})
     assert len(parts.outputs) == 4
     assert live_after(parts)[-1] == set()
+
+
+def test_what_linears_return_can_be_changed_and_gradients_reach_it():
+    """A probe of zeros behind each linear: its gradient is that of the linear's output, told by torch's own module."""
+    model = stack()
+    program = export(model, X)
+    parts, params = partition(program), weights(program)
+    block, seen = parts.blocks[0], {}
+
+    def change(linear, x, y):
+        probe = torch.zeros_like(y, requires_grad=True)
+        seen[linear.path] = (x, probe)
+        return 2 * y + probe
+
+    values = {name: X for name in block.inputs if name not in parts.params}
+    (made,) = run_part_changed(block, values, params, parts.params, change).values()
+    own = model.layers[0]
+    up = 2 * own.up(X)
+    assert torch.allclose(made, X + 2 * own.down(up.relu()), atol=1e-6)
+    made.sum().backward()
+    assert torch.equal(seen["layers.0.up"][0], X)
+    assert torch.allclose(seen["layers.0.down"][1].grad, torch.ones_like(X))
+    assert torch.allclose(seen["layers.0.up"][1].grad, 2 * (torch.ones_like(X) @ own.down.weight) * (up > 0), atol=1e-6)
