@@ -14,8 +14,8 @@ of its own through its own loop, which chooses as well. All run in turns, with a
 come to rest. A row is the median over the rounds; so is a speed-up, of the ratios within a round.
 
 What a head is stored as is read from the file. Ours leave it dense, in fp32. --head int4 adds each of them once more
-with the head stored as genai's int4 is (MatMulNBits, blocks of 32, accuracy level 4), for timing only. A folder of ours runs
-in genai too: name it in --against as well.
+with the head stored as genai's int4 is (MatMulNBits, blocks of 32, accuracy level 4), for timing only. A folder of
+ours runs in genai too: name it in --against as well.
 """
 
 import argparse

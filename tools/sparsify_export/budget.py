@@ -190,7 +190,8 @@ def make_groups(
         worth = [
             (form, option)
             for form, option in found
-            if form.dense or not any(_better(*other, form, option, timed=workload is not None) for other in found)
+            if form.pattern is None
+            or not any(_better(*other, form, option, timed=workload is not None) for other in found)
         ]
         damage = _damage(ops, [form for form, _ in worth], params, seen)
         options = [Option(option.seconds, option.nbytes, hurt) for (_, option), hurt in zip(worth, damage, strict=True)]
@@ -295,7 +296,7 @@ def _seconds(
             console.progress(f"timing {form}, {rows} x {columns}", done * len(left) + at, len(order) * len(left))
             found[shape, form] = machine.seconds(form, rows, columns, tokens=tokens, weights=whole, bias=bias)
         if not done:
-            left = [form for form in left if form.dense or not _surely_worse(form, left, shape, found)]
+            left = [form for form in left if form.pattern is None or not _surely_worse(form, left, shape, found)]
     return found
 
 

@@ -121,7 +121,7 @@ def compile_command(
     model: str,
     /,
     *,
-    out: Annotated[str, Parameter(name=["--output", "-o"])],
+    out: Annotated[str | None, Parameter(name=["--output", "-o"])] = None,
     nm: str | None = None,
     sparsity: float | None = None,
     effort: Literal["fast", "balanced", "best"] | None = None,
@@ -165,6 +165,7 @@ def compile_command(
     speedup: float | None = None,
     bytes_: Annotated[float | None, Parameter(name="--bytes")] = None,
     max_loss: str | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
     workload: str | None = None,
     batch: str | None = None,
     seq: str | None = None,
@@ -264,6 +265,8 @@ def compile_command(
             pays most of all that have a kernel: dense int8 and int4, and several patterns in several types.
         bytes_: likewise at this fraction of the dense float32 file's bytes.
         max_loss: likewise the fastest whose perplexity on --eval grows by so much at most, such as 2%.
+        dry_run: prune and write nothing: print what is predicted of every form and of mixtures of them, in seconds to
+            minutes. -o is not wanted then.
         workload: what --speedup and --max-loss are measured in: decode:64, the default, is one token behind a cache of
             64; prefill:128 a prompt of 128 tokens, prefill:128x8 eight of them; run, a model that takes no text.
         batch: texts at once that an engine takes, as min,opt,max; default 1,1,1.
@@ -288,8 +291,15 @@ def compile_command(
         log_file: file that warnings of libraries and, where something goes wrong, tracebacks are appended to.
     """
     log_to(log_file)
+    if out is None and not dry_run:
+        raise InputError(_mistyped([model]) or "-o OUT is missing: the .onnx or .plan file, or the folder, to write")
+    if out is not None and dry_run:
+        raise InputError(f"-o {out} has no effect with --dry-run, which writes nothing")
+    out = out or ""
     from .calibrate.patterns import NM
     from .compile import compile_model
+    from .dry_run import predict
+    from .dry_run import render as render_frontier
     from .effort import Flags, effort_of, make_recipe
     from .passes.checkpoint import Checkpoint
     from .passes.dialect.storage import FP32, Storage
@@ -353,7 +363,7 @@ def compile_command(
         storage = Storage("fp16")
         on_grid = Storage("int8", half_scales=True) if codes == "int8" else FP32
     pattern = parse_pattern(nm, sparsity)
-    budget = make_budget(speedup, bytes_, max_loss, workload)
+    budget = make_budget(speedup, bytes_, max_loss, workload, dry=dry_run)
     free = budget is not None and pattern is None and mask is None
     if free:  # the recipe's own pattern is that of no linear then
         pattern, on_grid = NM(2, 4), Storage("int4", group or 32) if said is None else on_grid
@@ -447,8 +457,17 @@ def compile_command(
                 "--cache in-place": cache == "in-place",
                 "--checkpoint, for what was measured once will not be measured again": checkpoint is not None,
             },
-            evaluated=eval_ is not None,
+            evaluated=eval_ is not None or dry_run,
         )
+    if dry_run:
+        idle = {
+            "--overwrite": overwrite or None,
+            "--also-checkpoint": also_checkpoint,
+            "--triton": triton,
+            "--eval": eval_ if max_loss is None else None,
+        }
+        if unused := [flag for flag, value in idle.items() if value is not None]:
+            raise InputError(f"{unused[0]} has no effect with --dry-run, which writes and measures no result")
     tokens = (lower_for or 1) if lower == "auto" else None
     served = check_triton(triton, Path(out)) if triton is not None else None
     source = Calibration(calibration or "self", calibration_inputs, samples, seq_len, seed)
@@ -458,6 +477,10 @@ def compile_command(
         if not quiet:
             chosen = effort_of(flags, onnx=is_onnx) if recipe else None
             terminal.print(_settings_table(model, out, chosen, settings, own))
+        if dry_run:
+            frontier = predict(model, settings, trust_remote_code=trust_remote_code, console=console.as_console())
+            terminal.print(render_frontier(frontier))
+            return
         report = compile_model(
             model,
             out,
@@ -492,7 +515,7 @@ def _settings_table(model: str, out: str, effort: str | None, settings: Any, own
 
     table = Table("setting", "value", title="sparsify-export", title_justify="left")
     table.add_row("model", model)
-    table.add_row("out", out)
+    table.add_row("out", out or "nothing: --dry-run")
     if effort is not None:
         table.add_row("effort", effort)
     for name, value in (told(settings) if model.endswith(".onnx") else plain(settings)).items():

@@ -18,7 +18,7 @@ from .genai_folder import write_genai
 from .objective import output_of
 from .onnx_in import compile_onnx
 from .passes.checkpoint import Checkpoint
-from .passes.dialect.packed import OPS, Packed
+from .passes.dialect.packed import Packed
 from .passes.errors import InputError
 from .passes.frontend.load import load
 from .passes.frontend.positions import longest
@@ -42,6 +42,7 @@ from .runtime.evaluate import Perplexity
 from .runtime.inspection import LEFT_DENSE
 from .runtime.machine import this_machine
 from .runtime.published import ask, put_weights
+from .runtime.session import SPARSE_OPS
 from .runtime.verify import expect, verify
 from .settings import SILENT, Console, Settings, plain
 from .stages import Stages
@@ -193,7 +194,7 @@ def _compile(
         verified = verify(target.model, traced, expected)
     with stages.run("measure"):
         console.progress("measuring", 0, 0)
-        latency = compare_kernels(target.model) if any(entry.op in OPS for entry in lowered) else ()
+        latency = compare_kernels(target.model) if any(entry.op in SPARSE_OPS for entry in lowered) else ()
     after = evaluate_onnx(pretrained, target.model, settings, stages, console)
     report = build_report(
         source=source,

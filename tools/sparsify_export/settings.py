@@ -137,7 +137,7 @@ def make_budget(
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} were both given; want at most one of them")
     if workload is not None and speedup is None and loss is None and not dry:
-        raise InputError(f"--workload {workload} has no effect without --speedup or --max-loss")
+        raise InputError(f"--workload {workload} has no effect without --speedup, --max-loss or --dry-run")
     if speedup is not None and not 1 < speedup <= 100:
         raise InputError(f"--speedup {speedup:g} is out of range; want above 1, at most 100")
     if size is not None and not 0 < size < 1:
