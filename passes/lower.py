@@ -40,10 +40,9 @@ from .onnx.write import write_model
 
 OPSET = 23
 TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
-    **{
-        getattr(torch.ops.sparsify, name).default: op.to_onnx
-        for name, op in {**OPS, **experts.OPS, experts.DENSE: experts.DENSE_OP}.items()
-    },
+    **{getattr(torch.ops.sparsify, name).default: op.to_onnx for name, op in OPS.items()},
+    **{getattr(torch.ops.sparsify, name).default: op.to_onnx for name, op in experts.OPS.items()},
+    torch.ops.sparsify.experts.default: experts.DENSE_OP.to_onnx,
     torch.ops.sparsify.linear_codes.default: linear_codes.to_onnx,
 }
 

@@ -206,7 +206,7 @@ class CausalSession:
             )
         feed = {"input_ids": ort.OrtValue.ortvalue_from_numpy(ids)}
         feed["attention_mask"] = ort.OrtValue.ortvalue_from_numpy(mask)
-        run = self._run_in_place if self._in_place else self._run
+        run = self._run_in_place if self._in_place else self._run_joined
         try:
             logits, present = run(feed, past, mask.shape[1] - new, mask.shape[1])
         except Exception as error:  # its exceptions have no common base class of their own
@@ -217,7 +217,9 @@ class CausalSession:
             ) from error
         return logits.numpy(), present
 
-    def _run(self, feed: dict[str, ort.OrtValue], past: Past, length: int, total: int) -> tuple[ort.OrtValue, Past]:
+    def _run_joined(
+        self, feed: dict[str, ort.OrtValue], past: Past, length: int, total: int
+    ) -> tuple[ort.OrtValue, Past]:
         """One run that returns a cache of its own."""
         feed |= dict(zip(self._past, past, strict=True))
         logits, *present = self.session.run_with_ort_values(["logits", *self._present], feed)

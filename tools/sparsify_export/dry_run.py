@@ -16,11 +16,11 @@ from .calibrate.budget import frontier, totals
 from .calibrate.search import Scale, pick, predicted
 from .calibration_data import batches_for, calibration_text, example_for
 from .objective import output_of
-from .passes.distil import Output
 from .passes.frontend.load import load
 from .passes.frontend.trace import trace
 from .passes.fx.canonical import canonicalise
 from .passes.fx.partition import partition
+from .passes.outputs import Output
 from .settings import Budget, Console, Settings
 from .stages import Stages
 
