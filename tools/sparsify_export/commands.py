@@ -23,6 +23,7 @@ def eval_command(
     windows: int | None = None,
     tokenizer: str | None = None,
     bos: bool = True,
+    verify: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
     log_file: Path | None = None,
@@ -39,6 +40,7 @@ def eval_command(
         windows: windows at most; default all of the text.
         tokenizer: model whose tokenizer to use, for an .onnx file that has none beside it.
         bos: begin every window with the token that the tokenizer puts in front of a text, if it puts one.
+        verify: first compare the data of every sparse linear with the checksum that was written with the file.
         json: print JSON.
         trust_remote_code: run Python code that comes with the checkpoint.
         log_file: file that warnings of libraries and tracebacks are appended to.
@@ -49,6 +51,8 @@ def eval_command(
 
     from . import frontdoor
 
+    if verify:
+        _verify(Path(model))
     positive("--window", window, least=2)
     positive("--windows", windows)
     if retrieval is not None:
@@ -108,6 +112,7 @@ def bench_command(
     inputs: Path | None = None,
     repeats: int = 20,
     threads: int | None = None,
+    verify: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
     log_file: Path | None = None,
 ) -> None:
@@ -119,12 +124,15 @@ def bench_command(
         inputs: folder of .npz files with arrays named like the model's inputs, a row each. Without it they are made up.
         repeats: runs of each row and file.
         threads: threads of an op, the same for both files.
+        verify: first compare the data of every sparse linear with the checksum that was written with the file.
         json: print JSON.
         log_file: file that warnings of libraries and tracebacks are appended to.
     """
     log_to(log_file)
     from .runtime.benchmark import bench, render
 
+    if verify:
+        _verify(model)
     positive("--repeats", repeats)
     positive("--threads", threads)
     with ProgressBar(quiet=json) as console:
@@ -135,6 +143,18 @@ def bench_command(
         terminal.print(render(report))
         for reason in report.skipped:
             terminal.print(f"left out {reason}", highlight=False)
+
+
+def _verify(model: Path) -> None:
+    """What ``--verify`` does before a file is run.
+
+    Raises:
+        InputError: it is no file of ours, or its data are not what was written.
+    """
+    from .passes.onnx.checksums import verify_checksums
+    from .runtime.session import model_file
+
+    verify_checksums(model_file(model))
 
 
 def inspect_command(
@@ -265,6 +285,7 @@ def generate_command(
     bos: bool = True,
     threads: int | None = None,
     kernels: bool = True,
+    verify: Annotated[bool, Parameter(negative="")] = False,
     log_file: Path | None = None,
 ) -> None:
     """Continue a prompt greedily, with the KV cache.
@@ -277,11 +298,14 @@ def generate_command(
         bos: begin with the token that the tokenizer puts in front of a text, if it puts one.
         threads: threads of an op.
         kernels: use our kernels; without, ONNX Runtime runs the functions inside the file.
+        verify: first compare the data of every sparse linear with the checksum that was written with the file.
         log_file: file that warnings of libraries and tracebacks are appended to.
     """
     log_to(log_file)
     from . import frontdoor
 
+    if verify:
+        _verify(model)
     positive("--max-new-tokens", max_new_tokens)
     positive("--threads", threads)
     text, result = frontdoor.generate(

@@ -12,6 +12,7 @@ from sparsify_export.cli import BAD_INPUT, DONE, main
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.onnx.checksums import KEY, Checked, verify_checksums
 from sparsify_export.passes.onnx.write import write_proto
+from sparsify_export.runtime import session
 
 ROWS, COLUMNS = 256, 64
 NAMES = ("values", "indices", "scales")
@@ -20,9 +21,11 @@ NAMES = ("values", "indices", "scales")
 def tensors(name):
     """Bytes as ``linear_nm_int8`` stores them; each at least 1 KiB, so that all lie in the data file."""
     rng = np.random.default_rng(ord(name))
+    pairs = np.array([first | second << 2 for second in range(4) for first in range(second)], np.uint8)
+    groups = rng.choice(pairs, (ROWS, COLUMNS // 8, 2))
     return {
         f"{name}.values": rng.integers(-127, 128, (ROWS, COLUMNS // 2), np.int8),
-        f"{name}.indices": rng.integers(0, 256, (ROWS, COLUMNS // 8), np.uint8),
+        f"{name}.indices": groups[..., 0] | groups[..., 1] << 4,
         f"{name}.scales": rng.random(ROWS, np.float32),
     }
 
@@ -79,6 +82,25 @@ def test_the_command(path, capsys):
     flip(path, "b.values")
     assert main(["inspect", str(path), "--verify"]) == BAD_INPUT
     assert "the data of a, b is not" in " ".join(capsys.readouterr().err.split())
+
+
+BEFORE_IT_RUNS = {
+    "bench": ["--repeats", "1"],
+    "eval": ["--exact"],
+    "generate": ["--prompt", "a"],
+}
+
+
+@pytest.mark.parametrize("command", BEFORE_IT_RUNS)
+def test_before_a_file_is_run(command, path, capsys, monkeypatch):
+    monkeypatch.setattr(session, "ort", None)  # nothing may be opened by then
+    flip(path, "b.values")
+    assert main([command, str(path), *BEFORE_IT_RUNS[command], "--verify"]) == BAD_INPUT
+    assert "the data of b is not what was written" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_sound_file_runs(path):
+    assert main(["bench", str(path), "--repeats", "1", "--verify"]) == DONE
 
 
 @pytest.mark.parametrize(
