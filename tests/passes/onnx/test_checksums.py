@@ -14,7 +14,7 @@ from sparsify_export.passes.onnx.checksums import KEY, Checked, verify_checksums
 from sparsify_export.passes.onnx.write import write_proto
 from sparsify_export.runtime import session
 
-ROWS, COLUMNS = 256, 64
+ROWS, COLUMNS = 256, 256
 NAMES = ("values", "indices", "scales")
 
 
@@ -77,7 +77,7 @@ def test_a_flipped_bit_names_its_linear(path, linear, part):
 
 def test_the_command(path, capsys):
     assert main(["inspect", str(path), "--verify"]) == DONE
-    assert "2 linears, 22528 bytes: as they were written" in capsys.readouterr().out
+    assert "2 linears, 83968 bytes: as they were written" in capsys.readouterr().out
     flip(path, "a.scales")
     flip(path, "b.values")
     assert main(["inspect", str(path), "--verify"]) == BAD_INPUT
