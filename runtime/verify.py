@@ -5,13 +5,12 @@ Two steps, each of which can fail: the graph that everything was made from must 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,15 +19,18 @@ from ..passes.errors import VerificationError
 from ..passes.frontend.batches import Batch
 from ..passes.frontend.trace import Traced
 from ..passes.fx.partition import Partition
-from ..passes.fx.run import Values, live_after, run_part_float64, run_part_rounded, start
+from ..passes.fx.run import run_part_float64, run_part_rounded
 from .feeds import NUMPY
 from .pieces import Piece, cut, run
 from .published import DECODED, Published, counted
+from .routing import Chosen, Route, Told, in_order, routing_of, same, telling
 from .session import CausalSession, open_session
 
 WAYS = MappingProxyType({"kernels": True, "functions": False})
 
 Outputs = tuple[Tensor, ...]
+Made = tuple[Outputs, Chosen]
+"""What a run returned, and the experts that it chose; () where that is not told."""
 Rounded = Mapping[str, Callable[[Tensor], Tensor]]
 
 
@@ -42,6 +44,9 @@ class Expected:
         exact: the same in float64, activations not rounded.
         rounded: whether activations are rounded.
         cache: the KV cache after the batch as ``baseline`` has it, by the order of the graph's outputs; () of others.
+        chosen: the experts of both runs where they are the same, see routing.py; None where they are not.
+        follow: both again, with the experts of another run; None for models without experts.
+        rankings: how many rankings choose experts; 0 for models without.
     """
 
     batch: Batch
@@ -49,6 +54,9 @@ class Expected:
     exact: Outputs
     rounded: bool
     cache: Outputs = ()
+    chosen: Chosen | None = None
+    follow: Callable[[Chosen], tuple[Route, Route]] | None = field(default=None, repr=False)
+    rankings: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,15 +89,22 @@ def expect(
         VerificationError: the graph is not the model.
     """
     expected, plain = [], []
+    routing = routing_of(partition)
+    by_ops = partial(run_part_rounded, rounded=rounded, fast=False)
     for told in published:
-        count = len(told.outputs)
-        exact = _run(partition, params, told.batch, run_part_float64)[:count]
-        unrounded = _run(partition, params, told.batch, partial(run_part_rounded, rounded={}, fast=False))
-        by_ops = partial(run_part_rounded, rounded=rounded, fast=False)
-        baseline = _run(partition, params, told.batch, by_ops) if rounded else unrounded
-        plain.append(unrounded[:count])
-        cache = baseline[count:] if told.decoded is not None else ()
-        expected.append(Expected(told.batch, baseline[:count], exact, bool(rounded), cache))
+        count, batch = len(told.outputs), told.batch
+        exact = routing.run(params, batch, run_part_float64)
+        unrounded = routing.run(params, batch, partial(run_part_rounded, rounded={}, fast=False))
+        baseline = routing.run(params, batch, by_ops) if rounded else unrounded
+        plain.append(unrounded.outputs[:count])
+        cache = baseline.outputs[count:] if told.decoded is not None else ()
+
+        def follow(chosen: Chosen, batch: Batch = batch) -> tuple[Route, Route]:
+            return routing.run(params, batch, by_ops, chosen), routing.run(params, batch, run_part_float64, chosen)
+
+        agreed = exact.chosen if same(exact.chosen, baseline.chosen, batch) else None
+        own = (batch, baseline.outputs[:count], exact.outputs[:count], bool(rounded), cache)
+        expected.append(Expected(*own, agreed, follow, routing.rankings))
     _check_graph(published, plain, [each.exact for each in expected])
     return expected
 
@@ -109,38 +124,55 @@ def verify(path: Path, traced: Traced, expected: Sequence[Expected], ways: Mappi
         VerificationError: the file does not run, or is further from the truth than its budget, see ``compare_outputs``.
     """
     results: list[Verified] = []
-    pieces = cut(path)
-    for how, kernels in ways.items():
-        if pieces and not kernels:
-            results += _in_pieces(path, f"{how}, in {len(pieces)} pieces", pieces, traced, expected)
-        else:
-            results += _whole_file(path, how, kernels, traced, expected)
+    with telling(path, expected[0].rankings) as told:
+        pieces = cut(told.path)
+        for how, kernels in ways.items():
+            if pieces and not kernels:
+                results += _in_pieces(path, f"{how}, in {len(pieces)} pieces", pieces, told, traced, expected)
+            else:
+                results += _whole_file(path, how, kernels, told, traced, expected)
     for result in results:
         if not result.closeness.ok:
             raise VerificationError(f"{path.name} differs from the model ({result.how}): {result.closeness}")
     return results
 
 
-def _whole_file(path: Path, how: str, kernels: bool, traced: Traced, expected: Sequence[Expected]) -> list[Verified]:
+def _whole_file(
+    path: Path, how: str, kernels: bool, told: Told, traced: Traced, expected: Sequence[Expected]
+) -> list[Verified]:
     """What `verify` finds in one way, of a file in one session."""
-    session = open_session(path, kernels=kernels)
-    whole = [_tried(path, how, partial(_whole, session, traced), each.batch) for each in expected]
-    results = [Verified(how, _closeness(whole, expected))]
+    session = open_session(told.path, kernels=kernels)
+    whole = [_tried(path, how, partial(_whole, session, traced, told), each.batch) for each in expected]
+    results = [Verified(how, _judged(path, how, whole, expected))]
     if traced.kind == "causal":
-        steps = CausalSession(session)
-        decoded = [_tried(path, how, partial(_decode, steps), each.batch) for each in expected]
-        results.append(Verified(f"{how}, decoding", _closeness(decoded, expected, last=DECODED)))
+        if not told.names:
+            CausalSession(session)  # refuses what is no decoder; a copy that tells more is one of our own files
+        decoded = [_tried(path, how, partial(_decode, session, traced, told), each.batch) for each in expected]
+        results.append(Verified(f"{how}, decoding", _judged(path, how, decoded, expected, last=DECODED)))
     return results
 
 
-def _run(partition: Partition, params: Mapping[str, Tensor], batch: Batch, run: Callable[..., Values]) -> Outputs:
-    """The float outputs."""
-    values = start(partition, batch.inputs)
-    for part, needed in zip(partition.parts, live_after(partition), strict=True):
-        values.update(run(part, values, params, partition.params))
-        for dead in [name for name in values if name not in needed and name not in partition.outputs]:
-            del values[dead]
-    return tuple(values[name] for name in partition.outputs if values[name].is_floating_point())
+def _judged(
+    path: Path, how: str, made: Sequence[Made], expected: Sequence[Expected], *, last: int | None = None
+) -> Closeness:
+    """How close a way of running the file came, where it chose experts: to what the model makes with the same ones.
+
+    Raises:
+        VerificationError: it chose experts that the model would not.
+    """
+    led = []
+    for (_, chosen), each in zip(made, expected, strict=True):
+        if not chosen or (each.chosen is not None and same(chosen, each.chosen, each.batch)):
+            led.append(each)
+            continue
+        assert each.follow is not None
+        baseline, exact = each.follow(chosen)
+        order = in_order(exact, baseline, each.batch)
+        if not order.ok:
+            raise VerificationError(f"{path.name} chooses other experts than the model ({how}): by ranks, {order}")
+        count = len(each.exact)
+        led.append(replace(each, baseline=baseline.outputs[:count], exact=exact.outputs[:count]))
+    return _closeness([outputs for outputs, _ in made], led, last=last)
 
 
 def _check_graph(published: Sequence[Published], plain: Sequence[Outputs], exact: Sequence[Outputs]) -> None:
@@ -163,7 +195,7 @@ def _check_graph(published: Sequence[Published], plain: Sequence[Outputs], exact
 
 
 def _in_pieces(
-    path: Path, how: str, pieces: Sequence[Piece], traced: Traced, expected: Sequence[Expected]
+    path: Path, how: str, pieces: Sequence[Piece], told: Told, traced: Traced, expected: Sequence[Expected]
 ) -> list[Verified]:
     """What `verify` finds without our kernels, of a file in pieces.
 
@@ -175,15 +207,22 @@ def _in_pieces(
     whole = [_feed(traced, each.batch) for each in expected]
     steps = [step for feed, each in zip(whole, expected, strict=True) for step in _steps(traced, feed, each)]
     try:
-        made = [tuple(map(torch.from_numpy, found)) for found in run(pieces, [*whole, *steps], names, kernels=False)]
+        wanted = [*names, *told.names]
+        made = [tuple(map(torch.from_numpy, found)) for found in run(pieces, [*whole, *steps], wanted, kernels=False)]
     except Exception as error:  # ONNX Runtime's exceptions have no common base class of their own
         raise VerificationError(f"{path.name} does not run ({how}): {' '.join(str(error).split())}") from error
-    floats = [tuple(x for x in found if x.is_floating_point()) for found in made]
-    results = [Verified(how, _closeness(floats[: len(whole)], expected))]
+    found = [_made(each, told) for each in made]
+    results = [Verified(how, _judged(path, how, found[: len(whole)], expected))]
     if steps:
-        rest = iter(floats[len(whole) :])
-        decoded = [(torch.cat([next(rest)[0] for _ in range(DECODED)], dim=1),) for _ in expected]
-        results.append(Verified(f"{how}, decoding", _closeness(decoded, expected, last=DECODED)))
+        rest, decoded = iter(found[len(whole) :]), []
+        for (_, chosen), each in zip(found, expected, strict=False):
+            own = [next(rest) for _ in range(DECODED)]
+            texts = len(each.batch.inputs[0])
+            # The cache was the baseline's, so the experts of the tokens in front are those of the whole run.
+            front = [x.reshape(texts, -1, x.shape[-1])[:, :-DECODED].flatten(0, 1) for x in chosen]
+            routes = _in_text_order([front, *(its for _, its in own)], texts) if chosen else ()
+            decoded.append(((torch.cat([outputs[0] for outputs, _ in own], dim=1),), routes))
+        results.append(Verified(f"{how}, decoding", _judged(path, how, decoded, expected, last=DECODED)))
     return results
 
 
@@ -209,13 +248,18 @@ def _tried(path: Path, how: str, run: Callable[[Batch], Outputs], batch: Batch) 
         raise VerificationError(f"{path.name} does not run ({how}) on inputs of shape {shape}: {said}") from error
 
 
-def _whole(session: Any, traced: Traced, batch: Batch) -> Outputs:
-    """The float outputs of one run, of a decoder the logits."""
+def _whole(session: Any, traced: Traced, told: Told, batch: Batch) -> Made:
+    """The float outputs of one run, of a decoder the logits, and the experts that it chose."""
     types = {value.name: NUMPY[value.type] for value in session.get_inputs()}
     feed: dict[str, Any] = {name: x.astype(types[name]) for name, x in _feed(traced, batch).items()}
     names = traced.outputs[:1] if traced.kind == "causal" else traced.outputs
-    outputs = [torch.from_numpy(x) for x in session.run(list(names), feed)]
-    return tuple(x for x in outputs if x.is_floating_point())
+    return _made([torch.from_numpy(x) for x in session.run([*names, *told.names], feed)], told)
+
+
+def _made(results: Sequence[Tensor], told: Told) -> Made:
+    """Results of a file in the order in which they were asked for: outputs, then what it chose."""
+    count = len(results) - len(told.names)
+    return tuple(x for x in results[:count] if x.is_floating_point()), tuple(results[count:])
 
 
 def _feed(traced: Traced, batch: Batch) -> dict[str, Any]:
@@ -224,16 +268,29 @@ def _feed(traced: Traced, batch: Batch) -> dict[str, Any]:
     return {name: x.numpy() for name, x in zip(traced.inputs, wide, strict=True)}
 
 
-def _decode(session: CausalSession, batch: Batch) -> Outputs:
-    """Logits of the last tokens, each computed from the cache of those before it."""
-    ids, mask = (x.numpy() for x in batch.inputs[:2])
-    first = ids.shape[1] - DECODED
-    logits, past = session.step(ids[:, :first], mask[:, :first], session.empty_past(len(ids)))
-    steps = []
-    for end in range(first + 1, ids.shape[1] + 1):
-        logits, past = session.step(ids[:, end - 1 : end], mask[:, :end], past)
-        steps.append(logits)
-    return (torch.from_numpy(np.concatenate(steps, axis=1)),)
+def _decode(session: Any, traced: Traced, told: Told, batch: Batch) -> Made:
+    """Logits of the last tokens, each computed from the cache of those before it, and the experts of all tokens."""
+    types = {value.name: NUMPY[value.type] for value in session.get_inputs()}
+    feed = {name: x.astype(types[name]) for name, x in _feed(traced, batch).items()}
+    ids, mask, *past = traced.inputs
+    length = batch.inputs[0].shape[1]
+    logits, chosen = [], []
+    values = {name: feed[name] for name in past}
+    begin = 0
+    for end in range(length - DECODED, length + 1):
+        own = {ids: feed[ids][:, begin:end], mask: feed[mask][:, :end], **values}
+        first, *rest = session.run([*traced.outputs, *told.names], own)
+        logits.append(torch.from_numpy(first))
+        values = dict(zip(past, rest, strict=False))
+        chosen.append([torch.from_numpy(x) for x in rest[len(past) :]])
+        begin = end
+    return (torch.cat(logits[1:], dim=1),), _in_text_order(chosen, len(batch.inputs[0]))
+
+
+def _in_text_order(chosen: Sequence[Sequence[Tensor]], texts: int) -> Chosen:
+    """What runs of some tokens each chose, ``[texts * tokens, ..]``, as one run of all tokens has it."""
+    by_text = [[x.reshape(texts, -1, x.shape[-1]) for x in step] for step in chosen]
+    return tuple(torch.cat(steps, dim=1).flatten(0, 1) for steps in zip(*by_text, strict=True))
 
 
 def _closeness(got: Sequence[Outputs], expected: Sequence[Expected], *, last: int | None = None) -> Closeness:

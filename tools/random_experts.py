@@ -1,6 +1,6 @@
 """Write a model with experts of random weights in bfloat16, shard by shard, with a tokenizer: to measure decoding.
 
-python -P tools/random_experts.py mixtral FOLDER
+python tools/random_experts.py mixtral FOLDER
 """
 
 import json

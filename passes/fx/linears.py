@@ -16,14 +16,7 @@ aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default)
 COPIES = (aten.alias.default, aten.clone.default, aten.contiguous.default)
 SPLITS = (aten.split.Tensor, aten.split.default, aten.split_with_sizes.default, aten.chunk.default)
-RANKINGS = (
-    aten.topk.default,
-    aten.sort.default,
-    aten.sort.stable,
-    aten.argsort.default,
-    aten.argmax.default,
-    aten.max.dim,
-)
+RANKINGS = (aten.topk.default, aten.sort.default, aten.sort.stable)
 CUTS = {**dict.fromkeys(SPLITS, 2), aten.unbind.int: 1, aten.select.int: 1, aten.slice.Tensor: 1}
 """Ops that take ranges of an axis, and where among their arguments they say which axis."""
 
@@ -89,13 +82,14 @@ def find_linears(graph: Graph, params: Mapping[str, str]) -> list[Linear]:
 
 
 def _routers(graph: Graph) -> set[Node]:
-    """The linears that choose experts: the last ones before the rankings of a graph that has stacks of experts.
+    """The linears that choose experts: the last ones before what stacks of experts are told to take.
 
-    A stack is told the experts by number, which come from a ranking, or is given zeros for all that a ranking left out.
+    Where a stack takes all of them, and reads zeros for those that were not chosen, it is a ranking that chose.
     """
-    if not any(node.target is BY_TOKEN for node in graph.nodes):
+    ahead: list[Node] = [node.args[1] for node in graph.nodes if node.target is BY_TOKEN]  # type: ignore[misc]
+    if not ahead:
         return set()
-    ahead: list[Node] = [node for node in graph.nodes if node.target in RANKINGS]
+    ahead += [node for node in graph.nodes if node.target in RANKINGS]
     seen: set[Node] = set()
     found = set()
     while ahead:
