@@ -8,7 +8,7 @@ from sparsify_export.calibrate.patterns import NM, Unstructured
 from sparsify_export.effort import Flags, effort_of, make_recipe
 from sparsify_export.passes.dialect.storage import Storage
 from sparsify_export.passes.errors import InputError
-from sparsify_export.passes.recipe import Distil, Quantise, Recipe, Tune
+from sparsify_export.passes.recipe import Distil, Moves, Quantise, Recipe, Tune
 
 TWO_OF_FOUR = NM(2, 4)
 
@@ -175,6 +175,38 @@ def test_best_is_balanced_and_distillation():
 def test_what_distillation_refuses(flags, onnx, message):
     with pytest.raises(InputError, match=message):
         recipe(onnx=onnx, **flags)
+
+
+def test_masks_move_where_that_is_asked_for():
+    made = recipe(effort="best", mask_moves=5, mask_rank="fisher", mask_pull=0.25)
+    assert made.distil == Distil(moves=Moves(5, 0.25, "fisher"))
+    assert recipe(distil=2, mask_moves=3).distil == Distil(2, moves=Moves(3))
+    assert recipe(effort="best", mask_moves=0) == recipe(effort="best")
+    assert recipe(effort="best", storage=INT4, mask_moves=3).quantise.method == "joint"
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"mask_moves": 3}, "^--mask-moves 3 has no effect without --distil EPOCHS$"),
+        ({"mask_rank": "fisher"}, "^--mask-rank fisher has no effect without --distil EPOCHS$"),
+        ({"mask_pull": 0.0}, "^--mask-pull 0 has no effect without --distil EPOCHS$"),
+        ({"effort": "best", "mask_pull": 0.1}, "^--mask-pull 0.1 has no effect where masks stay; want --mask-moves"),
+        ({"effort": "best", "mask_moves": -1}, "^--mask-moves -1 is negative; want a number of steps, or 0 for none$"),
+        (
+            {"effort": "best", "mask_moves": 1, "mask_pull": 1.0},
+            "^--mask-pull 1 is out of range; want 0 to less than 1$",
+        ),
+        ({"effort": "best", "mask_moves": 1, "mask_pull": float("nan")}, "^--mask-pull nan is out of range"),
+        (
+            {"effort": "best", "mask_moves": 1, "storage": Storage("int8"), "quantise": "sweep"},
+            "^--mask-moves 1 cannot be had with --quantise rtn or sweep, whose grid is made for a mask$",
+        ),
+    ],
+)
+def test_masks_that_cannot_move_are_refused(flags, why):
+    with pytest.raises(InputError, match=why):
+        recipe(**flags)
 
 
 def test_any_effort_may_end_with_fine_tuning():

@@ -233,7 +233,7 @@ def compile_command(
             half of it.
         mask_moves: steps of --distil after which masks are chosen again, within their pattern or their rows' numbers
             of zeros, from weights that go on being trained behind zeros; the last third of the steps keeps them. 0 for
-            masks that stay, the default but of best. On a grid they stay.
+            masks that stay, the default. On a grid they stay.
         mask_rank: what they are chosen by: magnitude, or fisher, magnitude times the root of Adam's second moment.
         mask_pull: by what fraction a step at the peak learning rate shrinks what is behind a zero.
         calibration: text file, JSONL with a text field, or self, the default: text the model writes itself.

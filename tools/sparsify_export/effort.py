@@ -108,7 +108,7 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
     tune, distil = _tune(flags, onnx=onnx), _distil(flags, onnx=onnx)
     quantise = _quantise(flags, onnx=onnx, learns=bool(tune or distil or allocation))
     if distil is not None:
-        moves = _moves(flags, on_grid=quantise is not None and quantise.method != "joint", onnx=onnx)
+        moves = _moves(flags, on_grid=quantise is not None and quantise.method != "joint")
         distil = replace(distil, moves=moves)
     if flags.hessian is not None and update == "none" and (quantise is None or quantise.method == "rtn"):
         raise InputError(f"--hessian {flags.hessian} has no effect without an update of the weights or a sweep")
@@ -203,30 +203,26 @@ def _distil(flags: Flags, *, onnx: bool) -> Distil | None:
     return Distil(epochs, flags.distil_lr or Distil.rate, seed=flags.seed)
 
 
-def _moves(flags: Flags, *, on_grid: bool, onnx: bool) -> Moves | None:
+def _moves(flags: Flags, *, on_grid: bool) -> Moves | None:
     """How masks move while the weights are distilled, or None where they stay: given ones, and those on a grid.
 
     Raises:
         InputError: a flag is out of range, or nothing may move that a flag moves.
     """
     if flags.mask_moves is not None and flags.mask_moves < 0:
-        raise InputError(
-            f"--mask-moves {flags.mask_moves} is negative; want a number of steps, or 0 for masks that stay"
-        )
+        raise InputError(f"--mask-moves {flags.mask_moves} is negative; want a number of steps, or 0 for none")
     if flags.mask_pull is not None and not 0 <= flags.mask_pull < 1:
         raise InputError(f"--mask-pull {flags.mask_pull:g} is out of range; want 0 to less than 1")
     still = "--mask, which says what goes" if flags.given else "--quantise rtn or sweep, whose grid is made for a mask"
     if flags.mask_moves and (flags.given or on_grid):
         raise InputError(f"--mask-moves {flags.mask_moves} cannot be had with {still}")
-    best = effort_of(flags, onnx=onnx) == "best" and not flags.given and not on_grid
-    every = flags.mask_moves if flags.mask_moves is not None else Moves.every if best else 0
-    if not every:
+    if not flags.mask_moves:
         for flag, value in {"--mask-rank": flags.mask_rank, "--mask-pull": flags.mask_pull}.items():
             if value is not None:
                 raise InputError(f"{flag} {value} has no effect where masks stay; want --mask-moves STEPS")
         return None
     pull = Moves.pull if flags.mask_pull is None else flags.mask_pull
-    return Moves(every, pull, flags.mask_rank or Moves.score)
+    return Moves(flags.mask_moves, pull, flags.mask_rank or Moves.score)
 
 
 def _quantise(flags: Flags, *, onnx: bool, learns: bool) -> Quantise | None:
