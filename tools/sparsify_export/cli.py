@@ -226,7 +226,7 @@ def compile_command(
             half, or the whole block at once.
         tune_epochs: passes over the calibration windows at most, for each half.
         tune_lr: peak learning rate; a step moves a half's output by about this fraction of the error there is.
-        distil: then train the surviving weights of all blocks together against the dense model's predictions, so many
+        distil: then train the surviving weights of all blocks together against what the dense model says, so many
             passes over the calibration windows; 0 for not at all. It needs memory for the whole model. With --quantise
             joint it is done twice: as floats, and then on the grid.
         distil_lr: peak learning rate, as a fraction of the root mean square of each weight; default 0.0015. On a grid
@@ -236,10 +236,13 @@ def compile_command(
             masks that stay, the default. On a grid they stay.
         mask_rank: what they are chosen by: magnitude, or fisher, magnitude times the root of Adam's second moment.
         mask_pull: by what fraction a step at the peak learning rate shrinks what is behind a zero.
-        calibration: text file, JSONL with a text field, or self, the default: text the model writes itself.
+        calibration: text file, JSONL with a text field, or self, the default: text the model writes itself. An encoder
+            reads texts one by one, as it will be given them: what stands between blank lines, or a line of JSONL, with
+            a text_pair where a reranker reads two.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
             is also verified and timed on them.
-        samples: calibration windows; default 128 of a file, 32 of the model's own text.
+        samples: calibration windows; default 128 of a file, 32 of the model's own text. An encoder reads as many texts
+            as fill them.
         seq_len: tokens in a calibration window; default 2048 of a file, 512 of the model's own text.
         seed: of everything random.
         bos: begin windows of calibration and of --eval with the token that the tokenizer puts in front of a text, if
