@@ -81,6 +81,10 @@ class Block:
         form = self.form(key)
         return self.recipe.pattern if form is None else form.pattern
 
+    def path(self, key: str) -> str:
+        """The module path of the linear that a weight belongs to; the first of those that share it."""
+        return next(linear.path for linear in self.pruned if linear.weight == key)
+
     def parts(self, key: str) -> Parts:
         """The linears that a weight is made of, such as q, k and v of a fused one, if all that read it agree on it."""
         found = {linear.parts for linear in self.pruned if linear.weight == key}

@@ -28,6 +28,7 @@ from .besa import Examples, learn_masks
 from .block import Block, mask, propagate, run_dense, score_block
 from .checkpoint import Checkpoint, from_grids, to_grids, to_report
 from .errors import InputError
+from .fitting import thin
 from .frontend.batches import Batch
 from .fx.attended import find_attended
 from .fx.linears import Linear
@@ -142,16 +143,8 @@ def prune(
 
 def _thin(report: BlockReport, batches: Sequence[Batch]) -> str:
     """Say so where calibration shows too little of what linears read; "" where it is enough."""
-    known = [x for x in report.linears if x.directions is not None]
-    poor = [x for x in known if x.directions is not None and 2 * x.directions < x.shape[1]]
-    if not poor:
-        return ""
-    worst = min(poor, key=lambda x: (x.directions or 0) / x.shape[1])
-    return (
-        f"calibration shows {worst.directions} of the {worst.shape[1]} directions that the inputs of {worst.path} "
-        f"have, and less than half for {len(poor)} of {len(known)} linears of {report.path}{_told_tokens(batches)}: "
-        "weights are fitted to these alone; give more text, or text that repeats itself less"
-    )
+    seen = [(x.path, x.directions, x.shape[1]) for x in report.linears]
+    return thin(seen, f"{report.path}{_told_tokens(batches)}")
 
 
 def _told_tokens(batches: Sequence[Batch]) -> str:

@@ -16,6 +16,7 @@ from .block import Block, Observed, alike
 from .dialect.packed import OnGrid, packed_bytes
 from .dialect.storage import Storage
 from .errors import InputError
+from .fitting import Fitting
 
 STRENGTH_RATE: Final = 0.002
 """Peak learning rate of clipping strengths under AdamW."""
@@ -102,29 +103,58 @@ def quantise_block(
     wanted = block.recipe.quantise
     if wanted is None:
         return {}
-    paths = {linear.weight: linear.path for linear in block.pruned}
     as_learned = bool(learned) and block.recipe.update == "none"
     nearest = wanted.method == "rtn" or as_learned
     done = {}
     for nodes, keys in alike(block, keep).items():
-        found = None if nearest else observed.hessian(nodes)
-        hessian = None if found is None else _with_dead(found)
-        factor = None if hessian is None else _factor(hessian, paths[keys[0]])
-        for key in keys:
-            weight = params[key].float()
-            form = block.form(key)
-            storage = wanted.storage if form is None else form.storage
-            if not storage.quantised or not _gains(weight, patterns.get(key), storage):
-                continue
-            if as_learned:
-                done[key] = replace(learned[key], exact=weight)
-            else:
-                importance = hessian.diagonal() if hessian is not None else None
-                done[key] = _gridded(paths[key], storage, weight, importance, learned.get(key))
-            new = done[key].value()
-            if hessian is not None and factor is not None:
-                done[key], new = _fit(done[key], hessian, factor, keep[key])
-            params[key] = new.to(params[key].dtype)
+        storages = {key: wanted.storage if (form := block.form(key)) is None else form.storage for key in keys}
+        weights = {key: params[key].float() for key in keys if storages[key].quantised}
+        own = {key: x for key, x in weights.items() if _gains(x, patterns.get(key), storages[key])}
+        if as_learned:
+            done |= {key: replace(learned[key], exact=weight) for key, weight in own.items()}
+            params.update({key: done[key].value().to(params[key].dtype) for key in own})
+        elif own:
+            hessian = None if nearest else observed.hessian(nodes)
+            made = quantise_alike(block, own, storages, keep, hessian, learned)
+            done |= {key: gridded for key, (gridded, _) in made.items()}
+            params.update({key: new.to(params[key].dtype) for key, (_, new) in made.items()})
+    return done
+
+
+def quantise_alike(
+    fitting: Fitting,
+    weights: Mapping[str, Tensor],
+    storages: Mapping[str, Storage],
+    keep: Mapping[str, Tensor],
+    hessian: Tensor | None,
+    learned: Mapping[str, Gridded],
+) -> dict[str, tuple[Gridded, Tensor]]:
+    """Quantise the weights of linears that read the same input.
+
+    Args:
+        fitting: what is known of the linears.
+        weights: by key, float32, pruned.
+        storages: by key, what they are stored as.
+        keep: their masks.
+        hessian: of what they read; None rounds to nearest.
+        learned: grids whose strengths are where the sweep begins.
+
+    Returns:
+        By key: the weight as it was before with its grid, and the weight on the grid, float32.
+
+    Raises:
+        InputError: see ``quantise_block``.
+    """
+    whole = None if hessian is None else _with_dead(hessian)
+    factor = None if whole is None or not weights else _factor(whole, fitting.path(next(iter(weights))))
+    done = {}
+    for key, weight in weights.items():
+        importance = whole.diagonal() if whole is not None else None
+        gridded = _gridded(fitting.path(key), storages[key], weight, importance, learned.get(key))
+        if whole is None or factor is None:
+            done[key] = gridded, gridded.value()
+        else:
+            done[key] = _fit(gridded, whole, factor, keep[key])
     return done
 
 

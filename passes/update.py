@@ -11,6 +11,8 @@ from ..calibrate.patterns import Pattern, RowCounts
 from ..calibrate.update import DAMPING, Inputs, cost, prepare, relative_error, update
 from .block import GROUPS, Block, Observed, alike
 from .errors import InputError
+from .fitting import Fitting
+from .recipe import Recipe
 
 MORE: Final = (0.01, 0.1, 1.0)
 """Damping that is tried where an update makes a layer worse."""
@@ -62,21 +64,20 @@ def update_block(
     for nodes, keys in groups.items():
         hessian = observed.hessian(nodes)
         assert hessian is not None
-        own = {key: _target(block, key, keep[key]) for key in keys}
-        done |= _update_alike(block, {key: params[key] for key in keys}, keep, own, hessian)
+        own = {key: target_of(block.recipe, keep[key], block.pattern(key)) for key in keys}
+        done |= update_alike(block, {key: params[key] for key in keys}, keep, own, hessian)
     return done
 
 
-def _target(block: Block, key: str, keep: Tensor) -> Pattern | RowCounts | Tensor:
+def target_of(recipe: Recipe, keep: Tensor, pattern: Pattern | None) -> Pattern | RowCounts | Tensor:
     """What an update is to make: the mask itself, or, where it chooses, the pattern or the counts that were learned."""
-    pattern = block.pattern(key)
-    if block.recipe.mask_from == "score" or pattern is None:
+    if recipe.mask_from == "score" or pattern is None:
         return keep
-    return pattern if block.recipe.allocation is None else RowCounts((~keep).sum(dim=1))
+    return pattern if recipe.allocation is None else RowCounts((~keep).sum(dim=1))
 
 
-def _update_alike(
-    block: Block,
+def update_alike(
+    fitting: Fitting,
     weights: Mapping[str, Tensor],
     keep: Mapping[str, Tensor],
     targets: Mapping[str, Pattern | RowCounts | Tensor],
@@ -86,21 +87,30 @@ def _update_alike(
 
     An update that makes a layer worse (`calibrate.update.cost`) is tried again with more damping; where none helps, the
     original weights stay, under the score's mask.
+
+    Args:
+        fitting: the recipe, and what is known of the linears.
+        weights: by key, ``[out_features, in_features]``.
+        keep: their masks by the score.
+        targets: what the update is to make of each; see ``target_of``.
+        hessian: of what they read.
+
+    Raises:
+        InputError: the Hessian is not positive definite with any damping.
     """
-    recipe = block.recipe
+    recipe = fitting.recipe
     assert recipe.update != "none"
     first = DAMPING[recipe.update] if recipe.damping is None else recipe.damping
-    paths = {linear.weight: linear.path for linear in reversed(block.pruned)}
     masked = {key: torch.where(keep[key], weight.float(), 0.0) for key, weight in weights.items()}
     before = {key: relative_error(masked[key], weight.float(), hessian) for key, weight in weights.items()}
     done: dict[str, Updated] = {}
     directions = None
     for damping in (first, *(more for more in MORE if more > first)):
-        inputs = _prepare(block, paths[next(iter(weights))], hessian, damping)
+        inputs = _prepare(fitting, fitting.path(next(iter(weights))), hessian, damping)
         directions = inputs.directions if directions is None else directions
         for key in [key for key in weights if key not in done]:
             weight = weights[key].float()
-            new, own = _update_rows(block, key, weight, inputs, targets[key], cautious=damping != first)
+            new, own = _update_rows(fitting, key, weight, inputs, targets[key], cautious=damping != first)
             if not bool(new.isfinite().all()) or cost(new, weight, hessian) > cost(masked[key], weight, hessian):
                 continue
             why = "" if damping == first else f"made its layer worse below a damping of {damping:g}"
@@ -113,12 +123,12 @@ def _update_alike(
         done[key] = Updated(masked[key].to(weights[key].dtype), keep[key], before[key], before[key], why, directions)
     for key, its in done.items():
         if its.refused:
-            block.note(f"{paths[key]}: its update {its.refused}")
+            fitting.note(f"{fitting.path(key)}: its update {its.refused}")
     return {key: done[key] for key in weights}
 
 
 def _update_rows(
-    block: Block,
+    fitting: Fitting,
     key: str,
     weight: Tensor,
     inputs: Inputs,
@@ -127,7 +137,7 @@ def _update_rows(
     cautious: bool,
 ) -> tuple[Tensor, Tensor]:
     """`update` of each of the linears that a fused one is made of: their weights do not compete with each other."""
-    parts = block.parts(key)
+    parts = fitting.parts(key)
     rows = parts.split(weight)
     targets: list[Pattern | RowCounts | Tensor]
     if isinstance(target, RowCounts):
@@ -137,18 +147,18 @@ def _update_rows(
     else:
         targets = [target] * len(rows)
     done = [
-        update(each, inputs, own, per=GROUPS[block.recipe.score], cautious=cautious)
+        update(each, inputs, own, per=GROUPS[fitting.recipe.score], cautious=cautious)
         for each, own in zip(rows, targets, strict=True)
     ]
     return parts.joined([new for new, _ in done]), parts.joined([keep for _, keep in done])
 
 
-def _prepare(block: Block, path: str, hessian: Tensor, damping: float) -> Inputs:
-    assert block.recipe.update != "none"
+def _prepare(fitting: Fitting, path: str, hessian: Tensor, damping: float) -> Inputs:
+    assert fitting.recipe.update != "none"
     try:
-        inputs = prepare(hessian, block.recipe.update, damping)
+        inputs = prepare(hessian, fitting.recipe.update, damping)
     except ValueError as error:
         raise InputError(f"{path}: {error}; give a larger --damping, or more calibration text") from error
     if inputs.raised:
-        block.note(f"{path}: its Hessian is not positive definite as it is; --damping raised to {inputs.raised:g}")
+        fitting.note(f"{path}: its Hessian is not positive definite as it is; --damping raised to {inputs.raised:g}")
     return inputs
