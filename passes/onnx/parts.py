@@ -39,18 +39,27 @@ def _reader(model: Model, node: gs.Node, value: gs.Tensor, axes: Axes) -> Iterat
         return
     if (node.domain or "") not in STANDARD or node.inputs[0] is not value:
         yield None
-    elif node.op == "Identity":
-        yield node.outputs[0], axes
-    elif node.op == "Reshape":
-        after = axes.reshaped(_shape(model, node.inputs[1], math.prod(axes.sizes)))
-        yield None if after is None else (node.outputs[0], after)
-    elif node.op == "Transpose" and "perm" in node.attrs:
-        yield node.outputs[0], axes.permuted(node.attrs["perm"])
+    elif node.op in ("Identity", "Reshape", "Transpose"):
+        yield moved(model, node, value, axes)
     elif node.op in ("Split", "Slice", "Gather"):
         place, ranges = {"Split": _split, "Slice": _slice, "Gather": _gather}[node.op](model, node, axes)
         yield from [axes.cut(place, *each) for each in ranges] if place in axes.places and ranges else [None]
     else:
         yield None
+
+
+def moved(model: Model, node: gs.Node, value: gs.Tensor, axes: Axes) -> tuple[gs.Tensor, Axes] | None:
+    """Where a node that only moves numbers puts the outputs of a linear; None for another node, or if not known."""
+    if (node.domain or "") not in STANDARD or node.inputs[0] is not value:
+        return None
+    if node.op == "Identity":
+        return node.outputs[0], axes
+    if node.op == "Reshape":
+        after = axes.reshaped(_shape(model, node.inputs[1], math.prod(axes.sizes)))
+        return None if after is None else (node.outputs[0], after)
+    if node.op == "Transpose" and "perm" in node.attrs:
+        return node.outputs[0], axes.permuted(node.attrs["perm"])
+    return None
 
 
 Ranges = tuple[int | None, Sequence[tuple[int, int]]]

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import onnx
 import torch
-from torch import Tensor
 
-from ...calibrate import masks, scores
+from ...calibrate import masks
 from ...calibrate.patterns import NM, Pattern, Unstructured, find_pattern
 from ..cost import Worth
 from ..dialect.packed import Packed, pack, packed_bytes
 from ..dialect.storage import FLOATS, FP32, Storage
 from ..errors import InputError
-from ..parts import ONE, Parts
+from ..parts import ONE
 from ..recipe import Recipe
 from ..skip import named_by
+from .fit import EMPTY, ZERO, Fitted, Shared, keep_of, score_of
 from .head import gives_output
 from .left_out import LeftOut
 from .linears import Linear
@@ -43,7 +43,7 @@ class Sparse:
         linear: the linear as found.
         pattern: the pattern of its zeros.
         sparsity: fraction of zeros, counted.
-        retained: score that was kept; None where nothing was pruned.
+        retained: score that was kept, before an update chose its own mask; None where nothing was pruned.
         op: one of the dialect's ops, or ``MatMul`` where only standard ops are wanted.
         storage: of the packed values, which says what the op does to its activations.
         attributes: of the sparse op.
@@ -51,6 +51,7 @@ class Sparse:
         dense: the weight as the file will hold it, in the spool, float, the way round that the model had it and
             without the linear's factor; float32 where its packed form is quantised.
         stored_bytes: its weight in the file.
+        fitted: how the weight was pruned and fitted to its inputs; None where it only got zeros.
     """
 
     linear: Linear
@@ -63,6 +64,7 @@ class Sparse:
     packed: tuple[onnx.TensorProto, ...]
     dense: onnx.TensorProto
     stored_bytes: int
+    fitted: Fitted | None = None
 
     @property
     def note(self) -> str:
@@ -104,7 +106,7 @@ def make_sparse(
     model: Model,
     linears: Sequence[Linear],
     recipe: Recipe | None,
-    norms: Mapping[str, Tensor],
+    fitted: Mapping[str, Fitted | str] | None = None,
     *,
     storage: Storage,
     sparse_ops: bool,
@@ -128,7 +130,8 @@ def make_sparse(
         model: where the linears are from.
         linears: those that can be lowered.
         recipe: how to prune; None prunes nothing.
-        norms: activation norms by the weight's name; empty scores the weights alone.
+        fitted: by the weight's name, all that the recipe prunes as they were pruned on their inputs, or why they were
+            not; None prunes here, by the weights alone.
         storage: how packed values are stored; values that the model holds in 16 bits stay as they are unless this
             is int8 or int4.
         sparse_ops: False keeps the ops and only sets weights to zero.
@@ -154,12 +157,16 @@ def make_sparse(
     done: list[Sparse] = []
     left: list[LeftOut] = []
     for index, (name, group) in enumerate(groups.items()):
-        progress("pruning" if recipe else "lowering", index, len(groups))
+        progress("pruning" if recipe and fitted is None else "lowering", index, len(groups))
         reason = next((reasons[linear.place] for linear in group if reasons[linear.place]), "")
         if not reason:
             try:
-                fused = parts_of(model, group) if recipe is not None else ONE
-                made = _make(group, recipe, fused, norms.get(name), storage, sparse_ops, packed, dense, worth)
+                one = Shared(tuple(group), parts_of(model, group) if recipe is not None else ONE, ())
+                its = None if fitted is None else fitted[name]
+                if isinstance(its, str):
+                    made: list[Sparse] | str = its
+                else:
+                    made = _make(one, recipe, its, storage, sparse_ops, packed, dense, worth)
             except ValueError as error:
                 raise InputError(f"{group[0].path}: {error}") from error
             if isinstance(made, str):
@@ -191,84 +198,115 @@ def _reasons(left: Sequence[LeftOut]) -> str:
 
 
 def _make(
-    group: Sequence[Linear],
+    weight: Shared,
     recipe: Recipe | None,
-    fused: Parts,
-    norm: Tensor | None,
+    fitted: Fitted | None,
     storage: Storage,
     sparse_ops: bool,
     packed: Spool,
     dense: Spool,
     worth: Worth | None,
 ) -> list[Sparse] | str:
-    """One weight, made of the linears ``fused``, and the linears that share it; a reason if it stays as it is."""
-    source = group[0].weight
-    weight = source.read()
-    if not bool(weight.isfinite().all()):
+    """One weight and the linears that share it; a reason if it stays as it is."""
+    group, source = weight.linears, weight.linears[0].weight
+    values = source.read() if fitted is None else fitted.read()
+    if not bool(values.isfinite().all()):
         raise ValueError("its weight holds NaN or infinity")
     retained = None
     pattern: Pattern | None
-    if not bool(weight.any()):
-        return "the weight is zero everywhere"
+    if not bool(values.any()):
+        return ZERO
     if recipe is None:
-        pattern = find_pattern(weight)
+        pattern = find_pattern(values)
         if pattern is None:
             return "the weight is dense"
     else:
-        score = fused.joined([_score(rows, norm, recipe) for rows in fused.split(weight)])
-        keep = fused.joined([_keep(rows, recipe) for rows in fused.split(score)])
-        retained = masks.retained(score, keep)
-        weight = torch.where(keep, weight, 0.0)  # literal +0.0, never -0.0
         pattern = recipe.pattern
-        del score, keep
-        if not bool(weight.any()):
-            return "nothing of the weight would be left"
-    largest = float(weight.abs().max())
-    if largest * weight.shape[1] > torch.finfo(torch.float32).max:
+        if fitted is None:
+            score = score_of(values, weight.parts, recipe, None, None)
+            keep = keep_of(score, weight.parts, recipe)
+            retained = masks.retained(score, keep)
+            values = torch.where(keep, values, 0.0)  # literal +0.0, never -0.0
+            del score, keep
+            if not bool(values.any()):
+                return EMPTY
+        else:
+            retained = fitted.retained_before
+    largest = float(values.abs().max())
+    if largest * values.shape[1] > torch.finfo(torch.float32).max:
         raise ValueError(
-            f"its weights reach {largest:.3g}, so that a sum of {weight.shape[1]} products overflows float32"
+            f"its weights reach {largest:.3g}, so that a sum of {values.shape[1]} products overflows float32"
         )
-    sparsity = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
-    name = _text(pattern)
-    if not sparse_ops:
-        if recipe is None:
-            return "--ops standard"
-        if source.quantised:
-            return "--ops standard would write its quantised weight in float"
-        proto = dense.add(source.value, weight if source.rows_first else weight.T)
-        size = source.stored_bytes
-        return [Sparse(x, name, sparsity, retained, "MatMul", FP32, {}, (), proto, size) for x in group]
-    used = _storage(weight.dtype, [linear.alpha for linear in group], storage)
+    nonzeros = int(values.count_nonzero())
+    sparsity, name = 1 - nonzeros / max(1, values.numel()), _text(pattern)
+    if recipe is None and not sparse_ops:
+        return "--ops standard"
+    if fitted is None:
+        used = stored_as(weight, values.dtype, nonzeros, pattern, storage, sparse_ops=sparse_ops, worth=worth)
+    else:  # it was asked before it was pruned, and stays so if that made it some bytes larger than was thought
+        used = stored_as(weight, values.dtype, 0, pattern, storage, sparse_ops=sparse_ops, worth=None)
     if isinstance(used, str):
         return used
-    rows, columns = weight.shape
-    nonzeros = int(weight.count_nonzero())
-    size = packed_bytes(rows, columns, nonzeros, pattern, used)
-    if size >= source.stored_bytes:
-        wider = source.quantised and not storage.quantised
-        advice = "; --dtype int8 or int4 stores it as the model does" if wider else ""
-        return f"{LARGER} {size} bytes, now {source.stored_bytes}{advice}"
-    if worth is not None and (slower := worth(pattern, rows, columns, nonzeros)):
-        return slower
+    if not sparse_ops:
+        proto = dense.add(source.value, values if source.rows_first else values.T)
+        size = source.stored_bytes
+        return [Sparse(x, name, sparsity, retained, "MatMul", FP32, {}, (), proto, size, fitted) for x in group]
+    scales = fitted.on_grid.scales if fitted is not None and fitted.on_grid is not None else None
     by_alpha: dict[float, tuple[Packed, tuple[onnx.TensorProto, ...]]] = {}
     for linear in group:
         if linear.alpha not in by_alpha:
-            parts = pack(weight.float() * linear.alpha, pattern, used)
+            parts = pack(values.float() * linear.alpha, pattern, used, scales)
             stem = source.name if not by_alpha else f"{source.name}.{len(by_alpha)}"
             by_alpha[linear.alpha] = parts, tuple(packed.add(f"{stem}.{n}", t) for n, t in parts.tensors.items())
     if used.quantised:
         (alpha,) = by_alpha
         rounded = by_alpha[alpha][0].unpack() / alpha
     else:  # not unpacked, so that a mistake in packing shows
-        rounded = weight.to(used.dtype).to(weight.dtype)
+        rounded = values.to(used.dtype).to(values.dtype)
     proto = dense.add(source.value, rounded if source.rows_first else rounded.T)
     result = []
     for linear in group:
         parts, protos = by_alpha[linear.alpha]
-        result.append(
-            Sparse(linear, name, sparsity, retained, parts.op, used, parts.attributes, protos, proto, parts.nbytes)
-        )
+        its = parts.op, used, parts.attributes, protos, proto, parts.nbytes, fitted
+        result.append(Sparse(linear, name, sparsity, retained, *its))
     return result
+
+
+def stored_as(
+    weight: Shared,
+    held: torch.dtype,
+    nonzeros: int,
+    pattern: Pattern,
+    storage: Storage,
+    *,
+    sparse_ops: bool,
+    worth: Worth | None,
+) -> Storage | str:
+    """How a weight with so many non-zeros is stored, or why it stays as it is.
+
+    Args:
+        weight: the weight and its linears.
+        held: the type that the model holds it in.
+        nonzeros: how many numbers are kept.
+        pattern: of its zeros.
+        storage: what was asked for.
+        sparse_ops: whether it is packed at all.
+        worth: asked whether it would be slower; None for never.
+    """
+    source = weight.linears[0].weight
+    if not sparse_ops:
+        return "--ops standard would write its quantised weight in float" if source.quantised else FP32
+    used = _storage(held, [linear.alpha for linear in weight.linears], storage)
+    if isinstance(used, str):
+        return used
+    rows, columns = source.shape
+    size = packed_bytes(rows, columns, nonzeros, pattern, used)
+    if size >= source.stored_bytes:
+        wider = source.quantised and not storage.quantised
+        advice = "; --dtype int8 or int4 stores it as the model does" if wider else ""
+        return f"{LARGER} {size} bytes, now {source.stored_bytes}{advice}"
+    slower = worth(pattern, rows, columns, nonzeros) if worth is not None else ""
+    return slower or used
 
 
 def _storage(held: torch.dtype, alphas: Sequence[float], wanted: Storage) -> Storage | str:
@@ -280,21 +318,6 @@ def _storage(held: torch.dtype, alphas: Sequence[float], wanted: Storage) -> Sto
     if any(math.frexp(alpha)[0] != 0.5 for alpha in alphas):  # only scaling by a power of two rounds nothing
         return FP32
     return wanted if held is torch.float32 else Storage(FLOATS[held])
-
-
-def _score(weight: Tensor, norm: Tensor | None, recipe: Recipe) -> Tensor:
-    if recipe.score == "magnitude":
-        return scores.magnitude(weight)
-    if norm is None:  # only RIA means something without activations: a weight's share of its row and of its column
-        return scores.ria(weight, torch.ones(weight.shape[1]), power=0.0)
-    return scores.wanda(weight, norm) if recipe.score == "wanda" else scores.ria(weight, norm, recipe.ria_power)
-
-
-def _keep(score: Tensor, recipe: Recipe) -> Tensor:
-    if isinstance(recipe.pattern, NM):
-        return masks.nm_keep_mask(score, recipe.pattern)
-    group = {"ria": scores.RIA_GROUP, "wanda": scores.WANDA_GROUP, "magnitude": scores.MAGNITUDE_GROUP}
-    return masks.fraction_keep_mask(score, recipe.pattern.sparsity, group[recipe.score])
 
 
 def _text(pattern: Pattern) -> str:

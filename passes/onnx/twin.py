@@ -19,6 +19,7 @@ from torch import Tensor
 from ..dialect.functions import QUANTISE_TOKENS
 from ..equivalence import grid_step, on_grid
 from ..errors import VerificationError
+from .fit import digest
 from .functions import function_for
 from .protos import ONNX, TORCH, graphs, is_external, location, read_float, remove, tensors
 from .replace import IR_WITH_FUNCTIONS
@@ -109,11 +110,13 @@ def zeroed(path: Path, linears: Sequence[Twin], spool: Spool) -> dict[Stored, on
     """The user's own weights with the zeros of ``linears``, by where they are held.
 
     The numbers are read from the given file again, at that place, so that a weight that was taken for another shows;
-    only the zeros are ours, and the storage that they are rounded to. Weights that are integers in the given file are
-    those that the result holds; what the result holds in integers must be the given weights to a step of their grid.
+    only the zeros are ours, and the storage that they are rounded to. Where weights were fitted to their inputs the
+    numbers are ours too, and what they were made from must be what is read at that place, bit for bit. Weights that are
+    integers in the given file are those that the result holds; what the result holds in integers must be the given
+    weights, or the fitted ones, to a step of their grid.
 
     Raises:
-        VerificationError: a quantised weight is not the given one, quantised.
+        VerificationError: a fitted weight was made from another one, or a quantised one is not what was quantised.
     """
     proto = read_raw(path)
     scopes = list(graphs(proto.graph))
@@ -125,10 +128,14 @@ def zeroed(path: Path, linears: Sequence[Twin], spool: Spool) -> dict[Stored, on
             continue
         ours = read_float(sparse.dense, spool.file.parent)
         tensor = None if stored is None or weight.quantised else _tensor(scopes[stored.graph], stored)
+        given = None if tensor is None else read_float(tensor, path.parent)
+        if sparse.fitted is not None:
+            there = weight.read() if given is None else given if weight.rows_first else given.T
+            if not _was(there, sparse.fitted.origin):
+                raise VerificationError(f"{sparse.linear.path}: its weight was not made from that of {path.name}")
+            given = sparse.fitted.read() if weight.rows_first else sparse.fitted.read().T
         if sparse.storage.quantised:
-            own = weight.read() if tensor is None else read_float(tensor, path.parent)
-            if tensor is not None and not weight.rows_first:
-                own = own.T
+            own = weight.read() if given is None else given if weight.rows_first else given.T
             if not _quantised(ours if weight.rows_first else ours.T, own.float(), sparse):
                 raise VerificationError(f"{sparse.linear.path}: its quantised weight is not the weight of {path.name}")
         if stored is None or tensor is None or sparse.storage.quantised:
@@ -136,10 +143,17 @@ def zeroed(path: Path, linears: Sequence[Twin], spool: Spool) -> dict[Stored, on
             if stored is not None:
                 values[stored] = beside(sparse.dense)
             continue
-        own = read_float(tensor, path.parent)
+        assert given is not None
+        own = given
         rounded = own.to(sparse.storage.dtype).to(own.dtype) if sparse.packed else own
         values[stored] = spool.add(tensor.name, torch.where(ours != 0, rounded, 0.0))
     return values
+
+
+def _was(stored: Tensor, origin: str) -> bool:
+    """Whether a weight is the one with this digest, as it is or rounded by a cast on the way to its product."""
+    types = (stored.dtype, torch.float16, torch.bfloat16)
+    return any(digest(stored.to(dtype).to(stored.dtype)) == origin for dtype in types)
 
 
 def _quantised(ours: Tensor, own: Tensor, sparse: Sparse) -> bool:

@@ -23,10 +23,21 @@ def test_balanced_is_the_default_and_fast_changes_no_weight():
     assert recipe(pattern=Unstructured(0.5)).update == "alps"
 
 
-def test_an_onnx_file_is_scored_and_masked():
+def test_an_onnx_file_without_inputs_is_scored_and_masked():
     assert effort_of(Flags(), onnx=True) == "fast"
     wanted = Recipe(TWO_OF_FOUR, permute="none")
     assert recipe(onnx=True) == recipe(onnx=True, effort="fast") == recipe(onnx=True, update="none") == wanted
+
+
+def test_with_inputs_an_onnx_file_is_pruned_as_a_checkpoint_but_for_the_orders():
+    for effort in (None, "fast", "balanced"):
+        wanted = recipe(effort=effort, permute="none")
+        assert recipe(onnx=True, inputs=True, effort=effort) == wanted
+        assert recipe(onnx=True, inputs=True, effort=effort, storage=INT4, quantise="sweep") == recipe(
+            effort=effort, permute="none", storage=INT4, quantise="sweep"
+        )
+    assert recipe(onnx=True, inputs=True, storage=INT4).quantise == Quantise(INT4, "sweep")
+    assert recipe(onnx=True, inputs=True, effort="fast", storage=INT4).quantise is None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +142,7 @@ def test_allocation_learns_rates():
             {"allocate": "besa-row", "mask_from": "update", "update": "sparsegpt"},
             "--update sparsegpt chooses its mask over all rows, which undoes --allocate; want --mask-from score",
         ),
-        ({"onnx": True, "score": "hessian"}, "--score hessian needs the traced model"),
+        ({"onnx": True, "score": "hessian"}, "--score hessian goes by what the linears of an .onnx file read; give"),
         ({"allocate": "besa-nm", "besa_logits": "sigmoid"}, "no effect with --allocate besa-nm, which learns no rates"),
         ({"allocate": "besa-row", "besa_patterns": "2:4,dense"}, "no effect without --allocate besa-nm"),
         ({"allocate": "besa-nm", "besa_patterns": "2:4,4:2"}, "--besa-patterns wants names like 4:8"),
@@ -257,7 +268,11 @@ def test_the_effort_says_how_weights_are_quantised():
             {"quantise": "joint", "storage": INT4},
             "--quantise joint learns with --tune, --distil or --allocate; give one",
         ),
-        ({"quantise": "sweep", "storage": INT4, "onnx": True}, "--quantise sweep needs the traced model"),
+        ({"quantise": "sweep", "storage": INT4, "onnx": True}, "--quantise sweep goes by what the linears of an .onnx"),
+        (
+            {"quantise": "joint", "storage": INT4, "onnx": True, "inputs": True},
+            "--quantise joint needs the traced model",
+        ),
     ],
 )
 def test_quantisers_that_are_refused(flags, why):

@@ -102,7 +102,7 @@ def test_calibration_inputs_change_what_is_kept(given, tmp_path):
     x = rng().standard_normal((50, 64)).astype(np.float32)
     x[:, ::4] *= 1e-3  # the first of every group hardly matters
     np.savez(inputs / "a.npz", x=x)
-    flags = ["--nm", "2:4", "--ops", "standard", "--calibration-inputs", inputs]
+    flags = ["--nm", "2:4", "--effort", "fast", "--ops", "standard", "--calibration-inputs", inputs]
     report = compiled(given, tmp_path / "o.onnx", *flags, "--score", "wanda")
     assert report["settings"]["score"] == "wanda"
     result = onnx.load(str(tmp_path / "o.onnx"))

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from onnx_command import WAYS, compiled, refused
-from onnx_models import MICROSOFT, build, dense, node, rng, saved, sparse_kn
+from onnx_models import FORMS, MICROSOFT, build, dense, eights, node, quantised, rng, saved, sparse_kn
 from sparsify_export import onnx_in
 from sparsify_export.cli import main
 from sparsify_export.passes.dialect.storage import Storage
@@ -17,54 +17,8 @@ from sparsify_export.runtime import verify_onnx
 from sparsify_export.runtime.inspection import inspect
 
 
-def eights(k=64, n=32):
-    """Small integers, int8 ``[K, N]``, one of four neighbours along K kept."""
-    values = rng().integers(1, 100, (k, n)).astype(np.int8)
-    values[np.arange(k) % 4 != 0] = 0
-    return values
-
-
 def entry_op(form):
     return {"DequantizeLinear": "Gemm", "Cast and Mul": "MatMul"}.get(form, form)
-
-
-def quantised(form):
-    """One linear of 64 to 32 whose quantised weight is 1:4."""
-    scale = np.full(32, 2.0**-9, np.float32)
-    bias = dense(1, 32)[0]
-    if form == "MatMulNBits":
-        packed = (eights().T.astype(np.int16) + 128).astype(np.uint8).reshape(32, 2, 32)
-        attributes = {"K": 64, "N": 32, "bits": 8, "block_size": 32, "domain": MICROSOFT}
-        weights = {"w": packed, "s": np.full((32, 2), 2.0**-9, np.float32), "b": bias}
-        nodes = [node("MatMulNBits", ["x", "w", "s", "", "", "b"], ["y"], name="fc", **attributes)]
-        return nodes, weights
-    if form == "DequantizeLinear":
-        nodes = [node("DequantizeLinear", ["w", "s"], ["v"]), node("Gemm", ["x", "v", "b"], ["y"], name="fc")]
-        return nodes, {"w": eights(), "s": scale, "b": bias}
-    if form == "Cast and Mul":
-        nodes = [node("Cast", ["w"], ["f"], to=1), node("Mul", ["f", "s"], ["v"])]
-        nodes += [node("MatMul", ["x", "v"], ["m"], name="fc"), node("Add", ["m", "b"], ["y"])]
-        return nodes, {"w": eights(), "s": scale, "b": bias}
-    if form == "DynamicQuantizeMatMul":
-        nodes = [node("DynamicQuantizeMatMul", ["x", "w", "s", "", "b"], ["y"], name="fc", domain=MICROSOFT)]
-        return nodes, {"w": eights(), "s": scale, "b": bias}
-    quantise = node("DynamicQuantizeLinear", ["x"], ["q", "xs", "xz"])
-    if form == "MatMulIntegerToFloat":
-        names = ["q", "w", "xs", "s", "xz", "", "b"]
-        nodes = [quantise, node("MatMulIntegerToFloat", names, ["y"], name="fc", domain=MICROSOFT)]
-    else:
-        nodes = [
-            quantise,
-            node("MatMulInteger", ["q", "w", "xz"], ["i"], name="fc"),
-            node("Cast", ["i"], ["f"], to=1),
-            node("Mul", ["xs", "s"], ["both"]),
-            node("Mul", ["f", "both"], ["m"]),
-            node("Add", ["m", "b"], ["y"]),
-        ]
-    return nodes, {"w": eights(), "s": scale, "b": bias}
-
-
-FORMS = ["MatMulNBits", "DequantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"]
 
 
 @pytest.mark.parametrize("form", [*FORMS, "Cast and Mul"])

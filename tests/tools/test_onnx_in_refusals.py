@@ -13,8 +13,14 @@ from sparsify_export.passes.onnx import sparse_linears
 
 FLAGS = {
     "--permute fold": "cannot be had for an .onnx file",
-    "--effort balanced": "an .onnx file is pruned with --effort fast",
-    "--update admm": "--update admm needs the traced model",
+    "--effort balanced": "--effort balanced goes by what the linears of an .onnx file read; give --calibration-inputs",
+    "--effort best": "an .onnx file takes --effort fast or balanced",
+    "--update admm": "--update admm goes by what the linears of an .onnx file read; give --calibration-inputs FOLDER",
+    "--score hessian": "--score hessian goes by what the linears",
+    "--dtype int8 --quantise sweep": "--quantise sweep goes by what the linears",
+    "--dtype int8 --quantise joint": "--quantise joint needs the traced model",
+    "--tune halves": "--tune halves needs the traced model",
+    "--distil 2": "--distil 2 needs the traced model",
     "--hessian inputs": "--hessian inputs has no effect without an update",
     "--damping 0.1": "--damping 0.1 has no effect without an update",
     "--score wanda": "give --calibration-inputs",

@@ -195,7 +195,8 @@ def compile_command(
         effort: the recipe that fills in flags not given; fast is score and fold, original weights; balanced, the
             default, is fold and the best update of the weights without gradients; best, which takes several times as
             long, trains all blocks together after that, and of --sparsity learns what each row loses (--allocate
-            besa-row, --score wanda). An .onnx file has fast only.
+            besa-row, --score wanda). An .onnx file has fast, the default without --calibration-inputs, and balanced
+            with them; its channels stay where they are.
         score: what ranks the weights where no update chooses (--mask-from); default ria, of an .onnx file without
             calibration inputs from weights alone.
         ria_power: exponent of the activation norms in RIA; default 0.5.
@@ -439,6 +440,7 @@ def compile_command(
         quantise=quantise,
         storage=on_grid,
         seed=seed,
+        inputs=calibration_inputs is not None,
     )
     recipe = make_recipe(pattern, flags, onnx=is_onnx) if pattern or given else None
     check_codes(codes, recipe)

@@ -49,11 +49,13 @@ class Flags:
     quantise: Quantiser | None = None
     storage: Storage = FP32
     seed: int = 0
+    inputs: bool = False
+    """Whether there are calibration inputs, without which nothing is known of what an ``.onnx`` file's linears read."""
 
 
 def effort_of(flags: Flags, *, onnx: bool) -> Effort:
-    """The effort given, or the default: balanced, but fast for an ``.onnx`` file."""
-    return flags.effort or ("fast" if onnx else "balanced")
+    """The effort given, or the default: balanced, but fast for an ``.onnx`` file without calibration inputs."""
+    return flags.effort or ("fast" if onnx and not flags.inputs else "balanced")
 
 
 def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
@@ -63,7 +65,7 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
 
     Raises:
         InputError: a flag is out of range, has no effect beside the others, or wants more than can be had for an
-            ``.onnx`` file, which is scored and masked and nothing else.
+            ``.onnx`` file: nothing is trained on it, and its channels stay where they are.
     """
     if flags.given is not None:
         _check_given(pattern, flags, onnx=onnx)
@@ -73,12 +75,8 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
         raise InputError(f"--ria-power {flags.ria_power:g} is negative; want 0 or more")
     if flags.damping is not None and not 0 <= flags.damping <= 1:
         raise InputError(f"--damping {flags.damping:g} is out of range; want 0 to 1")
-    if onnx and flags.effort in ("balanced", "best"):
-        raise InputError(f"--effort {flags.effort} needs the traced model; an .onnx file is pruned with --effort fast")
-    if onnx and flags.score == "hessian":
-        raise InputError("--score hessian needs the traced model and cannot be had for an .onnx file")
-    if onnx and flags.update not in (None, "none"):
-        raise InputError(f"--update {flags.update} needs the traced model and cannot be had for an .onnx file")
+    if onnx:
+        _check_onnx(flags)
     if onnx and flags.tune not in (None, "none"):
         raise InputError(f"--tune {flags.tune} needs the traced model and cannot be had for an .onnx file")
     update = flags.update or ("none" if effort_of(flags, onnx=onnx) == "fast" else BALANCED)
@@ -128,6 +126,21 @@ def make_recipe(pattern: Pattern | None, flags: Flags, *, onnx: bool) -> Recipe:
         distil=distil,
         quantise=quantise,
     )
+
+
+def _check_onnx(flags: Flags) -> None:
+    """Refuse for an ``.onnx`` file what trains the model, and without inputs what weights are fitted to."""
+    if flags.effort == "best":
+        raise InputError("--effort best needs the traced model; an .onnx file takes --effort fast or balanced")
+    fits = {
+        "--effort balanced": flags.effort == "balanced",
+        "--score hessian": flags.score == "hessian",
+        f"--update {flags.update}": flags.update not in (None, "none"),
+        "--quantise sweep": flags.quantise == "sweep",
+    }
+    for flag, given in fits.items():
+        if given and not flags.inputs:
+            raise InputError(f"{flag} goes by what the linears of an .onnx file read; give --calibration-inputs FOLDER")
 
 
 def _permute(pattern: Pattern, flags: Flags, *, onnx: bool) -> Literal["fold", "none"]:
@@ -231,13 +244,15 @@ def _quantise(flags: Flags, *, onnx: bool, learns: bool) -> Quantise | None:
         if flags.quantise is not None:
             raise InputError(f"--quantise {flags.quantise} has no effect without --dtype int8 or --dtype int4")
         return None
-    if onnx:
-        if flags.quantise in ("sweep", "joint"):
-            raise InputError(f"--quantise {flags.quantise} needs the traced model and cannot be had for an .onnx file")
-        return None
+    usual: dict[Effort, Quantiser] = {"fast": "rtn", "balanced": "sweep", "best": "joint" if learns else "sweep"}
+    if onnx and flags.quantise == "joint":
+        raise InputError(
+            "--quantise joint needs the traced model and cannot be had for an .onnx file; want sweep or rtn"
+        )
+    if onnx and (flags.quantise or usual[effort_of(flags, onnx=onnx)]) == "rtn":
+        return None  # which packing does by itself
     if flags.quantise == "joint" and not learns:
         raise InputError("--quantise joint learns with --tune, --distil or --allocate; give one of them, or take sweep")
-    usual: dict[Effort, Quantiser] = {"fast": "rtn", "balanced": "sweep", "best": "joint" if learns else "sweep"}
     return Quantise(flags.storage, flags.quantise or usual[effort_of(flags, onnx=onnx)])
 
 

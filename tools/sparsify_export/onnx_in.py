@@ -3,27 +3,31 @@
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
-from torch import Tensor
+import torch
 
 from .passes.errors import InputError, VerificationError
+from .passes.fitting import thin
 from .passes.onnx.alone import alone
 from .passes.onnx.embeddings import Coded, code_embeddings, replace_embeddings, rounded_tables
+from .passes.onnx.fit import Fit, Fitted, Shared, shared_weights
 from .passes.onnx.index_inputs import head_sizes, index_bounds
 from .passes.onnx.left_out import LeftOut
 from .passes.onnx.linears import Linear, find_linears
 from .passes.onnx.protos import ONNX, data_files, graphs
 from .passes.onnx.replace import describe, exchange_weights, replace_linears
 from .passes.onnx.seeds import seed
-from .passes.onnx.sparse_linears import Sparse, choose, make_sparse
+from .passes.onnx.sparse_linears import Sparse, choose, make_sparse, stored_as
 from .passes.onnx.spool import Spool
 from .passes.onnx.twin import End, Twin, dense_twin, ends, link_data, mute, read_raw, twins, zeroed
 from .passes.onnx.unfold import Unfolded, fold_back
 from .passes.onnx.view import Model, read_model
 from .passes.onnx.write import write_proto
+from .passes.recipe import Timings
 from .passes.tables import Embedding
 from .report import LinearEntry, Report, as_told, bytes_of
 from .runtime import library_path
@@ -31,7 +35,7 @@ from .runtime.benchmark import Row, compare_files
 from .runtime.child import Job, kills
 from .runtime.feeds import Feed, make_feed_that_runs, read_feeds, switched, try_feed, zeroed_masks
 from .runtime.machine import this_machine
-from .runtime.observe_onnx import observe
+from .runtime.prune_onnx import prune_onnx
 from .runtime.session import open_session
 from .runtime.verify import Verified
 from .runtime.verify_onnx import Sides, verify_onnx
@@ -39,6 +43,8 @@ from .settings import SILENT, Console, Settings, plain
 from .stages import Stages
 from .target import Target, inputs_of
 
+SECTIONS = "sections"
+"""The folder that the given model is run from while its weights change."""
 TWINS = "twins"
 """The folder of what the result is compared with, apart from the result: neither may find the other's weights."""
 VERIFIED = 4
@@ -71,7 +77,7 @@ def compile_onnx(
 
 
 def _compile(path: Path, target: Target, settings: Settings, console: Console) -> Report:
-    stages = Stages()
+    stages, timings = Stages(), Timings()
     with stages.run("load"):
         console.progress("loading", 0, 0)
         model = read_model(path)
@@ -79,19 +85,37 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
         given_bytes = _given_bytes(model)
         linears, left = find_linears(model)
         feeds, checked = _feeds(model, linears, settings)
-    norms = _norms(model, linears, feeds, settings, stages, console)
+    chosen = _observed(model, linears, settings)
     target.open()
     lowering = settings.ops == "sparse"
     machine = this_machine() if settings.lower_for is not None else None
     worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
+    fitted = None
+    if settings.recipe is not None and chosen:
+        sections = target.stage / SECTIONS
+        sections.mkdir()
+
+        def keeps_dense(weight: Shared, held: torch.dtype, kept: int) -> str:
+            assert settings.recipe is not None
+            pattern = settings.recipe.pattern
+            used = stored_as(weight, held, kept, pattern, settings.storage, sparse_ops=lowering, worth=worth)
+            return used if isinstance(used, str) else ""
+
+        fit = Fit(settings.recipe, shared_weights(model, chosen, settings.recipe), console.note, keeps_dense)
+        with stages.run("prune"):
+            fitted = prune_onnx(model, fit, feeds, sections, progress=console.progress, timings=timings)
+        known = [(name, its.directions) for name, its in fitted.items() if isinstance(its, Fitted)]
+        seen = [(fit.path(name), count, fit.weights[name].linears[0].weight.shape[1]) for name, count in known]
+        if few := thin(seen, path.name):
+            console.note(few)
     (target.stage / TWINS).mkdir()
     packed, dense = (Spool(target.stage / name, near=False) for name in ("packed", f"{TWINS}/dense"))
-    with stages.run("prune" if settings.recipe else "lower"):
+    with stages.run("prune" if settings.recipe and fitted is None else "lower"):
         sparse, dense_still = make_sparse(
             model,
             linears,
             settings.recipe,
-            norms,
+            fitted,
             storage=settings.storage,
             sparse_ops=lowering,
             packed=packed,
@@ -127,6 +151,7 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
         verified,
         latency,
         stages,
+        timings,
         target.model,
         given_bytes,
         machine.key if machine else None,
@@ -216,31 +241,22 @@ def _others(session: Any, feed: Feed, *, made_up: bool) -> list[Feed]:
     return others
 
 
-def _norms(
-    model: Model, linears: Sequence[Linear], feeds: list[Feed], settings: Settings, stages: Stages, console: Console
-) -> Mapping[str, Tensor]:
-    """Activation norms by the weight's name; of linears that share a weight, all inputs together."""
+def _observed(model: Model, linears: Sequence[Linear], settings: Settings) -> list[Linear]:
+    """The linears that are pruned on what they read; none where no inputs were given, or nothing asks for them."""
     recipe = settings.recipe
-    if recipe is None or settings.calibration.inputs is None or recipe.score == "magnitude":
-        return {}
+    if recipe is None or settings.calibration.inputs is None:
+        return []
+    if recipe.score == "magnitude" and recipe.update == "none" and recipe.quantise is None:
+        return []
     reasons = choose(model, linears, recipe)
-    chosen = [linear for linear in linears if not reasons[linear.place]]
+    left = {linear.weight.name for linear in linears if reasons[linear.place]}
+    chosen = [linear for linear in linears if linear.weight.name not in left]
     if inside := [linear.path for linear in chosen if linear.place.graph]:
         raise InputError(
             f"{inside[0]} is inside a branch or loop of {model.path}, where its input cannot be observed; "
             f"give --skip {inside[0]!r}, or leave --calibration-inputs out"
         )
-    wanted = {linear.x.name: linear.weight.shape[1] for linear in chosen}
-    with stages.run("observe"):
-        seen = observe(model.path, wanted, feeds, progress=console.progress)
-    squares: dict[str, Tensor] = {}
-    for linear in chosen:
-        try:
-            own = seen[linear.x.name].norm().double() ** 2
-        except ValueError as error:
-            raise InputError(f"{linear.path}: {error}") from error
-        squares[linear.weight.name] = squares.get(linear.weight.name, 0.0) + own
-    return {name: total.sqrt().float() for name, total in squares.items()}
+    return chosen
 
 
 def _write(
@@ -310,6 +326,7 @@ def _verify(
         for file in (ours, seeded):
             file.unlink(missing_ok=True)
         shutil.rmtree(folder)
+        shutil.rmtree(target.stage / SECTIONS, ignore_errors=True)  # which was made where weights were fitted
 
 
 def _report(
@@ -320,6 +337,7 @@ def _report(
     verified: Sequence[Verified],
     latency: Sequence[Row],
     stages: Stages,
+    timings: Timings,
     out: Path,
     given_bytes: int,
     machine: Mapping[str, Any] | None,
@@ -341,6 +359,7 @@ def _report(
         )
         for entry in sparse
     ]
+    linears = [_with_fit(line, entry.fitted) for line, entry in zip(linears, sparse, strict=True)]
     # Linears that share a weight share its bytes; by its packed parts, which it has one of for each factor.
     shared = {tuple(t.name for t in x.packed) or x.linear.place: e for x, e in zip(sparse, linears, strict=True)}
     once = list(shared.values())
@@ -355,13 +374,22 @@ def _report(
         evaluation=None,
         latency=tuple(latency),
         stages=tuple(stages.done),
-        pruning_seconds={},
+        pruning_seconds=timings.seconds,
         file_bytes=bytes_of(out),
         dense_linear_bytes=sum(entry.dense_bytes for entry in once if entry.lowered),
         stored_linear_bytes=sum(entry.stored_bytes for entry in once if entry.lowered),
         given_bytes=given_bytes,
         embeddings=embeddings,
     )
+
+
+def _with_fit(entry: LinearEntry, fitted: Fitted | None) -> LinearEntry:
+    """With what is known of a weight that was fitted to its inputs."""
+    if fitted is None:
+        return entry
+    names = ("retained_before", "retained_after", "error_before", "error_after", "refused", "directions")
+    names += ("quantiser", "error_quantised")
+    return replace(entry, **{name: getattr(fitted, name) for name in names})
 
 
 def _entry(x: LeftOut) -> LinearEntry:

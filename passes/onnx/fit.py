@@ -1,0 +1,347 @@
+"""Prune weights of an ONNX model on what their linears read: score, mask, update and grid, as in traced models.
+
+What a weight is fitted to is observed while the model runs (`runtime.prune_onnx`). Everything here is done to the
+weights of one input at a time, by the same functions as in the block loop of traced models.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...calibrate import masks, scores
+from ...calibrate.damping import damped_inverse
+from ...calibrate.hessian import Hessian
+from ...calibrate.statistics import ActNorm
+from ...calibrate.update import relative_error
+from ..block import GROUPS
+from ..dialect.packed import OnGrid
+from ..errors import InputError
+from ..mapped import as_bytes
+from ..parts import Parts
+from ..quantise import for_packing, quantise_alike
+from ..recipe import Note, Quantiser, Recipe
+from ..update import target_of, update_alike
+from .attended import attention_of
+from .flow import Flow
+from .linears import Linear
+from .parts import parts_of
+from .view import Model
+
+ZERO, EMPTY = "the weight is zero everywhere", "nothing of the weight would be left"
+"""Why a weight stays as it is."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a weight is fitted to: the rows of ``x``, or what an attention makes of them.
+
+    Attributes:
+        x: the tensor that a linear reads.
+        features: entries on its last axis.
+        attention: the tensor that says what each query gives to each token; "" for the rows of ``x`` themselves.
+    """
+
+    x: str
+    features: int
+    attention: str = ""
+
+    @property
+    def plain(self) -> "Reading":
+        """The rows themselves."""
+        return Reading(self.x, self.features)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What has to be observed."""
+        return (self.x, self.attention) if self.attention else (self.x,)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A weight and all linears that read it.
+
+    Attributes:
+        linears: those linears; one, for most weights.
+        parts: the linears that it is made of.
+        fitted_to: what it is fitted to, once for every different input.
+    """
+
+    linears: tuple[Linear, ...]
+    parts: Parts
+    fitted_to: tuple[Reading, ...]
+
+    @property
+    def name(self) -> str:
+        """The tensor that holds it."""
+        return self.linears[0].weight.name
+
+    @property
+    def path(self) -> str:
+        """The first linear's name."""
+        return self.linears[0].path
+
+    @property
+    def inputs(self) -> tuple[Reading, ...]:
+        """What its linears read, once each."""
+        return tuple(dict.fromkeys(reading.plain for reading in self.fitted_to))
+
+
+@dataclass(frozen=True)
+class Section:
+    """Weights that are fitted to the same, and where in the model that is.
+
+    Attributes:
+        begin: the step (`flow.Step`) of the first of their products.
+        known: how many steps must have run before all of it is there.
+        weights: the weights.
+    """
+
+    begin: int
+    known: int
+    weights: tuple[Shared, ...]
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """What has to be observed for it."""
+        every = [x for weight in self.weights for x in (*weight.inputs, *weight.fitted_to)]
+        return tuple(dict.fromkeys(every))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A weight as pruned, and what is reported of it; see ``recipe.LinearReport``.
+
+    Attributes:
+        read: reads it, ``[out_features, in_features]`` in the type that it had, +0.0 where pruned.
+        origin: a digest of the weight that it was made from; see ``digest``.
+        on_grid: what packing has to know of it, where it is on a grid; else None.
+    """
+
+    read: Callable[[], Tensor]
+    origin: str
+    retained_before: float
+    retained_after: float
+    error_before: float | None = None
+    error_after: float | None = None
+    refused: str = ""
+    directions: int | None = None
+    on_grid: OnGrid | None = None
+    quantiser: Quantiser | None = None
+    error_quantised: float | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The weights of a model that are to be pruned, and how: a `fitting.Fitting`.
+
+    Attributes:
+        recipe: how.
+        weights: by name.
+        note: told what the user should know.
+        keeps_dense: why a weight of a type with so many non-zeros would not be stored sparse, and so is not pruned.
+    """
+
+    recipe: Recipe
+    weights: Mapping[str, Shared]
+    note: Note
+    keeps_dense: Callable[[Shared, torch.dtype, int], str] = field(repr=False)
+
+    def path(self, key: str) -> str:
+        """The name of the first linear that reads a weight."""
+        return self.weights[key].path
+
+    def parts(self, key: str) -> Parts:
+        """The linears that it is made of."""
+        return self.weights[key].parts
+
+    @property
+    def statistic(self) -> type[ActNorm] | type[Hessian]:
+        """What is gathered of inputs."""
+        plain = self.recipe.update == "none" and self.recipe.score != "hessian" and not sweeps(self.recipe)
+        return ActNorm if plain else Hessian
+
+
+def sweeps(recipe: Recipe) -> bool:
+    """Whether weights are put on a grid by what their inputs are."""
+    return recipe.quantise is not None and recipe.quantise.method != "rtn"
+
+
+def shared_weights(model: Model, linears: Sequence[Linear], recipe: Recipe) -> dict[str, Shared]:
+    """The weights of some linears by name, with everything that reads them."""
+    groups: dict[str, list[Linear]] = {}
+    for linear in linears:
+        groups.setdefault(linear.weight.name, []).append(linear)
+    found = {}
+    fitted = recipe.update != "none" or sweeps(recipe)
+    for name, group in groups.items():
+        readings = []
+        for linear in group:
+            attention = attention_of(model, linear) if fitted and recipe.hessian == "attended" else ""
+            readings.append(Reading(linear.x.name, linear.weight.shape[1], attention))
+        found[name] = Shared(tuple(group), parts_of(model, group), tuple(dict.fromkeys(readings)))
+    return found
+
+
+def sections(flow: Flow, fit: Fit) -> list[Section]:
+    """The weights in the order in which they are pruned: one section for all that are fitted to the same.
+
+    A section's inputs are known when everything in front of it is pruned, unless one of its weights is read again
+    further on, or is fitted to an attention behind it: then the steps up to there run with the section's own weights,
+    and those behind them, as they were.
+    """
+    groups: dict[tuple[Reading, ...], list[Shared]] = {}
+    for weight in fit.weights.values():
+        groups.setdefault(weight.fitted_to, []).append(weight)
+    found = []
+    for readings, weights in groups.items():
+        begin = min(flow.position(linear) for weight in weights for linear in weight.linears)
+        known = max(flow.known_after(name) for reading in readings for name in reading.tensors)
+        found.append(Section(begin, known, tuple(weights)))
+    return sorted(found, key=lambda section: section.begin)
+
+
+def fit_section(
+    fit: Fit,
+    section: Section,
+    seen: Mapping[Reading, ActNorm | Hessian],
+    keep_new: Callable[[Shared, Tensor], Callable[[], Tensor]],
+) -> Iterator[tuple[str, Fitted | str]]:
+    """Prune the weights of a section; for those that stay as they are the reason is returned.
+
+    Before:  W of every linear, as the model holds it
+    After:   W' with the zeros of the recipe's pattern, and what is left fitted to the inputs; on its grid where there
+             is one
+    Left alone: weights that are zero everywhere, or would be, and those that ``fit.keeps_dense`` names.
+    Numerics: float32 from the values read (codes are dequantised); the result is rounded to the weight's type.
+
+    Args:
+        fit: the weights and the recipe.
+        section: which of them.
+        seen: the statistics of its readings.
+        keep_new: stores a new weight; what it returns reads it again.
+
+    Raises:
+        InputError: weights or activations hold NaN, or a Hessian has no inverse.
+    """
+    dense: dict[str, Tensor] = {}
+    keep: dict[str, Tensor] = {}
+    score: dict[str, Tensor] = {}
+    recipe = fit.recipe
+    for weight in section.weights:
+        values = weight.linears[0].weight.read()
+        if not bool(values.isfinite().all()):
+            raise InputError(f"{weight.path}: its weight holds NaN or infinity")
+        kept_numbers = round((1 - recipe.pattern.sparsity) * values.numel())
+        why = fit.keeps_dense(weight, values.dtype, kept_numbers) if bool(values.any()) else ZERO
+        if why:
+            yield weight.name, why
+            continue
+        own = score_of(values, weight.parts, recipe, *_inputs_of(fit, weight, seen))
+        kept = keep_of(own, weight.parts, recipe)
+        if not bool((kept & (values != 0)).any()):
+            yield weight.name, EMPTY
+            continue
+        dense[weight.name], keep[weight.name], score[weight.name] = values, kept, own
+    if not dense:
+        return
+    hessian = None
+    if fit.statistic is Hessian:
+        hessian = _sum([_matrix(fit, section, seen[reading]) for reading in section.weights[0].fitted_to])
+    masked = {key: torch.where(keep[key], dense[key], 0.0) for key in dense}  # literal +0.0, never -0.0
+    updated = {}
+    if recipe.update != "none":
+        assert hessian is not None
+        updated = update_alike(fit, dense, keep, {key: target_of(recipe, keep[key]) for key in dense}, hessian)
+    for key, original in dense.items():
+        weight, done = fit.weights[key], updated.get(key)
+        new, kept = (masked[key], keep[key]) if done is None else (done.weight, done.keep)
+        on_grid, moved = None, None
+        if sweeps(recipe) and bool(new.any()):
+            assert hessian is not None
+            factor = weight.linears[0].alpha  # the grid is that of what is packed
+            gridded, value = quantise_alike(fit, {key: new.float() * factor}, {key: kept}, hessian, {})[key]
+            new = (value / factor).to(new.dtype)
+            on_grid = for_packing(gridded, recipe.pattern)
+            moved = relative_error(new.float(), original.float(), hessian)
+        yield (
+            key,
+            Fitted(
+                read=keep_new(weight, new),
+                origin=digest(original),
+                retained_before=masks.retained(score[key], keep[key]),
+                retained_after=masks.retained(score[key], kept),
+                error_before=None if done is None else done.error_before,
+                error_after=None if done is None else done.error_after,
+                refused="" if done is None else done.refused,
+                directions=None if done is None else done.directions,
+                on_grid=on_grid,
+                quantiser=recipe.quantise.method if recipe.quantise and on_grid else None,
+                error_quantised=moved,
+            ),
+        )
+
+
+def digest(weight: Tensor) -> str:
+    """What tells a weight from every other one, and from its transpose."""
+    return hashlib.sha256(repr((weight.shape, weight.dtype)).encode() + as_bytes(weight)).hexdigest()
+
+
+def score_of(weight: Tensor, parts: Parts, recipe: Recipe, norm: Tensor | None, inverse: Tensor | None) -> Tensor:
+    """How much each number of a weight matters.
+
+    Args:
+        weight: ``[out_features, in_features]``.
+        parts: the linears that it is made of: RIA's column sums are those of one linear.
+        recipe: which score.
+        norm: the norms of its inputs; None where they are not known, and RIA then goes by the weight alone.
+        inverse: the diagonal of the inverse of the damped Hessian, where the score is of it.
+    """
+    if recipe.score == "magnitude":
+        return scores.magnitude(weight)
+    if recipe.score == "hessian":
+        assert inverse is not None
+        return scores.hessian(weight, inverse)
+    if recipe.score == "wanda":
+        assert norm is not None
+        return scores.wanda(weight, norm)
+    known, power = (torch.ones(weight.shape[1]), 0.0) if norm is None else (norm, recipe.ria_power)
+    return parts.joined([scores.ria(rows, known, power) for rows in parts.split(weight)])
+
+
+def keep_of(score: Tensor, parts: Parts, recipe: Recipe) -> Tensor:
+    """The keep mask of the best scores, of each of the linears that a weight is made of."""
+    group = GROUPS[recipe.score]
+    return parts.joined([masks.keep_mask(rows, recipe.pattern, group) for rows in parts.split(score)])
+
+
+def _inputs_of(
+    fit: Fit, weight: Shared, seen: Mapping[Reading, ActNorm | Hessian]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The norms of what a weight's linears read, all together; for a score of the Hessian its inverse's diagonal."""
+    statistics = [seen[reading] for reading in weight.inputs]
+    try:
+        norms = [each.norm() for each in statistics]
+        norm = norms[0]
+        if len(norms) > 1:
+            norm = torch.stack([each.double() for each in norms]).norm(dim=0).float()
+        if fit.recipe.score != "hessian":
+            return norm, None
+        whole = _sum([each.matrix() for each in statistics if isinstance(each, Hessian)])
+        return norm, damped_inverse(whole, scores.HESSIAN_DAMPING).matrix.diagonal().clone()
+    except ValueError as error:
+        raise InputError(f"{weight.path}: {error}") from error
+
+
+def _matrix(fit: Fit, section: Section, statistic: ActNorm | Hessian) -> Tensor:
+    assert isinstance(statistic, Hessian)
+    try:
+        return statistic.matrix()
+    except ValueError as error:
+        raise InputError(f"{section.weights[0].path}: {error}") from error
+
+
+def _sum(matrices: Sequence[Tensor]) -> Tensor:
+    return sum(matrices[1:], matrices[0])
