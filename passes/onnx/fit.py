@@ -254,15 +254,18 @@ def fit_section(
     updated = {}
     if recipe.update != "none":
         assert hessian is not None
-        updated = update_alike(fit, dense, keep, {key: target_of(recipe, keep[key]) for key in dense}, hessian)
+        targets = {key: target_of(recipe, keep[key], recipe.pattern) for key in dense}
+        updated = update_alike(fit, dense, keep, targets, hessian)
     for key, original in dense.items():
         weight, done = fit.weights[key], updated.get(key)
         new, kept = (masked[key], keep[key]) if done is None else (done.weight, done.keep)
         on_grid, moved = None, None
         if sweeps(recipe) and bool(new.any()):
             assert hessian is not None
+            assert recipe.quantise is not None
             factor = weight.linears[0].alpha  # the grid is that of what is packed
-            gridded, value = quantise_alike(fit, {key: new.float() * factor}, {key: kept}, hessian, {})[key]
+            scaled, storages = {key: new.float() * factor}, {key: recipe.quantise.storage}
+            gridded, value = quantise_alike(fit, scaled, storages, {key: kept}, hessian, {})[key]
             new = (value / factor).to(new.dtype)
             on_grid = for_packing(gridded, recipe.pattern)
             moved = relative_error(new.float(), original.float(), hessian)
