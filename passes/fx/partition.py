@@ -1,5 +1,6 @@
-"""Cut a traced graph into prologue, repeated blocks and epilogue."""
+"""Cut a traced graph into prologue, repeated blocks, and what follows each stack of them."""
 
+import math
 import operator
 import re
 from collections import Counter
@@ -25,7 +26,7 @@ class Part:
     """One submodule of the partitioned graph.
 
     Attributes:
-        path: ``model.layers.3`` for a block, "" for the prologue and the epilogue.
+        path: ``model.layers.3`` for a block, "" for what lies outside of the layers.
         module: its graph; weights are arguments like everything else.
         inputs: name in the outer graph of each argument: a parameter's placeholder, a user input, another part's value.
         outputs: name in the outer graph of each value it returns.
@@ -44,7 +45,7 @@ class Partition:
     """A traced graph as parts in execution order.
 
     Attributes:
-        parts: prologue (may be missing), blocks, epilogue (may be missing).
+        parts: prologue (may be missing), blocks, what follows each stack of blocks (may be missing).
         params: outer placeholder name to parameter key.
         inputs: names of the user inputs, in order.
         outputs: names of the values the model returns, in order.
@@ -64,23 +65,30 @@ class Partition:
 def partition(program: ExportedProgram) -> Partition:
     """Split a canonical program at its repeated layers, found from the module stack of its linears.
 
-    A node outside the layers belongs to the prologue if it depends on no layer, to the epilogue if it depends on the
-    last one, and otherwise to the layer it depends on.
+    A model may have several stacks of layers, as one for text and one for pictures. A node outside the layers belongs
+    to the prologue if it depends on no layer, to what follows a stack if it depends on its last layer, and otherwise to
+    the layer it depends on.
 
     Raises:
         InputError: the model has no repeated layers.
     """
-    layers = _repeated_layers(program.graph_module)
-    number = {path: i + 1 for i, path in enumerate(layers)}
-    last = len(layers)
+    layers, ends = _repeated_layers(program.graph_module)
+    number = {path: 2 * i + 1 for i, path in enumerate(layers)}  # what follows the last layer of a stack lies between
+    last = {number[path] for path in ends}
+    own = {node: _own(node, number) for node in program.graph_module.graph.nodes}
+    ahead: dict[Node, float] = {}
+    for node in reversed(program.graph_module.graph.nodes):
+        ahead[node] = min((min(ahead[user], own[user] or math.inf) for user in node.users), default=math.inf)
     place: dict[Node, int] = {}
     for node in program.graph_module.graph.nodes:
         if node.op in ("placeholder", "output"):
             place[node] = 0
             continue
-        own = max((number[p] for p in module_paths(node) if p in number), default=None)
         before = max((place[n] for n in node.all_input_nodes), default=0)
-        place[node] = own if own is not None and own >= before else min(before + (before == last), last + 1)
+        if (mine := own[node]) is not None and mine >= before:
+            place[node] = mine
+        else:  # what a layer still reads is in it, though it was made outside of its modules
+            place[node] = before + (before in last and ahead[node] > before)
     params = parameter_names(program)
     outer = split_module(
         program.graph_module,
@@ -89,7 +97,7 @@ def partition(program: ExportedProgram) -> Partition:
         keep_original_order=True,
         keep_original_node_name=True,
     )
-    _refuse_expert_weights(program.graph_module, place, params, last)
+    _refuse_expert_weights(program.graph_module, place, params)
     paths = {f"submod_{i}": path for path, i in number.items()}
     stored = {name: key for name, key in params.items() if key in program.state_dict}
     calls = [node for node in outer.graph.nodes if node.op == "call_module"]
@@ -99,41 +107,65 @@ def partition(program: ExportedProgram) -> Partition:
     return Partition(parts, params, user, tuple(str(result.name) for result in results))
 
 
-def _repeated_layers(module: GraphModule) -> list[str]:
-    """Paths of the repeated layers in execution order: the numbered module list that holds most of the linears."""
-    lists: Counter[str] = Counter()
-    members: dict[str, list[str]] = {}
+def _repeated_layers(module: GraphModule) -> tuple[list[str], list[str]]:
+    """Paths of the repeated layers in execution order, and of those that are the last of their stack.
+
+    A stack is a numbered list of modules that hold linears. Linears that are numbered themselves, as those of a head
+    are, make one only where there is no other.
+    """
+    found: dict[str, str] = {}
+    numbered: dict[str, str] = {}
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is torch.ops.aten.linear.default:
             paths = module_paths(node)
-            if paths and (match := INDEXED.match(paths[-1])):
-                lists[match["list"]] += 1
-                layer = f"{match['list']}.{match['index']}"
-                if layer not in members.setdefault(match["list"], []):
-                    members[match["list"]].append(layer)
-    if not lists:
+            if paths and (layer := _layer(paths[-1])):
+                (numbered if layer == paths[-1] else found)[layer] = layer.rpartition(".")[0]
+    layers = found or numbered
+    if not layers:
         convolutions = sum("conv" in str(node.target) for node in module.graph.nodes if node.op == "call_function")
         other = f" ({convolutions} convolutions, which stay as they are)" if convolutions else ""
         raise InputError(f"this model has no repeated layers with linear weights{other}, so there is nothing to prune")
-    return members[lists.most_common(1)[0][0]]
+    return list(layers), list({stack: layer for layer, stack in layers.items()}.values())
 
 
-def _refuse_expert_weights(module: GraphModule, place: dict[Node, int], params: dict[str, str], last: int) -> None:
+def _own(node: Node, number: Mapping[str, int]) -> int | None:
+    """The number of the layer that a node was traced in; None outside."""
+    return max((number[path] for path in map(_layer, module_paths(node)) if path in number), default=None)
+
+
+def _layer(path: str) -> str:
+    """The first numbered module around a module, or itself, whether its forward was called or what is in it."""
+    match = INDEXED.match(path)
+    return f"{match['list']}.{match['index']}" if match else ""
+
+
+def _refuse_expert_weights(module: GraphModule, place: dict[Node, int], params: dict[str, str]) -> None:
     """Mixture-of-experts weights are stacks of matrices behind a grouped product, not linears.
 
-    Pruning the rest of such a model would leave most of it dense and call it done, so the model is refused.
+    Pruning the rest of such a model would leave most of it dense and call it done, so a model with a layer that has
+    more in such stacks than in linears is refused.
     """
+    linears = Counter[int]()
+    stacks: dict[int, dict[str, tuple[list[int], str]]] = {}
     for node in module.graph.nodes:
-        if node.op != "call_function" or not 0 < place[node] <= last or "conv" in str(node.target):
+        if node.op != "call_function" or place[node] % 2 == 0 or "conv" in str(node.target):
             continue
         for holder in node.all_input_nodes:
             value = holder.meta.get("val")
-            if holder.name in params and isinstance(value, torch.Tensor) and value.dim() >= 3 and min(value.shape) > 1:
+            if holder.name not in params or not isinstance(value, torch.Tensor):
+                continue
+            if node.target is torch.ops.aten.linear.default:
+                linears[place[node]] += value.numel() if value.dim() > 1 else 0
+            elif value.dim() >= 3 and min(value.shape) > 1:
                 name = params[holder.name].removeprefix(PREFIX)
-                raise InputError(
-                    f"{name} {list(value.shape)} is a stack of expert matrices "
-                    f"read by {node.target}; only linear layers can be pruned, and most of this model is there"
-                )
+                stacks.setdefault(place[node], {})[name] = list(value.shape), str(node.target)
+    for layer, found in stacks.items():
+        if sum(math.prod(shape) for shape, _ in found.values()) >= linears[layer]:
+            name, (shape, reader) = next(iter(found.items()))
+            raise InputError(
+                f"{name} {shape} is a stack of expert matrices "
+                f"read by {reader}; only linear layers can be pruned, and most of this model is there"
+            )
 
 
 def part_of(outer: GraphModule, node: Node, path: str, stored: Mapping[str, str], name: Callable[[str], str]) -> Part:

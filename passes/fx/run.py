@@ -172,12 +172,12 @@ def walk(
         params: weights by key; those of a block may be replaced while it is out.
         runs: the values of some batches from `start`.
     """
-    begun = False
+    left = len(partition.blocks)
     for part, kept in zip(partition.parts, live_after(partition), strict=True):
         if part.path:
-            begun = True
+            left -= 1
             yield part, frozenset(kept)
-        elif not begun:
+        elif left:
             for values in runs:
                 advance(part, values, params, partition.params, kept)
 

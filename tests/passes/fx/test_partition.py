@@ -7,7 +7,7 @@ import torch
 from sparsify_export.calibrate import matmul
 from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.fx.partition import partition
-from sparsify_export.passes.fx.run import run_part, start
+from sparsify_export.passes.fx.run import advance, run_part, start, walk
 from torch import Tensor, nn
 from toys import Block, Cached, Stack, export, stack, weights
 
@@ -75,6 +75,44 @@ def test_shared_inputs_are_edges_and_results_of_blocks_are_outputs():
     assert parts.outputs[0] in parts.parts[3].outputs
     got = run_all(export(model, X), X)
     assert all(torch.equal(a, b) for a, b in zip(got, whole(model, X), strict=True))
+
+
+class TwoStacks(nn.Module):
+    """Two stacks side by side, each with a projection after its layers; of one, only the layers' forward is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.ModuleList([Block(8, 16) for _ in range(2)])
+        self.right = nn.ModuleList([Block(8, 16) for _ in range(2)])
+        self.left_out, self.right_out = nn.Linear(8, 4), nn.Linear(8, 4)
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flip(1)
+        for left in self.left:
+            x = left(x)
+        x = self.left_out(x)
+        for right in self.right:
+            y = right.forward(y)
+        return self.head(x * self.right_out(y))
+
+
+def test_every_stack_is_cut_into_its_layers_and_what_is_between_them_is_no_layer():
+    torch.manual_seed(0)
+    model = TwoStacks().eval().requires_grad_(False)
+    parts = partition(export(model, X))
+    assert [part.path for part in parts.parts] == ["", "left.0", "left.1", "", "right.0", "right.1", ""]
+    assert [[linear.path for linear in part.linears] for part in parts.blocks] == [
+        [f"{side}.{i}.up", f"{side}.{i}.down"] for side in ("left", "right") for i in range(2)
+    ]
+    (got,) = run_all(export(model, X), X)
+    assert torch.equal(got, whole(model, X))
+    seen = []
+    values = start(parts, (X,))
+    for part, kept in walk(parts, weights(export(model, X)), [values]):
+        seen.append(part.path)
+        advance(part, values, weights(export(model, X)), parts.params, kept)
+    assert seen == ["left.0", "left.1", "right.0", "right.1"]
 
 
 class BareEnds(nn.Module):
