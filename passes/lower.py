@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -176,7 +176,7 @@ def _name(model: ir.Model, traced: Traced) -> None:
         value.name = name
         for axis, dim in enumerate(value.shape or ()):
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-                axes.setdefault(dim.value, _axis_name(name, axis, traced.open_axis))
+                axes.setdefault(dim.value, _axis_name(name, axis, traced.open_axis, axes.values()))
     for value, name in zip(model.graph.outputs, traced.outputs, strict=True):
         value.name = name
     computed = "total_sequence_length" if traced.open_axis is None else "output_length"
@@ -186,9 +186,9 @@ def _name(model: ir.Model, traced: Traced) -> None:
         value.shape = ir.Shape(named)
 
 
-def _axis_name(name: str, axis: int, opened: int | None) -> str:
+def _axis_name(name: str, axis: int, opened: int | None, taken: Collection[str]) -> str:
     if axis == 0:
-        return "batch_size"
+        return f"{name}_batch_size" if "batch_size" in taken else "batch_size"
     if axis == opened:
         return "length"
     if name == "attention_mask" or name not in ("input_ids", "token_type_ids"):

@@ -73,8 +73,7 @@ class _Statistics:
         if node in self.experts:
             return self._count(self.inputs[node], node, x, self._routed(node, x))
         self._latest[node] = x
-        tokens = None if self.token_mask is None else self.token_mask.reshape(x.shape[:-1])
-        return self._count(self.inputs[node], node, x, tokens)
+        return self._count(self.inputs[node], node, x, self._tokens(x))
 
     def _routed(self, node: str, x: Tensor) -> Tensor:
         """Which rows of an expert count: no padding, and no zeros, which stand for what was not chosen."""
@@ -115,7 +114,8 @@ class _Statistics:
     def attend(self, its: Attended, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count what an attention makes of what a linear read."""
         x = self._latest[its.input]
-        queries = None if self.token_mask is None else self.token_mask.reshape(x.shape[:-1]).bool()
+        tokens = self._tokens(x)
+        queries = None if tokens is None else tokens.bool()
         self._count(self._own[its.node], its.node, averages(args, kwargs, x, queries), None)
 
     def done(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -129,6 +129,12 @@ class _Statistics:
                 raise InputError(f"{self._paths[node]}: {error}") from error
         hessians = {node: found.matrix() for node, found in self.inputs.items() if isinstance(found, Hessian)}
         return norms, hessians | {node: found.matrix() for node, found in self._own.items()}
+
+    def _tokens(self, x: Tensor) -> Tensor | None:
+        """Which rows of an input count: what has another size than the text, as pictures beside it, has no padding."""
+        if self.token_mask is None or self.token_mask.numel() != x.shape[:-1].numel():
+            return None
+        return self.token_mask.reshape(x.shape[:-1])
 
     def _count(self, statistic: ActNorm | Hessian, node: str, x: Tensor, tokens: Tensor | None) -> None:
         try:

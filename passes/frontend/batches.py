@@ -64,8 +64,9 @@ class Batch:
         """The first ``CHECK_TOKENS`` tokens, padding in front left out, or the first sample: enough to check a fold."""
         own = self.inputs[: len(self.inputs) - self.cached]
         past = [x[:1] for x in self.inputs[len(own) :]]
-        if own[0].dim() != 2 or own[0].is_floating_point():
-            return Batch((*(x[:1] for x in own), *past), None, self.cached)
+        if any(x.dim() != 2 or x.is_floating_point() for x in own):
+            mask = None if self.token_mask is None else self.token_mask[:1]
+            return Batch((*(x[:1] for x in own), *past), mask, self.cached)
         begin = 0 if self.token_mask is None else int(self.token_mask[0].int().argmax())
         window = slice(begin, begin + CHECK_TOKENS)
         mask = None if self.token_mask is None else self.token_mask[:1, window]

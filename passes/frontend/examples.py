@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from ..errors import InputError
 from .load import Pretrained
@@ -38,7 +39,7 @@ def example_of(pretrained: Pretrained, run: Run, given: Mapping[str, Tensor] | N
             raise InputError(f"{pretrained.source} takes {missing[0]}; the calibration inputs hold {', '.join(given)}")
         first = {name: given[name][:1] for name in pretrained.inputs}
         return {name: x.to(dtype) if x.is_floating_point() else x for name, x in first.items()}
-    for shape in _shapes(pretrained.model.config):
+    for shape in (shape for config in _configs(pretrained.model.config) for shape in _shapes(config)):
         example = {name: torch.zeros(1, *shape, dtype=dtype) for name in pretrained.inputs}
         if _takes(run, example):
             return example
@@ -58,6 +59,12 @@ def open_axis(run: Run, example: Mapping[str, Tensor]) -> int | None:
         return None
     axes = (axis for axis in range(1, one.dim()) if one.shape[axis] > 1)
     return next((axis for axis in axes if _takes(run, {name: one.narrow(axis, 0, one.shape[axis] // 2)})), None)
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A configuration and those inside it, as that of the pictures is where text is beside them."""
+    yield config
+    yield from (inner for inner in vars(config).values() if isinstance(inner, PreTrainedConfig))
 
 
 def _shapes(config: Any) -> Iterator[tuple[int, ...]]:

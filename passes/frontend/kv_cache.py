@@ -15,6 +15,10 @@ from transformers.cache_utils import DynamicLayer
 from ..errors import InputError
 
 NAMES = ("cache", "past_key_values")  # newest first
+TOKENS = 4
+"""How many tokens a model is asked about."""
+MARGIN = 1e-3
+"""What a sum in another order may change, by far, and what a model reads or where it is may not."""
 
 
 def cache_argument(model: nn.Module) -> str | None:
@@ -47,9 +51,56 @@ def held_by(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     for layer in cache.layers:
         if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
             kinds = sorted({type(layer).__name__ for layer in cache.layers})
-            raise InputError(f"this model keeps a state that is not a KV cache ({', '.join(kinds)})")
+            raise InputError(f"its layers keep a state that is not a KV cache ({', '.join(kinds)})")
         held.append((layer.keys, layer.values))
     return held
+
+
+def cache_shapes(model: nn.Module) -> tuple[tuple[int, int, int], ...]:
+    """Ask the model itself, by running one token, what its cache looks like.
+
+    Returns:
+        ``(kv_heads, head_dim of keys, head_dim of values)`` of each layer that keeps one; none where no layer does.
+
+    Raises:
+        InputError: the model keeps another state, or cannot be run.
+    """
+    name = type(model).__name__
+    one = torch.zeros(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        _logits(model, one)  # what fails here has nothing to do with the cache
+        argument = cache_argument(model)
+        if argument is None:
+            raise InputError(f"{name} keeps a state that is not a KV cache: its forward takes no cache")
+        cache = cache_of([])
+        try:
+            model(input_ids=one, use_cache=True, **{argument: cache})
+        except Exception as error:  # a model that looks for its own state in the cache raises what it likes
+            why = f"{type(error).__name__}: {error}"
+            raise InputError(f"{name} keeps a state that is not a KV cache: {why}") from error
+    return tuple((keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in held_by(cache))
+
+
+def looks_ahead(model: nn.Module) -> bool:
+    """Whether what follows a token changes what the model says of it; such a one fills a cache, but cannot decode."""
+    ids = torch.arange(3, 3 + TOKENS)[None]
+    with torch.no_grad():
+        whole, part = (_logits(model, ids[:, :n])[:, 0] for n in (TOKENS, 1))
+    return bool((whole - part).abs().max() > MARGIN * whole.abs().max())
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    try:
+        logits: Tensor = model(input_ids=ids, **uses_no_cache(model)).logits
+    except Exception as error:  # a model's own code raises what it likes
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{type(model).__name__} cannot be run on {ids.shape[1]} tokens: {why}") from error
+    return logits
+
+
+def uses_no_cache(model: nn.Module) -> dict[str, bool]:
+    """What tells ``model.forward`` to keep no cache or state; nothing where it knows none."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def empty_past(

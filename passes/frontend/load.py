@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..files import LARGEST_JSON, check_regular, read_json
 from ..mapped import mapped, parameters_mapped
 from .forms import check_files, check_quantiser, custom_code
+from .kv_cache import cache_shapes, looks_ahead
 from .unread import check_gguf, check_unread
 
 TENSOR_COUNT_AT = 8  # bytes into a GGUF file: behind magic and version, 8 bytes, little endian
@@ -33,6 +34,8 @@ SHARDS = "model.safetensors.index.json"
 MOST = {re.compile(r"labels$"): 1_000_000, re.compile(r"(layers?|blocks?|depths?|experts)$"): 10_000}
 """The largest numbers in a configuration that say how many of something are built, by how their names end."""
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+OTHER_INPUTS = ("pixel_values", "input_features", "input_values")
+"""Pictures, spectra and waves, as the arguments of transformers' models are called."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,10 @@ class Pretrained:
         model: the module.
         tokenizer: its tokenizer, or None where there is none (vision models, bare checkpoints).
         kind: ``causal`` decodes with a KV cache; ``encoder`` maps one set of inputs to outputs.
-        inputs: names of the arguments that the exported graph takes, without the cache.
+        inputs: names of the arguments that the exported graph takes, without the cache, text first.
         source: what the user asked for.
         notes: what the user should know about how it was loaded.
+        cache: ``(kv_heads, head_dim of keys, head_dim of values)`` of each cache layer of a decoder.
     """
 
     model: PreTrainedModel
@@ -54,6 +58,12 @@ class Pretrained:
     inputs: tuple[str, ...]
     source: str
     notes: tuple[str, ...] = ()
+    cache: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def takes_text_alone(self) -> bool:
+        """Whether text is all that the model takes."""
+        return all(name in TEXT_INPUTS for name in self.inputs)
 
 
 def load(source: str, *, trust_remote_code: bool = False) -> Pretrained:
@@ -148,8 +158,7 @@ def describe(
     """Find out how a model in memory is called.
 
     Raises:
-        InputError: a weight holds NaN or infinity, or it is an encoder-decoder or takes text and images at once, which
-            would need several graphs.
+        InputError: a weight holds NaN or infinity, or it is an encoder-decoder, which would need several graphs.
     """
     model = model.eval().requires_grad_(False)
     model.config.return_dict = True  # what is returned is known by name
@@ -159,18 +168,31 @@ def describe(
     parameters = inspect.signature(model.forward).parameters
     if "decoder_input_ids" in parameters:
         raise InputError(f"{source} is an encoder-decoder model; only decoders and encoders can be compiled")
-    if model.can_generate():
+    if model.can_generate() and "input_ids" in parameters:
         notes = [*notes, *_left_out(model)]
-        return Pretrained(model, tokenizer, "causal", ("input_ids", "attention_mask"), source, tuple(notes))
-    if model.main_input_name != "input_ids":
+        cache, why = _cache(model)
+        if cache:
+            text = ("input_ids", "attention_mask")
+            return Pretrained(model, tokenizer, "causal", text, source, tuple(notes), cache)
+        notes.append(f"{why}, so the file takes whole texts and cannot write one")
+        inputs = tuple(name for name in TEXT_INPUTS if name in parameters)
+        return Pretrained(model, tokenizer, "encoder", inputs, source, tuple(notes))
+    takes_text = "input_ids" in parameters
+    if model.main_input_name != "input_ids" and not takes_text:
         return Pretrained(model, tokenizer, "encoder", (model.main_input_name,), source, tuple(notes))
-    if "pixel_values" in parameters:
-        raise InputError(
-            f"{type(model).__name__} of {source} takes text and images at once; only models of one input can be "
-            "compiled, so save its text model or its vision model by itself"
-        )
-    inputs = tuple(name for name in TEXT_INPUTS if name in parameters)
+    inputs = tuple(name for name in (*TEXT_INPUTS, *OTHER_INPUTS) if name in parameters)
     return Pretrained(model, tokenizer, "encoder", inputs, source, tuple(notes))
+
+
+def _cache(model: PreTrainedModel) -> tuple[tuple[tuple[int, int, int], ...], str]:
+    """The shapes of a decoder's KV cache, or why it has none."""
+    try:
+        cache = cache_shapes(model)
+        if cache and looks_ahead(model):
+            return (), f"{type(model).__name__} looks ahead as it is configured"
+        return cache, f"{type(model).__name__} keeps no KV cache as it is configured"
+    except InputError as error:
+        return (), str(error)
 
 
 def _left_out(model: PreTrainedModel) -> list[str]:

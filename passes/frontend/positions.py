@@ -8,22 +8,32 @@ from typing import Any
 import torch
 from torch import nn
 
-TOKENS = 4
-"""How many tokens the model is asked about."""
+from .kv_cache import MARGIN, TOKENS, uses_no_cache
 
 
 def reserved(model: Any) -> int:
     """Rows in front of the position table that no token has: RoBERTa's positions follow that of its padding."""
     rows = getattr(model.config, "max_position_embeddings", None)
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not _words(model)]
     found = [m.padding_idx + 1 for m in tables if m.num_embeddings == rows and m.padding_idx is not None]
     return max(found, default=0)
+
+
+def _words(model: Any) -> Any:
+    """The table of words; None of a model that has several, or none."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def longest(model: Any) -> int | None:
     """Tokens of a text at most, as configuration and position table say; None where they say nothing."""
     said = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [said - reserved(model) if said else None, steady_until(model) if model.can_generate() else None]
+    limits = [
+        said - reserved(model) if said and said > 0 else None,
+        steady_until(model) if model.can_generate() else None,
+    ]
     return min((limit for limit in limits if limit), default=None)
 
 
@@ -41,6 +51,24 @@ def first_position(model: Any) -> int | None:
     candidates = [0] if padding is None else [0, padding + 1]
     told = {start: model(**given, position_ids=start + torch.arange(TOKENS)[None]).logits for start in candidates}
     return min(told, key=lambda start: float((told[start] - own).abs().max()))
+
+
+def bears_padding(model: Any) -> bool:
+    """Whether padding in front of a text leaves a decoder what it is; the model is asked.
+
+    Learned positions that count from the start of the row, as BART's do, give a text others behind padding.
+    """
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    ids = torch.tensor([[i for i in range(TOKENS + 1) if i != padding][:TOKENS]])
+    padded = torch.cat([torch.full((1, TOKENS), padding or 0), ids], dim=1)
+    mask = torch.cat([torch.zeros_like(ids), torch.ones_like(ids)], dim=1)
+    with torch.no_grad():
+        places = {}
+        if (first := first_position(model)) is not None:
+            places = {"position_ids": first + (mask.cumsum(-1) - 1).clamp(min=0)}
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids), **uses_no_cache(model)).logits
+        behind = model(input_ids=padded, attention_mask=mask, **uses_no_cache(model), **places).logits[:, TOKENS:]
+    return bool(torch.allclose(alone, behind, rtol=MARGIN, atol=MARGIN * float(alone.abs().max())))
 
 
 def windows_of(model: Any) -> list[int]:

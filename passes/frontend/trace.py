@@ -14,8 +14,8 @@ from torch.export import Dim, ExportedProgram
 from ..errors import InputError
 from .examples import example_of, open_axis
 from .experts import experts_as_ops
-from .kv_cache import cache_argument, cache_of, held_by
-from .load import Pretrained
+from .kv_cache import cache_argument, cache_of, held_by, uses_no_cache
+from .load import TEXT_INPUTS, Pretrained
 from .positions import first_position, steady, steady_until
 
 PREFIX = "model."  # the wrapper's only attribute; module paths are reported without it
@@ -33,7 +33,7 @@ class Traced:
         kind: as in ``Pretrained``.
         first: the number of a text's first position; None where the model is told none.
         limit: tokens of a text at most, cache included, after which a run fails; None where nothing forbids more.
-        sample: the shape of a sample that it was traced with, of a model that takes no text; () otherwise.
+        sample: the shape of a sample that it was traced with, of the input that is no text; () where all are text.
         open_axis: the axis of such an input that may be of any length; None where there is none.
         size: what is to be said about the size of such an input; "" for text.
     """
@@ -86,8 +86,7 @@ class _Encoder(nn.Module):
 
 def encoded(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every tensor that an encoder returns, by name; a decoder that is used as one keeps no cache."""
-    uses = {"use_cache": False} if cache_argument(model) is not None else {}
-    output = model(**inputs, **uses)
+    output = model(**inputs, **uses_no_cache(model))
     return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 
@@ -101,14 +100,16 @@ def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None, *
         any_length: leave the length of sound open, where the model does.
 
     Raises:
-        InputError: the model keeps a state that is not a KV cache, or cannot be traced.
+        InputError: the model cannot be traced.
     """
     try:
         with torch.no_grad(), experts_as_ops(pretrained.model):
             if pretrained.kind == "causal":
                 traced = _trace_causal(pretrained)
-            elif pretrained.inputs[0] == "input_ids":
+            elif pretrained.takes_text_alone:
                 traced = _trace_text(pretrained)
+            elif pretrained.inputs[0] == "input_ids":
+                traced = _trace_mixed(pretrained, example)
             else:
                 traced = _trace_samples(pretrained, example, any_length)
     except InputError:
@@ -167,24 +168,11 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-def _cache_shapes(model: nn.Module, cache_name: str) -> tuple[tuple[int, int, int], ...]:
-    """Ask the model itself, by running one token, what its cache looks like."""
-    cache = cache_of([])
-    one = torch.zeros(1, 1, dtype=torch.long)
-    model(input_ids=one, use_cache=False)  # what fails here has nothing to do with the cache
-    try:
-        model(input_ids=one, use_cache=True, **{cache_name: cache})
-    except Exception as error:  # a model that looks for its own state in the cache raises what it likes
-        raise InputError(f"{type(model).__name__} keeps a state that is not a KV cache: {_sentence(error)}") from error
-    return tuple((keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in held_by(cache))
-
-
 def _trace_causal(pretrained: Pretrained) -> Traced:
     cache_name = cache_argument(pretrained.model)
-    if cache_name is None:
-        raise InputError(f"{pretrained.source} keeps a state that is not a KV cache: its forward takes no cache")
+    assert cache_name is not None  # or it would be no decoder
     first, limit = first_position(pretrained.model), steady_until(pretrained.model)
-    shapes = _cache_shapes(pretrained.model, cache_name)
+    shapes = pretrained.cache
     batch, sequence, past = 2, 3, 5  # any sizes above 1: 0 and 1 would be taken for constants
     dtype = pretrained.model.dtype
     example = (
@@ -222,7 +210,7 @@ def _trace_text(pretrained: Pretrained) -> Traced:
     _check_padding(pretrained)
     # A text is as long as the position table allows; DYNAMIC lets the graph state that bound.
     inputs = {name: torch.full((2, 3), 0 if name == "token_type_ids" else 1) for name in pretrained.inputs}
-    return _exported(pretrained, inputs, {1: Dim.DYNAMIC})
+    return _exported(pretrained, inputs, {name: {1: Dim.DYNAMIC} for name in inputs})
 
 
 def _trace_samples(pretrained: Pretrained, given: Mapping[str, Tensor] | None, any_length: bool) -> Traced:
@@ -242,7 +230,7 @@ def _trace_samples(pretrained: Pretrained, given: Mapping[str, Tensor] | None, a
         why = ", as the model does" if any_length else ""
         return replace(_exported(pretrained, inputs, {}), sample=sample, size=fixed + why)
     try:
-        traced = _exported(pretrained, inputs, {axis: Dim.DYNAMIC})
+        traced = _exported(pretrained, inputs, {name: {axis: Dim.DYNAMIC}})
     except torch._dynamo.exc.UserError as error:
         why = f"the model takes others, but torch.export does not follow it: {_sentence(error)}"
         return replace(_exported(pretrained, inputs, {}), sample=sample, size=f"{fixed}; {why}")
@@ -250,11 +238,34 @@ def _trace_samples(pretrained: Pretrained, given: Mapping[str, Tensor] | None, a
     return replace(traced, sample=sample, open_axis=axis, size=size)
 
 
-def _exported(pretrained: Pretrained, inputs: Mapping[str, Tensor], opened: Mapping[int, Any]) -> Traced:
-    """The program of an encoder whose batch may be of any size, and further axes as ``opened`` says."""
-    axes: dict[int, Any] = {0: Dim("batch", min=1), **opened}
+def _trace_mixed(pretrained: Pretrained, given: Mapping[str, Tensor] | None) -> Traced:
+    """Text and pictures (or sound) at once, as many of the one as of the other or, where the model does, not."""
+    _check_padding(pretrained)
+    known = [name for name in pretrained.inputs if name in TEXT_INPUTS]
+    text = {name: torch.full((2, 3), 0 if name == "token_type_ids" else 1) for name in known}
+    (name,) = set(pretrained.inputs) - set(known)
+
+    def run(inputs: Mapping[str, Tensor]) -> None:
+        encoded(pretrained.model, {**{n: x[:1] for n, x in text.items()}, **inputs})
+
+    example = example_of(replace(pretrained, inputs=(name,)), run, given)[name]
+    inputs = {**text, name: example.expand(2, *example.shape[1:]).contiguous()}
+    sample = tuple(example.shape[1:])
+    axes: dict[str, Any] = {n: {1: Dim.DYNAMIC} for n in text}
+    size = f"the file takes {name} of {list(sample)} a sample and of no other size"
+    try:
+        encoded(pretrained.model, {**inputs, name: inputs[name][:1]})
+        axes[name] = {0: Dim(f"{name}_batch", min=1)}
+        return replace(_exported(pretrained, inputs, axes), sample=sample, size=size)
+    except Exception:  # a model of pairs takes as many texts as pictures: its own code or torch.export says so
+        return replace(_exported(pretrained, inputs, {**axes, name: {}}), sample=sample, size=size)
+
+
+def _exported(pretrained: Pretrained, inputs: Mapping[str, Tensor], opened: Mapping[str, Mapping[int, Any]]) -> Traced:
+    """The program of an encoder whose batch may be of any size, and further axes of an input as ``opened`` says."""
+    batch = Dim("batch", min=1)
     module = _Encoder(pretrained.model, pretrained.inputs)
-    dynamic = (tuple(axes for _ in inputs),)
+    dynamic = (tuple({0: batch, **opened.get(name, {})} for name in inputs),)
     program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False)
     names = tuple(encoded(pretrained.model, inputs))
     return Traced(program=_plain(program), inputs=pretrained.inputs, outputs=names, cache=(), kind="encoder")

@@ -23,7 +23,7 @@ from .passes.frontend.batches import (
 from .passes.frontend.kv_cache import empty_past
 from .passes.frontend.load import Pretrained
 from .passes.frontend.npz import load_npz
-from .passes.frontend.positions import longest, windows_of
+from .passes.frontend.positions import bears_padding, longest, windows_of
 from .passes.frontend.trace import Traced
 from .passes.recipe import Recipe
 from .runtime.embedding import pooling_of
@@ -66,8 +66,9 @@ def calibration_text(
     wanted = settings.calibration
     if settings.recipe is None or wanted.inputs is not None:
         return None, None
-    if pretrained.inputs[0] != "input_ids":
-        raise InputError(f"{pretrained.source} does not take text; give --calibration-inputs FOLDER")
+    if not pretrained.takes_text_alone:
+        what = "takes more than text" if pretrained.inputs[0] == "input_ids" else "does not take text"
+        raise InputError(f"{pretrained.source} {what}; give --calibration-inputs FOLDER")
     limit = longest(pretrained.model)
     with stages.run("calibration text"):
         if wanted.text == "self":
@@ -163,11 +164,14 @@ def probes_of(
     """The inputs that the finished file is verified on: one, two and three samples, texts padded.
 
     They come from the held-out text, else from the last batch, else they are random. A decoder's texts are shorter by
-    what it writes itself, and there is one more of them for each sliding window that it crosses.
+    what it writes itself, and there is one more of them for each sliding window that it crosses; none of them is padded
+    where padding would change what the model says of a text.
     """
     generator = torch.Generator().manual_seed(settings.calibration.seed)
     if traced.inputs[0] != "input_ids":
         return _other_probes(traced, batches, generator)
+    if traced.sample:
+        return _mixed_probes(traced, pretrained, batches, generator)
     limit = longest(pretrained.model)
     longer = min(limit or CROSSED, CROSSED)
     if held_out is None:
@@ -177,6 +181,8 @@ def probes_of(
     crossed = [(window - written // 2,) for window in crossings(pretrained)[0]]
     lengths = [(HELD_OUT - written,), *PADDED, *(crossed if written else ())]
     most = max([longer, *(length + written for (length,) in crossed)])
+    if written and not bears_padding(pretrained.model):
+        lengths = [texts[:1] * len(texts) for texts in lengths]
     return [_padded(traced, pretrained, held_out[0], texts, min(limit or most, most) - written) for texts in lengths]
 
 
@@ -202,7 +208,7 @@ def crossings(pretrained: Pretrained) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 def _padded(traced: Traced, pretrained: Pretrained, tokens: Tensor, lengths: tuple[int, ...], limit: int) -> Batch:
     """Texts of some lengths, each from another place; padding in front of a decoder's texts, behind an encoder's."""
-    padding = pretrained.model.config.get_text_config().pad_token_id or 0
+    padding = getattr(pretrained.model.config.get_text_config(), "pad_token_id", None) or 0
     lengths = tuple(max(1, min(length, limit)) for length in lengths)
     ids = torch.full((len(lengths), max(lengths)), padding)
     mask = torch.zeros_like(ids)
@@ -214,12 +220,34 @@ def _padded(traced: Traced, pretrained: Pretrained, tokens: Tensor, lengths: tup
         mask[row, own] = 1
     known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     past = [x for pair in empty_past(traced.cache, len(ids), pretrained.model.dtype) for x in pair]
-    own_inputs = [known[name] for name in pretrained.inputs]
+    own_inputs = [known[name] for name in pretrained.inputs if name in known]
     return Batch((*own_inputs, *past), mask.bool() if "attention_mask" in pretrained.inputs else None, len(past))
 
 
 def _without(tokens: Tensor, padding: int) -> Tensor:
     return torch.where(tokens == padding, (padding + 1) if padding == 0 else (padding - 1), tokens)
+
+
+def _mixed_probes(
+    traced: Traced, pretrained: Pretrained, batches: list[Batch], generator: torch.Generator
+) -> list[Batch]:
+    """One, two and three samples of text with pictures or sound: the user's, or texts of random tokens and noise."""
+    if batches:
+        return [_rows(batches[-1], torch.arange(count) % len(batches[-1].inputs[0])) for count in (1, 2, 3)]
+    vocabulary = pretrained.model.config.get_text_config().vocab_size
+    limit = min(longest(pretrained.model) or HELD_OUT, HELD_OUT)
+    tokens = torch.randint(0, vocabulary, (limit,), generator=generator)
+    made = []
+    for lengths in ((HELD_OUT,), *PADDED):
+        text = _padded(traced, pretrained, tokens, lengths, limit)
+        noise = torch.randn(len(lengths), *traced.sample, generator=generator)
+        made.append(Batch((*text.inputs, noise), text.token_mask))
+    return made
+
+
+def _rows(batch: Batch, rows: Tensor) -> Batch:
+    mask = None if batch.token_mask is None else batch.token_mask[rows]
+    return Batch(tuple(x[rows] for x in batch.inputs), mask, batch.cached)
 
 
 def _other_probes(traced: Traced, batches: list[Batch], generator: torch.Generator) -> list[Batch]:

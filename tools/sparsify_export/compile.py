@@ -21,7 +21,7 @@ from .passes.checkpoint import Checkpoint
 from .passes.dialect.packed import Packed
 from .passes.errors import InputError
 from .passes.frontend.load import load
-from .passes.frontend.positions import longest
+from .passes.frontend.positions import bears_padding, longest
 from .passes.frontend.trace import Traced, trace
 from .passes.fx.canonical import canonicalise, parameter_names
 from .passes.fx.embeddings import quantise_embeddings, stored_tables
@@ -132,7 +132,9 @@ def _compile(
         traced = trace(pretrained, example, any_length=settings.engine is None)
         if traced.size:
             console.note(traced.size)
-        transposed = canonicalise(traced.program)
+        if traced.kind == "causal" and not bears_padding(pretrained.model):
+            console.note("padding in front of a text changes what the model says of it, so give it texts of one length")
+        turned = canonicalise(traced.program)
         _check_experts(traced, settings)
         parts = partition(traced.program)
     batches = batches_for(traced, pretrained, settings, windows)
@@ -155,11 +157,11 @@ def _compile(
         store(traced, params)
     probes = probes_of(traced, pretrained, batches, held_out, settings)
     if sizes is not None:
-        pruned = Pruned(pretrained, parts, params, batches, done, probes, transposed, example)
+        pruned = Pruned(pretrained, parts, params, batches, done, probes, turned, example)
         return finish_engine(pruned, target, settings, sizes, before, stages, timings, console)
     with stages.run("lower"):
         console.progress("lowering", 0, 0)
-        put_weights(pretrained.model, params, transposed)  # or the dense ones would take their disk to the end
+        put_weights(pretrained.model, params, turned)  # or the dense ones would take their disk to the end
         machine = this_machine() if settings.lower_for is not None else None
         worth = machine.worth(settings.storage, tokens=settings.lower_for or 1) if machine else None
         sparse = settings.ops == "sparse"
@@ -179,7 +181,7 @@ def _compile(
         coded = settings.storage.quantised or any(its.quantised for its in storages.values())
         embeddings = quantise_embeddings(traced.program) if coded else []
         stored = as_stored(params, {**packed, **stored_tables(traced.program, embeddings)})
-        put_weights(pretrained.model, stored, transposed)
+        put_weights(pretrained.model, stored, turned)
         published = [ask(pretrained.model, traced, probe) for probe in probes]
         expected = expect(parts, stored, published, rounded)
         del params, packed, stored, published

@@ -95,7 +95,7 @@ def evaluate_retrieval(
         words, folder, limit = tokenizer_of(Path(model), tokenizer), _folder(Path(model)), context_of(Path(model))
     else:
         pretrained, folder = load(model, trust_remote_code=trust_remote_code), Path(model)
-        if pretrained.kind != "encoder" or pretrained.inputs[0] != "input_ids":
+        if pretrained.kind != "encoder" or not pretrained.takes_text_alone:
             raise InputError(f"{model} is not an encoder of texts, so it finds no passages")
         if not folder.is_dir():  # how texts are pooled lies beside the weights
             raise InputError(f"--retrieval wants a model in a folder, or an exported one; got {model}")

@@ -125,9 +125,12 @@ def engine_sizes(engine: EngineSettings, pretrained: Pretrained) -> Sizes:
     """What the engine of this model has to take.
 
     Raises:
-        InputError: the model does not take that, or it takes no text and ``--seq`` or ``--context`` is given.
+        InputError: the model does not take that, takes text and more, or takes no text and ``--seq`` or ``--context``
+            is given.
     """
     is_text = pretrained.inputs[0] == "input_ids"
+    if is_text and not pretrained.takes_text_alone:
+        raise InputError(f"{pretrained.source} takes {', '.join(pretrained.inputs)}; an engine takes one kind of input")
     if not is_text and (engine.sequence or engine.context):
         flag = "--seq" if engine.sequence else "--context"
         raise InputError(f"{flag} has no effect: {pretrained.source} does not take text")
