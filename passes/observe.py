@@ -73,7 +73,7 @@ class _Statistics:
         if node in self.experts:
             return self._count(self.inputs[node], node, x, self._routed(node, x))
         self._latest[node] = x
-        return self._count(self.inputs[node], node, x, self._tokens(x))
+        self._count(self.inputs[node], node, x, self._tokens(x))
 
     def _routed(self, node: str, x: Tensor) -> Tensor:
         """Which rows of an expert count: no padding, and no zeros, which stand for what was not chosen."""

@@ -16,6 +16,7 @@ from ..passes.frontend.batches import Batch
 from ..passes.frontend.kv_cache import empty_past
 from ..passes.frontend.trace import PREFIX, Traced, encoded
 from ..passes.fx.experts import restacked
+from ..passes.fx.products import Turned
 from ..passes.mapped import mapped
 
 DECODED = 8
@@ -37,7 +38,7 @@ class Published:
     decoded: Tensor | None
 
 
-def put_weights(model: Any, params: Mapping[str, Tensor], transposed: frozenset[str]) -> None:
+def put_weights(model: Any, params: Mapping[str, Tensor], turned: Mapping[str, Turned]) -> None:
     """Give a model the weights of its program, in float32 parameters of its own.
 
     The program holds the parameters that the model was traced with: changed in place, they would change what is
@@ -48,18 +49,18 @@ def put_weights(model: Any, params: Mapping[str, Tensor], transposed: frozenset[
     Args:
         model: its modules get other parameters.
         params: weights by their key in the canonical program.
-        transposed: the keys that ``canonicalise`` transposed.
+        turned: the parameters that ``canonicalise`` turned, by key.
     """
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         key = PREFIX + name
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         value = params[key] if key in params else module.get_parameter(leaf)
-        experts = restacked(name, value.shape, params, key in transposed)
+        experts = restacked(name, value.shape, params, key in turned)
         if experts is not None:
             own = mapped(experts.float())
         else:
-            own = (value.t() if key in transposed and key in params else value).detach().float()
+            own = (turned[key].original(value) if key in turned and key in params else value).detach().float()
         module.register_parameter(leaf, torch.nn.Parameter(own, requires_grad=False))
 
 

@@ -18,6 +18,7 @@ from sparsify_export.passes.frontend.load import describe
 from sparsify_export.passes.frontend.trace import Traced, trace
 from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import Partition, partition
+from sparsify_export.passes.fx.products import Turned
 from sparsify_export.passes.fx.rewrite import Lowered, lower_linears, stored_weights
 from sparsify_export.passes.lower import to_onnx
 from sparsify_export.passes.recipe import Recipe
@@ -101,11 +102,11 @@ class Compiled:
     packed: dict[str, Packed]
     path: Path
     probe: Batch = field(repr=False)
-    transposed: frozenset[str]
+    turned: dict[str, Turned]
 
     def published(self, params: dict[str, torch.Tensor]) -> list[Published]:
         """What the model itself returns for the probe, with these weights."""
-        put_weights(self.model, params, self.transposed)
+        put_weights(self.model, params, self.turned)
         return [ask(self.model, self.traced, self.probe)]
 
 
@@ -138,7 +139,7 @@ def compile_family(
     """Run every stage on a tiny model; the same calls as ``compile_model`` makes."""
     pretrained = describe(random_model(name))
     traced = trace(pretrained)
-    transposed = canonicalise(traced.program)
+    turned = canonicalise(traced.program)
     parts = partition(traced.program)
     generator = torch.Generator().manual_seed(1)
     if pretrained.inputs[0] == "input_ids":
@@ -157,12 +158,12 @@ def compile_family(
         output = output_of(traced, pretrained)
         done = sparsify(parts, params, Recipe(pattern, **recipe), batches, output=output, cache=cache)
         compiler.store(traced, params)
-    put_weights(pretrained.model, params, transposed)
+    put_weights(pretrained.model, params, turned)
     lowered = lower_linears(traced.program, storage=storage, on_grid=done.on_grid, patterns=done.patterns)
     packed = stored_weights(traced.program, lowered)
     path = folder / f"{name}.onnx"
     to_onnx(traced, path, metadata={"source": name})
-    return Compiled(pretrained.model, traced, parts, params, source, done, lowered, packed, path, probe, transposed)
+    return Compiled(pretrained.model, traced, parts, params, source, done, lowered, packed, path, probe, turned)
 
 
 def stored_linears(path: Path, rows: Callable[[str], int]) -> dict[str, torch.Tensor]:

@@ -8,17 +8,17 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..mapped import mapped
 from .experts import split_experts
+from .products import Turned, products_to_linears
 from .replace import replace_node
 
 aten = torch.ops.aten
 
 
-def canonicalise(program: ExportedProgram) -> frozenset[str]:
-    """Drop what does nothing and write every ``addmm`` with a parameter as a ``linear``.
+def canonicalise(program: ExportedProgram) -> dict[str, Turned]:
+    """Drop what does nothing and write every product with a parameter as a ``linear``.
 
-    Before:  y = addmm(b, x, W)                 W [in, out]   (GPT-2's Conv1D)
+    Before:  y = addmm(b, x, W)                 W [in, out]   (GPT-2's Conv1D; others: see ``products_to_linears``)
              y = matmul(x, W.T)                 W [out, in]   (Falcon's)
              attention(q, k, v)                 one head of k and v for all of q, by broadcasting
              _assert_tensor_metadata(x, ...)    says what the dtype was while tracing
@@ -29,15 +29,15 @@ def canonicalise(program: ExportedProgram) -> frozenset[str]:
              (no assertion)
              x
     Stacks of experts become linears as well: see `split_experts`.
-    Left alone: an ``addmm`` whose weight is not a parameter or is read by anything else.
+    Left alone: a product whose weight is not a parameter or is read by anything else.
     Numerics: the same products; the sum may run in another order.
 
     Returns:
-        The keys of the parameters that are now transposed.
+        The parameters that now lie otherwise than in the model, by key.
     """
-    transposed: set[str] = set()
     graph = program.graph_module.graph
     names = parameter_names(program)
+    turned = products_to_linears(program, names)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -45,28 +45,18 @@ def canonicalise(program: ExportedProgram) -> frozenset[str]:
             graph.erase_node(node)
         elif _is_identity(node):
             replace_node(program, node, node.all_input_nodes[0])
-        elif node.target is aten.addmm.default and not node.kwargs:
-            bias, x, weight = node.args
-            assert isinstance(weight, torch.fx.Node)
-            if names.get(weight.name) in program.state_dict and len(weight.users) == 1:
-                _transpose_parameter(program, weight, names[weight.name])
-                transposed.add(names[weight.name])
-                with graph.inserting_before(node):
-                    linear = graph.call_function(aten.linear.default, (x, weight, bias))
-                linear.meta = dict(node.meta)
-                replace_node(program, node, linear)
         elif node.target in (aten.matmul.default, aten.mm.default) and _is_turned_weight(node.args[1], names):
-            x, turned = node.args
+            x, transposed = node.args
             with graph.inserting_before(node):
-                linear = graph.call_function(aten.linear.default, (x, turned.args[0]))
+                linear = graph.call_function(aten.linear.default, (x, transposed.args[0]))
             linear.meta = dict(node.meta)
             replace_node(program, node, linear)
         elif node.target is aten.scaled_dot_product_attention.default:
             _repeat_the_only_head(node)
-    transposed |= split_experts(program, names)
+    turned |= split_experts(program, names)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
-    return frozenset(transposed)
+    return turned
 
 
 def parameter_names(program: ExportedProgram) -> dict[str, str]:
@@ -77,12 +67,6 @@ def parameter_names(program: ExportedProgram) -> dict[str, str]:
         for spec in program.graph_signature.input_specs
         if spec.kind in wanted and spec.target is not None
     }
-
-
-def _transpose_parameter(program: ExportedProgram, placeholder: torch.fx.Node, key: str) -> None:
-    weight = program.state_dict[key]
-    program.state_dict[key] = torch.nn.Parameter(mapped(weight.detach().t()), requires_grad=False)
-    placeholder.meta["val"] = placeholder.meta["val"].t().contiguous()
 
 
 def _repeat_the_only_head(attention: torch.fx.Node) -> None:

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..frontend.trace import PREFIX
 from ..mapped import mapped
 from .channels import ChannelRange, ChannelSpace
+from .products import Turned
 from .replace import drop_unused, place_beside, replace_node
 
 aten = torch.ops.aten
@@ -69,7 +70,7 @@ def find_stacks(graph: Graph) -> list[Stack]:
     return found
 
 
-def split_experts(program: ExportedProgram, names: Mapping[str, str]) -> frozenset[str]:
+def split_experts(program: ExportedProgram, names: Mapping[str, str]) -> dict[str, Turned]:
     """Write every product with a stack of matrices as one linear for each of them, in place.
 
     Before:  y = stacked_linear(x, ids, W, b)       W [E, N, K], or [E, K, N]
@@ -86,14 +87,14 @@ def split_experts(program: ExportedProgram, names: Mapping[str, str]) -> frozens
         names: placeholder name to parameter key.
 
     Returns:
-        The keys of the stacks whose matrices are now transposed.
+        How the matrices of stacks now lie where they are transposed, by the key of the stack.
 
     Raises:
         InputError: a stack is read by something else too.
     """
     graph, state = program.graph_module.graph, program.state_dict
     pieces: dict[Node, list[Node]] = {}
-    turned = set()
+    turned: dict[str, Turned] = {}
     for node in [n for n in graph.nodes if n.op == "call_function"]:
         if node.target is aten.bmm.default and _is_stack(node.args[1], names, state):
             node = _as_rows(program, node)
@@ -105,7 +106,7 @@ def split_experts(program: ExportedProgram, names: Mapping[str, str]) -> frozens
                 raise InputError(f"{names.get(holder.name, holder.name)} is read by more than one product of experts")
         pieces[stack] = _split(program, stack, names[stack.name], transposed)
         if transposed:
-            turned.add(names[stack.name])
+            turned[names[stack.name]] = Turned((1,), (0,), tuple(stack.meta["val"].shape[1:]))
         if bias is not None:
             pieces[bias] = _split(program, bias, names[bias.name], False)
         _as_linears(program, node, pieces[stack], None if bias is None else pieces[bias], names[stack.name])
@@ -120,7 +121,7 @@ def split_experts(program: ExportedProgram, names: Mapping[str, str]) -> frozens
             ]
         program.graph_signature.input_specs[:] = specs
         drop_unused(program)
-    return frozenset(turned)
+    return turned
 
 
 def _is_stack(value: Any, names: Mapping[str, str], state: Mapping[str, Tensor]) -> bool:

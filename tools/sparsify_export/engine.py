@@ -21,6 +21,7 @@ from .passes.frontend.load import Pretrained
 from .passes.frontend.retrace import retrace
 from .passes.frontend.trace import Traced
 from .passes.fx.partition import Partition, partition
+from .passes.fx.products import Turned
 from .passes.fx.rewrite import Lowered, lower_linears
 from .passes.lower import to_onnx
 from .passes.onnx.plugin import LIBRARY
@@ -59,7 +60,7 @@ class Pruned:
         batches: what pruning was calibrated on.
         done: what pruning reported.
         probes: what the result is verified on.
-        transposed: see ``canonicalise``.
+        turned: see ``canonicalise``.
         example: see ``trace``.
     """
 
@@ -69,7 +70,7 @@ class Pruned:
     batches: Sequence[Batch]
     done: Sparsified
     probes: Sequence[Batch]
-    transposed: frozenset[str]
+    turned: Mapping[str, Turned]
     example: Mapping[str, Tensor] | None
 
 
@@ -100,7 +101,7 @@ def finish_engine(
         quantised = _quantised(traced, pruned, settings.engine.codes, scaled)
         params = {**traced.program.constants, **{k: v.detach() for k, v in traced.program.state_dict.items()}}
         rounded = {key: codes.activations for key, codes in quantised.items()}
-        put_weights(pruned.pretrained.model, params, pruned.transposed)
+        put_weights(pruned.pretrained.model, params, pruned.turned)
         probes = [_in_dtype(probe, dtype) for probe in pruned.probes]
         asked = [ask(pruned.pretrained.model, traced, _in_dtype(probe, torch.float32)) for probe in probes]
         published = [replace(told, batch=_in_dtype(told.batch, dtype)) for told in asked]

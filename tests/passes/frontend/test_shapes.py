@@ -21,7 +21,7 @@ def test_funnel_whose_pooling_fixes_the_length():
 def test_squeezebert_whose_products_are_convolutions():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "embedding_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    groups = {f"{name}_groups": 2 for name in ("q", "k", "v", "intermediate", "output")}
+    groups = {f"{name}_groups": 2 for name in ("q", "k", "v", "intermediate", "output", "post_attention")}
     config = t.SqueezeBertConfig(vocab_size=96, num_attention_heads=2, **sizes, **groups)
     traced = trace(describe(t.SqueezeBertForSequenceClassification(config)))
     canonicalise(traced.program)
