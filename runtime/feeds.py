@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 
 from ..passes.errors import InputError
 from ..passes.frontend.npz import load_npz
@@ -67,6 +68,53 @@ def read_feeds(folder: Path, session: Any, sizes: Mapping[str, int], *, samples:
                 feed[value.name] = np.zeros(_shape(value, batch, sizes), _dtype(value))
             else:
                 raise InputError(f"{file} lacks {value.name}; it holds {', '.join(arrays) or 'nothing'}")
+        feeds.append(feed)
+    return feeds
+
+
+def fixed_length(session: Any) -> int | None:
+    """The tokens of a text where the model takes no other number; None where it takes any."""
+    shapes = [value.shape for value in session.get_inputs() if value.name == "input_ids" and len(value.shape) == 2]
+    return next((shape[1] for shape in shapes if isinstance(shape[1], int)), None)
+
+
+def text_feeds(windows: NDArray[np.int64], session: Any, sizes: Mapping[str, int], *, tokens: int) -> list[Feed]:
+    """Windows of text as feeds: tokens, a mask of ones, positions from 0, one sentence a text; a KV cache is empty.
+
+    Args:
+        windows: ``[windows, length]`` token ids.
+        session: an ONNX Runtime session of the model.
+        sizes: what is known about open axes, by their names.
+        tokens: how many run at once; more costs memory, fewer costs time.
+
+    Raises:
+        InputError: the model takes something else than text.
+    """
+    inputs = session.get_inputs()
+    batch = next((value.shape[0] for value in inputs if value.name == "input_ids"), None)
+    if batch is None:
+        raise InputError("the model takes no input_ids, so it takes no text; give --calibration-inputs FOLDER")
+    fixed = isinstance(batch, int)
+    if fixed and batch > len(windows):
+        raise InputError(f"the model takes {batch} texts at once, and there are {len(windows)}; give more text")
+    rows = batch if fixed else max(1, tokens // windows.shape[1])
+    feeds = []
+    for begin in range(0, len(windows) - (rows - 1 if fixed else 0), rows):
+        ids = windows[begin : begin + rows]
+        known = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "token_type_ids": np.zeros_like(ids),
+            "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
+        }
+        feed: Feed = {}
+        for value in inputs:
+            if value.name in known:
+                feed[value.name] = known[value.name].astype(_dtype(value))
+            elif any(_is_past(dim) for dim in value.shape):
+                feed[value.name] = np.zeros(_shape(value, len(ids), sizes), _dtype(value))
+            else:
+                raise InputError(f"input {value.name} is no text; give --calibration-inputs FOLDER")
         feeds.append(feed)
     return feeds
 

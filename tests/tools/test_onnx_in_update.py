@@ -4,11 +4,16 @@ import numpy as np
 import onnx
 import pytest
 from commands import names
-from exported import encoder, export, feeds
+from exported import VOCABULARY, encoder, export, feeds
+from onnx import numpy_helper
 from onnx_command import compiled, refused
 from onnx_models import dense, mlp, rng, saved
 from sparsify_export import onnx_in
 from sparsify_export.cli import main
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +104,28 @@ def test_what_inputs_do_not_give_is_refused(exported, tmp_path, capsys):
     }.items():
         given = [path, "--nm", "2:4", "--calibration-inputs", inputs, *flags.split()]
         assert why in refused(capsys, tmp_path / "p.onnx", *given)
+
+
+def test_text_is_read_by_the_tokenizer_beside_the_file(exported, tmp_path, capsys):
+    path, _ = exported
+    beside = tmp_path / "with"
+    beside.mkdir()
+    given = beside / "model.onnx"
+    given.write_bytes(path.read_bytes())
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(beside)
+    ids = rng(3).integers(0, VOCABULARY, 100)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in ids))
+    flags = ["--nm", "2:4", "--ops", "standard"]
+    text = ["--calibration", tmp_path / "text.txt", "--seq-len", "9", "--samples", "7"]
+    report = compiled(given, tmp_path / "o.onnx", *flags, *text)
+    assert report["settings"]["calibration"] == str(tmp_path / "text.txt")
+    assert report["settings"]["update"] == "alps"
+    (tmp_path / "inputs").mkdir()
+    windows = ids[:63].reshape(7, 9)
+    np.savez(tmp_path / "inputs" / "a.npz", input_ids=windows, attention_mask=np.ones_like(windows))
+    compiled(given, tmp_path / "p.onnx", *flags, "--calibration-inputs", tmp_path / "inputs")
+    one, other = (onnx.load(str(tmp_path / name)).graph.initializer for name in ("o.onnx", "p.onnx"))
+    assert [numpy_helper.to_array(t).tolist() for t in one] == [numpy_helper.to_array(t).tolist() for t in other]
+    assert "has no tokenizer beside it" in refused(capsys, tmp_path / "q.onnx", path, *flags, *text)

@@ -195,8 +195,8 @@ def compile_command(
         effort: the recipe that fills in flags not given; fast is score and fold, original weights; balanced, the
             default, is fold and the best update of the weights without gradients; best, which takes several times as
             long, trains all blocks together after that, and of --sparsity learns what each row loses (--allocate
-            besa-row, --score wanda). An .onnx file has fast, the default without --calibration-inputs, and balanced
-            with them; its channels stay where they are.
+            besa-row, --score wanda). An .onnx file has fast, the default without calibration text or inputs, and
+            balanced with them; its channels stay where they are.
         score: what ranks the weights where no update chooses (--mask-from); default ria, of an .onnx file without
             calibration inputs from weights alone.
         ria_power: exponent of the activation norms in RIA; default 0.5.
@@ -239,12 +239,13 @@ def compile_command(
         mask_pull: by what fraction a step at the peak learning rate shrinks what is behind a zero.
         calibration: text file, JSONL with a text field, or self, the default: text the model writes itself. An encoder
             reads texts one by one, as it will be given them: what stands between blank lines, or a line of JSONL, with
-            a text_pair where a reranker reads two.
+            a text_pair where a reranker reads two. An .onnx file takes a file, where its tokenizer lies beside it.
         calibration_inputs: folder of .npz batches, for models that do not take text, and any other; an .onnx file
             is also verified and timed on them.
         samples: calibration windows; default 128 of a file, 32 of the model's own text. An encoder reads as many texts
             as fill them.
-        seq_len: tokens in a calibration window; default 2048 of a file, 512 of the model's own text.
+        seq_len: tokens in a calibration window; default 2048 of a file, 512 of the model's own text or for an
+            .onnx file.
         seed: of everything random.
         bos: begin windows of calibration and of --eval with the token that the tokenizer puts in front of a text, if
             it puts one.
@@ -349,7 +350,7 @@ def compile_command(
         if value is not None and eval_ is None and not model.endswith(".onnx"):
             raise InputError(f"{flag} {value} has no effect without --eval")
     for flag, text in {"--calibration": calibration, "--seq-len": seq_len}.items():
-        if text is not None and calibration_inputs is not None and not model.endswith(".onnx"):
+        if text is not None and calibration_inputs is not None:
             raise InputError(f"{flag} {text} has no effect beside --calibration-inputs, whose batches are as they are")
     if group is not None and dtype != "int4":
         raise InputError(f"--group {group} has no effect without --dtype int4")
@@ -373,8 +374,10 @@ def compile_command(
         pattern, on_grid = NM(2, 4), Storage("int4", group or 32) if said is None else on_grid
     if not bos and eval_ is None and (calibration_inputs is not None or (pattern is None and mask is None)):
         raise InputError("--no-bos has no effect where no text is read: neither calibration text nor --eval")
-    if not bos and model.endswith(".onnx"):
-        raise InputError("--no-bos has no meaning for an .onnx file, for which no text is read")
+    if not bos and model.endswith(".onnx") and calibration in (None, "self"):
+        raise InputError("--no-bos has no effect on an .onnx file without --calibration TEXT, since no text is read")
+    if calibration == "self" and model.endswith(".onnx"):
+        raise InputError("--calibration self has no meaning for an .onnx file, which writes no text; give a text file")
     given = read_masks(mask) if mask is not None else None
     is_onnx = model.endswith(".onnx")
     if pattern is None and given is None:
@@ -440,7 +443,7 @@ def compile_command(
         quantise=quantise,
         storage=on_grid,
         seed=seed,
-        inputs=calibration_inputs is not None,
+        inputs=calibration_inputs is not None or (is_onnx and calibration not in (None, "self")),
     )
     recipe = make_recipe(pattern, flags, onnx=is_onnx) if pattern or given else None
     check_codes(codes, recipe)

@@ -140,7 +140,10 @@ def _check_onnx(flags: Flags) -> None:
     }
     for flag, given in fits.items():
         if given and not flags.inputs:
-            raise InputError(f"{flag} goes by what the linears of an .onnx file read; give --calibration-inputs FOLDER")
+            why = (
+                "goes by what the linears of an .onnx file read; give --calibration-inputs FOLDER or --calibration TEXT"
+            )
+            raise InputError(f"{flag} {why}")
 
 
 def _permute(pattern: Pattern, flags: Flags, *, onnx: bool) -> Literal["fold", "none"]:

@@ -12,6 +12,8 @@ import torch
 
 from .passes.errors import InputError, VerificationError
 from .passes.fitting import thin
+from .passes.frontend.batches import TOKENS_PER_BATCH, read_windows
+from .passes.frontend.load import tokenizer_beside
 from .passes.onnx.alone import alone
 from .passes.onnx.embeddings import Coded, code_embeddings, replace_embeddings, rounded_tables
 from .passes.onnx.fit import Fit, Fitted, Shared, shared_weights
@@ -33,7 +35,16 @@ from .report import LinearEntry, Report, as_told, bytes_of
 from .runtime import library_path
 from .runtime.benchmark import Row, compare_files
 from .runtime.child import Job, kills
-from .runtime.feeds import Feed, make_feed_that_runs, read_feeds, switched, try_feed, zeroed_masks
+from .runtime.feeds import (
+    Feed,
+    fixed_length,
+    make_feed_that_runs,
+    read_feeds,
+    switched,
+    text_feeds,
+    try_feed,
+    zeroed_masks,
+)
 from .runtime.machine import this_machine
 from .runtime.prune_onnx import prune_onnx
 from .runtime.session import open_session
@@ -47,6 +58,8 @@ SECTIONS = "sections"
 """The folder that the given model is run from while its weights change."""
 TWINS = "twins"
 """The folder of what the result is compared with, apart from the result: neither may find the other's weights."""
+SAMPLES, LENGTH = 128, 512
+"""Windows of text to calibrate on, and the tokens of each, where nobody and no input of the model says how many."""
 VERIFIED = 4
 """On how many of the given feeds the result is compared."""
 
@@ -67,10 +80,10 @@ def compile_onnx(
         VerificationError: the finished file differs from the dense model with the same weights; it is kept as
             ``OUT.failed``.
     """
-    _check(settings, trust_remote_code)
     path = Path(source)
     if not path.is_file():
         raise InputError(f"{source} does not exist")
+    _check(path, settings, trust_remote_code)
     target = Target.check(out, overwrite=overwrite, inputs=inputs_of(source, settings, None))
     with target.guarded():
         return _compile(path, target, settings, console)
@@ -84,7 +97,7 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
         _check_names(model, target)
         given_bytes = _given_bytes(model)
         linears, left = find_linears(model)
-        feeds, checked = _feeds(model, linears, settings)
+        feeds, checked = _feeds(model, linears, settings, console)
     chosen = _observed(model, linears, settings)
     target.open()
     lowering = settings.ops == "sparse"
@@ -142,7 +155,7 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
         verified = _verify(path, target, written, beside, tables, kept, model.opset, checked, ways)
     with stages.run("measure"):
         console.progress("measuring", 0, 0)
-        latency = compare_files(target.model, path, feeds[0]) if sparse and lowering else ()
+        latency = compare_files(target.model, path, checked[0]) if sparse and lowering else ()
     report = _report(
         str(path),
         settings,
@@ -161,7 +174,7 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
     return report
 
 
-def _check(settings: Settings, trust_remote_code: bool) -> None:
+def _check(path: Path, settings: Settings, trust_remote_code: bool) -> None:
     """A flag that has no meaning for an ONNX model is refused rather than ignored."""
     recipe, calibration = settings.recipe, settings.calibration
     if recipe is not None and recipe.permute == "fold":
@@ -169,20 +182,21 @@ def _check(settings: Settings, trust_remote_code: bool) -> None:
             "--permute fold needs the traced model and cannot be had for an .onnx file, which is pruned in the order "
             "of channels that it has; leave it out"
         )
-    if calibration.text != "self":
+    no_text = calibration.text == "self"
+    if not no_text and tokenizer_beside(path.parent) is None:
         raise InputError(
-            "--calibration reads text, for which an .onnx file has no tokenizer; give --calibration-inputs"
+            f"--calibration reads text, for which {path} has no tokenizer beside it; give --calibration-inputs"
         )
-    no_inputs = calibration.inputs is None
+    no_inputs = calibration.inputs is None and no_text
     refused = {
         "--eval has no meaning for an .onnx file; evaluate the result with sparsify-export eval": settings.evaluate,
         "--windows has no meaning for an .onnx file, which is not evaluated": settings.windows,
         "--trust-remote-code has no meaning for an .onnx file, which holds no code": trust_remote_code or None,
-        "--seq-len has no meaning for an .onnx file; its calibration inputs have the length they have": (
-            calibration.length
+        "--seq-len has no effect on an .onnx file without --calibration TEXT": calibration.length if no_text else None,
+        "--samples has no effect without --calibration-inputs or --calibration TEXT": (
+            calibration.samples if no_inputs else None
         ),
-        "--samples has no effect without --calibration-inputs": calibration.samples if no_inputs else None,
-        "--score wanda ranks weights by their inputs; give --calibration-inputs": (
+        "--score wanda ranks weights by their inputs; give --calibration-inputs or --calibration TEXT": (
             True if no_inputs and recipe is not None and recipe.score == "wanda" else None
         ),
         f"--ria-power {recipe.ria_power if recipe else 0:g} has no effect without --calibration-inputs": (
@@ -196,12 +210,19 @@ def _check(settings: Settings, trust_remote_code: bool) -> None:
 
 def told(settings: Settings) -> dict[str, Any]:
     """The settings that decide something here, as JSON-able values."""
-    values = plain(settings) | {"bos": None}
-    if settings.calibration.inputs is None:
+    values = plain(settings)
+    if settings.calibration.text == "self":
+        values["bos"] = None
+    if not _looks(settings):
         values |= {"calibration": None, "ria_power": 0.0 if values["score"] == "ria" else None}
     elif values["score"] != "ria":
         values["ria_power"] = None
     return values
+
+
+def _looks(settings: Settings) -> bool:
+    """Whether something was given that shows what linears read."""
+    return settings.calibration.inputs is not None or settings.calibration.text != "self"
 
 
 def _check_names(model: Model, target: Target) -> None:
@@ -210,8 +231,13 @@ def _check_names(model: Model, target: Target) -> None:
         target.refuse_to_replace(file, f"holds weights of {model.path}")
 
 
-def _feeds(model: Model, linears: Sequence[Linear], settings: Settings) -> tuple[list[Feed], list[Feed]]:
-    """What the model is observed and timed on, and what it is verified on; it is run to know that it can be."""
+def _feeds(
+    model: Model, linears: Sequence[Linear], settings: Settings, console: Console
+) -> tuple[list[Feed], list[Feed]]:
+    """What the model is calibrated on; and what it is verified on, of which the first is what it is timed on.
+
+    It is run to know that it can be.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         if death := kills(Job(str(model.path.resolve()), str(library_path()), optimise=True), Path(scratch)):
             raise InputError(f"cannot open {model.path}: {death}")
@@ -221,9 +247,28 @@ def _feeds(model: Model, linears: Sequence[Linear], settings: Settings) -> tuple
         feeds = read_feeds(folder, session, head_sizes(model, linears), samples=settings.calibration.samples)
         try_feed(session, feeds[0], f"the first batch of {folder}")
         return feeds, [*feeds[:VERIFIED], *_others(session, feeds[0], made_up=False)]
+    if settings.calibration.text != "self":
+        return _text_feeds(model, head_sizes(model, linears), session, settings, console)
     bounds, sizes = index_bounds(model), head_sizes(model, linears)
     feed = make_feed_that_runs(session, bounds, sizes, seed=settings.calibration.seed)
     return [feed], [feed, *_others(session, feed, made_up=True)]
+
+
+def _text_feeds(
+    model: Model, sizes: Mapping[str, int], session: Any, settings: Settings, console: Console
+) -> tuple[list[Feed], list[Feed]]:
+    """Windows of the user's text, by the tokenizer beside the model: all to calibrate on, the first to verify on."""
+    wanted = settings.calibration
+    samples = wanted.samples or SAMPLES
+    words = tokenizer_beside(model.path.parent)
+    length = wanted.length or fixed_length(session) or LENGTH
+    windows = read_windows(Path(wanted.text), words, samples=samples, length=length, bos=settings.bos).numpy()
+    if len(windows) < samples:
+        console.note(f"calibrating on {len(windows)} windows; the text does not hold {samples}")
+    feeds = text_feeds(windows, session, sizes, tokens=TOKENS_PER_BATCH)
+    checked = text_feeds(windows[: VERIFIED * len(feeds[0]["input_ids"])], session, sizes, tokens=1)[:VERIFIED]
+    try_feed(session, feeds[0], f"windows of {length} tokens of {wanted.text}")
+    return feeds, [*checked, *_others(session, checked[0], made_up=False)]
 
 
 def _others(session: Any, feed: Feed, *, made_up: bool) -> list[Feed]:
@@ -244,7 +289,7 @@ def _others(session: Any, feed: Feed, *, made_up: bool) -> list[Feed]:
 def _observed(model: Model, linears: Sequence[Linear], settings: Settings) -> list[Linear]:
     """The linears that are pruned on what they read; none where no inputs were given, or nothing asks for them."""
     recipe = settings.recipe
-    if recipe is None or settings.calibration.inputs is None:
+    if recipe is None or not _looks(settings):
         return []
     if recipe.score == "magnitude" and recipe.update == "none" and recipe.quantise is None:
         return []
@@ -254,7 +299,7 @@ def _observed(model: Model, linears: Sequence[Linear], settings: Settings) -> li
     if inside := [linear.path for linear in chosen if linear.place.graph]:
         raise InputError(
             f"{inside[0]} is inside a branch or loop of {model.path}, where its input cannot be observed; "
-            f"give --skip {inside[0]!r}, or leave --calibration-inputs out"
+            f"give --skip {inside[0]!r}, or leave calibration out"
         )
     return chosen
 
