@@ -15,13 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-import onnx
 from cyclopts import App
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-QUANTISED = ["MatMul", "Gemm", "Gather"]
-"""Left to itself the quantiser takes the standard op Attention for an older one of that name, and breaks the file."""
+from sparsify_export.runtime.stock import stock_int4, stock_int8
 
 app = App()
 
@@ -40,22 +35,8 @@ def main(dense: Path, out: Path, /, *, bits: Literal[4, 8] = 8) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         made = Path(folder) / "made"
         shutil.copytree(dense, made, ignore=shutil.ignore_patterns("model.onnx*", "report.json"))
-        if bits == 8:
-            # A scale a column, as its own dynamic products have it.
-            quantize_dynamic(
-                dense / "model.onnx",
-                made / "model.onnx",
-                weight_type=QuantType.QInt8,
-                per_channel=True,
-                op_types_to_quantize=QUANTISED,
-            )
-        else:
-            # accuracy_level 4: activations in 8 bits, the quickest that it has.
-            quantiser = MatMulNBitsQuantizer(
-                onnx.load(dense / "model.onnx"), block_size=32, is_symmetric=True, accuracy_level=4
-            )
-            quantiser.process()
-            quantiser.model.save_model_to_file(str(made / "model.onnx"), use_external_data_format=True)
+        quantise = stock_int8 if bits == 8 else stock_int4
+        quantise(dense / "model.onnx", made / "model.onnx")
         made.rename(out)
 
 

@@ -166,6 +166,7 @@ def compile_command(
     bytes_: Annotated[float | None, Parameter(name="--bytes")] = None,
     max_loss: str | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
+    alternatives: Annotated[bool, Parameter(negative="")] = False,
     workload: str | None = None,
     batch: str | None = None,
     seq: str | None = None,
@@ -272,8 +273,11 @@ def compile_command(
         max_loss: likewise the fastest whose perplexity on --eval grows by so much at most, such as 2%.
         dry_run: prune and write nothing: print what is predicted of every form and of mixtures of them, in seconds to
             minutes. -o is not wanted then.
-        workload: what --speedup and --max-loss are measured in: decode:64, the default, is one token behind a cache of
-            64; prefill:128 a prompt of 128 tokens, prefill:128x8 eight of them; run, a model that takes no text.
+        alternatives: make what else the model could be, and compare: dense float32, ONNX Runtime's own int8 and int4,
+            and every pattern of a mix in all linears, with times in the --workload, bytes, and perplexity on --eval.
+        workload: what --speedup, --max-loss and --alternatives are measured in: decode:64, the default, is one token
+            behind a cache of 64; prefill:128 a prompt of 128 tokens, prefill:128x8 eight of them; run, a model that
+            takes no text.
         batch: texts at once that an engine takes, as min,opt,max; default 1,1,1.
         seq: tokens at once that an engine takes, as min,opt,max; default 1 to a quarter of the context, best at 128;
             longer prompts are read in pieces. Without a KV cache to the context.
@@ -312,6 +316,7 @@ def compile_command(
     from .passes.onnx.own_storage import GROUP, own_storage
     from .plan import EngineSettings, check_codes, check_engine_flags, not_built
     from .report import render
+    from .runtime.workload import Workload
     from .settings import Calibration, Settings, check_budget, make_budget, parse_pattern
     from .triton_repository import check_triton, write_triton
 
@@ -368,7 +373,7 @@ def compile_command(
         storage = Storage("fp16")
         on_grid = Storage("int8", half_scales=True) if codes == "int8" else FP32
     pattern = parse_pattern(nm, sparsity)
-    budget = make_budget(speedup, bytes_, max_loss, workload, dry=dry_run)
+    budget = make_budget(speedup, bytes_, max_loss, workload, dry=dry_run, compared=alternatives)
     free = budget is not None and pattern is None and mask is None
     if free:  # the recipe's own pattern is that of no linear then
         pattern, on_grid = NM(2, 4), Storage("int4", group or 32) if said is None else on_grid
@@ -480,7 +485,20 @@ def compile_command(
     served = check_triton(triton, Path(out)) if triton is not None else None
     source = Calibration(calibration or "self", calibration_inputs, samples, seq_len, seed)
     settings = Settings(recipe, source, storage, ops, tokens, eval_, window or Settings.window, windows, engine, bos)
-    settings = replace(settings, budget=budget, cache=cache or Settings.cache)
+    if alternatives:
+        suited = {
+            f"{model}, an .onnx file": is_onnx,
+            f"{out}, an engine": engine is not None,
+            "--ops standard": ops == "standard",
+            "--dry-run": dry_run,
+            "--cache in-place, which they do not have": cache == "in-place",
+        }
+        if unsuited := [what for what, there in suited.items() if there]:
+            raise InputError(f"--alternatives cannot be had with {unsuited[0]}")
+    timed = Workload.parse(workload) if alternatives and workload is not None else None
+    settings = replace(
+        settings, budget=budget, cache=cache or Settings.cache, alternatives=alternatives, workload=timed
+    )
     with ProgressBar(quiet) as console:
         if not quiet:
             chosen = effort_of(flags, onnx=is_onnx) if recipe else None

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .alternatives import compare
 from .budget import Choice
 from .budgeted import Subject, choose_and_prune
 from .calibration_data import batches_for, calibration_text, crossings, example_for, probes_of
@@ -215,6 +217,18 @@ def _compile(
         uncrossed=uncrossed,
         choice=choice.plain() if choice else None,
     )
+    if settings.alternatives:
+        with stages.run("alternatives"):
+            compared = compare(
+                pretrained,
+                target.model,
+                after[0].perplexity if after else None,
+                settings,
+                choice,
+                partial(compile_model, source, trust_remote_code=trust_remote_code),
+                console,
+            )
+        report = replace(report, alternatives=compared.plain(), stages=tuple(stages.done))
     if target.folder:
         report = replace(report, genai=write_genai(pretrained, target.model))
     target.finish(pretrained, report)

@@ -141,6 +141,9 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             (f"exact answers, {name}", json.dumps(report["evaluation"][f"{name}_answers"]))
             for name in ("dense", "result")
         ]
+    if report.get("alternatives"):  # reports of older versions have none
+        facts += [(f"alternative: {row['name']}", _alternative(row)) for row in report["alternatives"]["rows"]]
+        facts.append(("verdict", report["alternatives"]["verdict"]))
     facts += [
         (f"verified with {v['how']}", f"max error {v['error']:.2e}, allowed {v['allowed']:.2e}")
         for v in report["verified"]
@@ -150,6 +153,14 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         (name.replace("_", " "), str(value)) for name, value in report["settings"].items() if value not in (None, [])
     ]
     return facts
+
+
+def _alternative(row: Mapping[str, Any]) -> str:
+    """Time, size and loss of what else the model could be."""
+    if row["failed"]:
+        return f"not made: {row['failed']}"
+    loss = "" if row["perplexity"] is None else f", perplexity {row['perplexity']:.2f}"
+    return f"{row['ms']:.2f} ms, {row['speedup']:.2f}x, {_mb(row['nbytes'])}{loss}"
 
 
 def _layers(report: Mapping[str, Any]) -> list[Chart]:

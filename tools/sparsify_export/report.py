@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from .alternatives import render as render_alternatives
 from .html_report import NO_GAIN
 from .passes.dialect import linear_codes
 from .passes.frontend.trace import PREFIX
@@ -109,6 +110,7 @@ class Report:
         embeddings: every embedding table, where they were to be stored as 8-bit codes.
         choice: what a budget left dense, with the figures it was chosen by and every choice that was measured; None
             without one.
+        alternatives: what else the model could be, measured, and whether anything is better; None where not asked for.
         uncrossed: sliding windows, in tokens, that no text of verification was long enough to cross.
         engine: what is known about a TensorRT engine: its options, why it was not built, what is in it; None for ONNX.
         genai: why onnxruntime-genai cannot run the folder, "" where it can; None where no folder was written.
@@ -132,6 +134,7 @@ class Report:
     embeddings: tuple[Embedding, ...] = ()
     uncrossed: tuple[int, ...] = ()
     choice: Mapping[str, Any] | None = None
+    alternatives: Mapping[str, Any] | None = None
     engine: Mapping[str, Any] | None = None
     genai: str | None = None
 
@@ -226,7 +229,10 @@ def render(report: Report) -> Group:
         parts.append(_left_dense(dense))
     if report.engine is not None:
         parts.append(_engine_linears(report.engine))
-    parts += [_totals(report), _stages(report)]
+    parts.append(_totals(report))
+    if report.alternatives is not None:
+        parts.append(render_alternatives(report.alternatives))
+    parts.append(_stages(report))
     return Group(*parts)
 
 

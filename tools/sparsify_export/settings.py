@@ -88,6 +88,8 @@ class Settings:
         bos: begin every window and problem with the token that the tokenizer puts in front of a text.
         cache: ``joined`` returns a longer KV cache; ``in-place`` writes into it, by an op of ONNX Runtime's own.
         budget: what decides which linears stay dense; None prunes all that the recipe does not skip.
+        alternatives: make and measure what else the model could be.
+        workload: what those are timed in; None for the budget's, or what suits the model.
     """
 
     recipe: Recipe | None
@@ -102,6 +104,8 @@ class Settings:
     bos: bool = True
     budget: Budget | None = None
     cache: Literal["joined", "in-place"] = "joined"
+    alternatives: bool = False
+    workload: Workload | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,13 @@ SILENT = Console()
 
 
 def make_budget(
-    speedup: float | None, size: float | None, loss: str | None, workload: str | None, *, dry: bool = False
+    speedup: float | None,
+    size: float | None,
+    loss: str | None,
+    workload: str | None,
+    *,
+    dry: bool = False,
+    compared: bool = False,
 ) -> Budget | None:
     """What ``--speedup``, ``--bytes``, ``--max-loss`` and ``--workload`` ask for, or None without the first three.
 
@@ -126,6 +136,7 @@ def make_budget(
         loss: a fraction, or percent.
         workload: as `Workload.parse` takes it.
         dry: whether the frontier is asked for, which needs none of the three.
+        compared: whether alternatives are, which are timed in the workload too.
 
     Raises:
         InputError: several are given, one is out of range, or the workload is none or has no effect.
@@ -136,8 +147,10 @@ def make_budget(
     ]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} were both given; want at most one of them")
-    if workload is not None and speedup is None and loss is None and not dry:
-        raise InputError(f"--workload {workload} has no effect without --speedup, --max-loss or --dry-run")
+    if workload is not None and speedup is None and loss is None and not (dry or compared):
+        raise InputError(
+            f"--workload {workload} has no effect without --speedup, --max-loss, --dry-run or --alternatives"
+        )
     if speedup is not None and not 1 < speedup <= 100:
         raise InputError(f"--speedup {speedup:g} is out of range; want above 1, at most 100")
     if size is not None and not 0 < size < 1:
