@@ -1,6 +1,7 @@
 """Bring a traced graph into one form, so that every later pass sees ``aten.linear`` and nothing else."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ def canonicalise(program: ExportedProgram) -> dict[str, Turned]:
     Before:  y = addmm(b, x, W)                 W [in, out]   (GPT-2's Conv1D; others: see ``products_to_linears``)
              y = matmul(x, W.T)                 W [out, in]   (Falcon's)
              attention(q, k, v)                 one head of k and v for all of q, by broadcasting
+             x[..., [-2], :]                    numbers one after the other (how Falcon takes k and v)
              _assert_tensor_metadata(x, ...)    says what the dtype was while tracing
              x[:], x.to(x.dtype), dropout(x) in evaluation, x * 1.0, x.reshape(x.shape)
     After:   y = linear(x, W, b)                W [out, in], in the program's state_dict
              y = linear(x, W)
              attention(q, expand(k), expand(v))
+             x[..., 6:7, :]
              (no assertion)
              x
     Stacks of experts become linears as well: see `split_experts`.
@@ -51,6 +54,11 @@ def canonicalise(program: ExportedProgram) -> dict[str, Turned]:
                 linear = graph.call_function(aten.linear.default, (x, transposed.args[0]))
             linear.meta = dict(node.meta)
             replace_node(program, node, linear)
+        elif node.target is aten.index.Tensor and (span := _span(program, node, names)) is not None:
+            with graph.inserting_before(node):
+                part = graph.call_function(aten.slice.Tensor, (node.args[0], *span))
+            part.meta = dict(node.meta)
+            replace_node(program, node, part)
         elif node.target is aten.scaled_dot_product_attention.default:
             _repeat_the_only_head(node)
     turned |= split_experts(program, names)
@@ -95,6 +103,26 @@ def _is_turned_weight(value: Any, names: dict[str, str]) -> bool:
     if value.target is aten.transpose.int:
         return {int(axis) % 2 for axis in value.args[1:3]} == {0, 1}
     return value.target is aten.permute.default and [int(axis) % 2 for axis in value.args[1]] == [1, 0]
+
+
+def _span(program: ExportedProgram, node: torch.fx.Node, names: Mapping[str, str]) -> tuple[int, int, int] | None:
+    """The axis, begin and end that an index takes, where it is one list of constants, one after the other."""
+    whole: Any = node.args[0]
+    indices: Any = node.args[1]
+    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if len(given) != 1:
+        return None
+    axis, index = given[0]
+    while index.op == "call_function" and index.target in (aten.lift_fresh_copy.default, aten.clone.default):
+        index = index.args[0]
+    places, size = program.constants.get(names.get(index.name, "")), whole.meta["val"].shape[axis]
+    if not isinstance(places, torch.Tensor) or places.dim() != 1 or not len(places) or not isinstance(size, int):
+        return None
+    if places.is_floating_point() or places.dtype == torch.bool:
+        return None
+    found = [int(place) % size for place in places]
+    follow = found == list(range(found[0], found[0] + len(found)))
+    return (axis, found[0], found[-1] + 1) if follow else None
 
 
 def _is_identity(node: torch.fx.Node) -> bool:

@@ -126,7 +126,7 @@ class Heads(nn.Module):
             q, k, v = y.reshape(*before, 3, HEADS, HEAD).permute(2, 0, 3, 1, 4).unbind(0)
         elif self.layout == "Falcon":
             y = y.view(*before, HEADS, 4, HEAD)
-            q, k, v = y[..., :2, :].sum(-2), y[..., -2, :], y[..., -1, :]
+            q, k, v = y[..., :-2, :].sum(-2), y[..., [-2], :].sum(-2), y[..., [-1], :].sum(-2)
         elif self.layout == "multi-query":
             y = y.view(*before, HEADS + 2, HEAD)
             q, k, v = y[..., :-2, :], y[..., -2:-1, :], y[..., -1:, :]

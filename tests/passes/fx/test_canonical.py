@@ -1,5 +1,6 @@
 """One form for every graph: what is removed, what is rewritten, and what is left alone."""
 
+import pytest
 import torch
 from sparsify_export.passes.equivalence import compare
 from sparsify_export.passes.fx.canonical import canonicalise, parameter_names
@@ -146,3 +147,17 @@ def test_the_only_head_of_keys_and_values_is_repeated_for_attention():
     _, program = canonical(attention)
     (node,) = [n for n in program.graph.nodes if n.target is aten.scaled_dot_product_attention.default]
     assert [argument.meta["val"].shape[1] for argument in node.args[:3]] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("places", "sliced"), [([-2], True), ([1, 2], True), ([0, 2], False), ([2, 1], False)])
+def test_constants_one_after_the_other_are_a_slice(places, sliced):
+    targets, _ = canonical(lambda model, x: x[:, places].relu())
+    assert (aten.slice.Tensor in targets) == sliced
+    assert (aten.index.Tensor in targets) == (not sliced)
+
+
+def test_what_two_lists_or_a_mask_take_is_no_slice():
+    targets, _ = canonical(lambda model, x: x[[0, 1], [2, 3]].relu())
+    assert aten.index.Tensor in targets
+    targets, _ = canonical(lambda model, x: x[:, torch.tensor([True, False, True, True, False])].relu())
+    assert aten.slice.Tensor not in targets
