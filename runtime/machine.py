@@ -181,7 +181,7 @@ def measure_layer(form: Form, out_features: int, in_features: int, *, tokens: in
         elif form.storage.blocked:
             given = linear_codes.attributes(form.storage, out_features, in_features)
             numbers = [ir.AttrInt64(name, value) for name, value in given.items()]
-            inputs = [x, *own, None, None, *(shifts or [None])]
+            inputs: list[ir.Value | None] = [x, *own, None, None, *shifts]
             nodes.append(ir.Node(linear_codes.DOMAIN, linear_codes.NODE, inputs, numbers, outputs=[y]))
         else:
             assert isinstance(layer, Packed)

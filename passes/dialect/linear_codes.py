@@ -80,7 +80,7 @@ def pack(weight: Tensor, storage: Storage, scales: Tensor | None = None) -> tupl
 def unpack(codes: Tensor, scales: Tensor, bits: int, in_features: int) -> Tensor:
     """The dense weight ``[N, in_features]`` float32, code times scale."""
     halves = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2) if bits == 4 else codes
-    exact = (halves.float() - 2 ** (bits - 1)) * scales[..., None]
+    exact: Tensor = (halves.float() - 2 ** (bits - 1)) * scales[..., None]
     return exact.flatten(1)[:, :in_features] + 0.0  # + 0.0 turns -0.0 into 0.0
 
 

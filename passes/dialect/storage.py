@@ -119,7 +119,8 @@ def quantise_tokens(x: Tensor) -> Tensor:
 def quantise_blocks(x: Tensor, block: int) -> Tensor:
     """As ``quantise_tokens``, with a step for every ``block`` columns of a token; the last may be short."""
     columns = x.shape[-1]
-    blocks = torch.nn.functional.pad(x, (0, -columns % block)).unflatten(-1, (-1, block))
+    padded = torch.nn.functional.pad(x, (0, -columns % block))
+    blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block)
     return quantise_tokens(blocks).flatten(-2)[..., :columns]
 
 

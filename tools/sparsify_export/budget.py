@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .calibrate.budget import Option
-from .calibrate.patterns import NM, Unstructured
+from .calibrate.patterns import NM, Pattern, Unstructured
 from .calibrate.search import Goal, Measured, OutOfReachError, Try, search
 from .passes.dialect.storage import FP32, Storage
 from .passes.errors import InputError
@@ -31,7 +31,7 @@ from .settings import Budget, Console
 
 TEXTS = 8
 """How many calibration texts the damage is estimated from."""
-PATTERNS = (NM(2, 4), NM(4, 8), NM(6, 8), NM(8, 16), *map(Unstructured, (0.3, 0.5, 0.7, 0.9)))
+PATTERNS: tuple[Pattern, ...] = (NM(2, 4), NM(4, 8), NM(6, 8), NM(8, 16), *map(Unstructured, (0.3, 0.5, 0.7, 0.9)))
 STORAGES = (FP32, Storage("bf16"), Storage("int8"), Storage("int4", 32))
 SURELY = 1.25
 """By what factor a form must be slower than one that cannot hurt more, on the size with most weights, not to be timed
