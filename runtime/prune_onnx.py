@@ -21,9 +21,10 @@ from ..calibrate.statistics import ActNorm
 from ..passes.errors import InputError
 from ..passes.mapped import give_back, mapped
 from ..passes.onnx.attended import averages
-from ..passes.onnx.fit import Fit, Fitted, Reading, Section, Shared, fit_section, sections
+from ..passes.onnx.fit import Fit, Fitted, fit_section
 from ..passes.onnx.flow import Flow, flow_of, stretch
 from ..passes.onnx.protos import read_float
+from ..passes.onnx.sections import Reading, Section, Shared, sections
 from ..passes.onnx.seeds import seed
 from ..passes.onnx.spool import Spool
 from ..passes.onnx.twin import link_data
@@ -68,7 +69,7 @@ def prune_onnx(
     states = [dict(feed) for feed in feeds]
     masks = [feed.get("attention_mask") for feed in feeds]
     done: dict[str, Fitted | str] = {}
-    at, order = 0, sections(flow, fit)
+    at, order = 0, sections(flow, fit.weights.values())
     for number, section in enumerate(order):
         progress("pruning", number, len(order))
         needed = {name for reading in section.readings for name in reading.tensors}

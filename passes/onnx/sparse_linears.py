@@ -16,11 +16,12 @@ from ..errors import InputError
 from ..parts import ONE
 from ..recipe import Recipe
 from ..skip import named_by
-from .fit import EMPTY, ZERO, Fitted, Shared, keep_of, score_of
+from .fit import EMPTY, ZERO, Fitted, keep_of, score_of
 from .head import gives_output
 from .left_out import LeftOut
 from .linears import Linear
 from .parts import parts_of
+from .sections import Shared
 from .spool import Spool
 from .view import Model, Place
 

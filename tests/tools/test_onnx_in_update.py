@@ -1,5 +1,7 @@
 """An ONNX model in, with inputs: the command fits its weights, and proves where they came from."""
 
+import signal
+
 import numpy as np
 import onnx
 import pytest
@@ -10,6 +12,7 @@ from onnx_command import compiled, refused
 from onnx_models import dense, mlp, rng, saved
 from sparsify_export import onnx_in
 from sparsify_export.cli import main
+from sparsify_export.runtime import prune_onnx
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -129,3 +132,15 @@ def test_text_is_read_by_the_tokenizer_beside_the_file(exported, tmp_path, capsy
     one, other = (onnx.load(str(tmp_path / name)).graph.initializer for name in ("o.onnx", "p.onnx"))
     assert [numpy_helper.to_array(t).tolist() for t in one] == [numpy_helper.to_array(t).tolist() for t in other]
     assert "has no tokenizer beside it" in refused(capsys, tmp_path / "q.onnx", path, *flags, *text)
+
+
+def test_an_interruption_while_weights_are_fitted_leaves_nothing(exported, tmp_path, monkeypatch):
+    path, inputs = exported
+
+    def interrupt(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(prune_onnx, "fit_section", interrupt)
+    flags = ["--nm", "2:4", "--calibration-inputs", str(inputs), "--quiet", "-o", str(tmp_path / "o.onnx")]
+    assert main([str(path), *flags]) == 130
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,6 @@
 """The compiler for ``.onnx`` input: a model that another tool exported in, the same model with sparse ops out."""
 
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +9,18 @@ from typing import Any
 import onnx
 import torch
 
+from .onnx_feeds import feeds_of, looks
 from .passes.errors import InputError, VerificationError
 from .passes.fitting import thin
-from .passes.frontend.batches import TOKENS_PER_BATCH, read_windows
 from .passes.frontend.load import tokenizer_beside
 from .passes.onnx.alone import alone
 from .passes.onnx.embeddings import Coded, code_embeddings, replace_embeddings, rounded_tables
-from .passes.onnx.fit import Fit, Fitted, Shared, shared_weights
-from .passes.onnx.index_inputs import head_sizes, index_bounds
+from .passes.onnx.fit import Fit, Fitted
 from .passes.onnx.left_out import LeftOut
 from .passes.onnx.linears import Linear, find_linears
 from .passes.onnx.protos import ONNX, data_files, graphs
 from .passes.onnx.replace import describe, exchange_weights, replace_linears
+from .passes.onnx.sections import Shared, shared_weights
 from .passes.onnx.seeds import seed
 from .passes.onnx.sparse_linears import Sparse, choose, make_sparse, stored_as
 from .passes.onnx.spool import Spool
@@ -32,22 +31,10 @@ from .passes.onnx.write import write_proto
 from .passes.recipe import Timings
 from .passes.tables import Embedding
 from .report import LinearEntry, Report, as_told, bytes_of
-from .runtime import library_path
 from .runtime.benchmark import Row, compare_files
-from .runtime.child import Job, kills
-from .runtime.feeds import (
-    Feed,
-    fixed_length,
-    make_feed_that_runs,
-    read_feeds,
-    switched,
-    text_feeds,
-    try_feed,
-    zeroed_masks,
-)
+from .runtime.feeds import Feed
 from .runtime.machine import this_machine
 from .runtime.prune_onnx import prune_onnx
-from .runtime.session import open_session
 from .runtime.verify import Verified
 from .runtime.verify_onnx import Sides, verify_onnx
 from .settings import SILENT, Console, Settings, plain
@@ -58,10 +45,6 @@ SECTIONS = "sections"
 """The folder that the given model is run from while its weights change."""
 TWINS = "twins"
 """The folder of what the result is compared with, apart from the result: neither may find the other's weights."""
-SAMPLES, LENGTH = 128, 512
-"""Windows of text to calibrate on, and the tokens of each, where nobody and no input of the model says how many."""
-VERIFIED = 4
-"""On how many of the given feeds the result is compared."""
 
 
 def compile_onnx(
@@ -97,7 +80,7 @@ def _compile(path: Path, target: Target, settings: Settings, console: Console) -
         _check_names(model, target)
         given_bytes = _given_bytes(model)
         linears, left = find_linears(model)
-        feeds, checked = _feeds(model, linears, settings, console)
+        feeds, checked = feeds_of(model, linears, settings, console)
     chosen = _observed(model, linears, settings)
     target.open()
     lowering = settings.ops == "sparse"
@@ -213,16 +196,11 @@ def told(settings: Settings) -> dict[str, Any]:
     values = plain(settings)
     if settings.calibration.text == "self":
         values["bos"] = None
-    if not _looks(settings):
+    if not looks(settings):
         values |= {"calibration": None, "ria_power": 0.0 if values["score"] == "ria" else None}
     elif values["score"] != "ria":
         values["ria_power"] = None
     return values
-
-
-def _looks(settings: Settings) -> bool:
-    """Whether something was given that shows what linears read."""
-    return settings.calibration.inputs is not None or settings.calibration.text != "self"
 
 
 def _check_names(model: Model, target: Target) -> None:
@@ -231,65 +209,10 @@ def _check_names(model: Model, target: Target) -> None:
         target.refuse_to_replace(file, f"holds weights of {model.path}")
 
 
-def _feeds(
-    model: Model, linears: Sequence[Linear], settings: Settings, console: Console
-) -> tuple[list[Feed], list[Feed]]:
-    """What the model is calibrated on; and what it is verified on, of which the first is what it is timed on.
-
-    It is run to know that it can be.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        if death := kills(Job(str(model.path.resolve()), str(library_path()), optimise=True), Path(scratch)):
-            raise InputError(f"cannot open {model.path}: {death}")
-    session = open_session(model.path)
-    folder = settings.calibration.inputs
-    if folder is not None:
-        feeds = read_feeds(folder, session, head_sizes(model, linears), samples=settings.calibration.samples)
-        try_feed(session, feeds[0], f"the first batch of {folder}")
-        return feeds, [*feeds[:VERIFIED], *_others(session, feeds[0], made_up=False)]
-    if settings.calibration.text != "self":
-        return _text_feeds(model, head_sizes(model, linears), session, settings, console)
-    bounds, sizes = index_bounds(model), head_sizes(model, linears)
-    feed = make_feed_that_runs(session, bounds, sizes, seed=settings.calibration.seed)
-    return [feed], [feed, *_others(session, feed, made_up=True)]
-
-
-def _text_feeds(
-    model: Model, sizes: Mapping[str, int], session: Any, settings: Settings, console: Console
-) -> tuple[list[Feed], list[Feed]]:
-    """Windows of the user's text, by the tokenizer beside the model: all to calibrate on, the first to verify on."""
-    wanted = settings.calibration
-    samples = wanted.samples or SAMPLES
-    words = tokenizer_beside(model.path.parent)
-    length = wanted.length or fixed_length(session) or LENGTH
-    windows = read_windows(Path(wanted.text), words, samples=samples, length=length, bos=settings.bos).numpy()
-    if len(windows) < samples:
-        console.note(f"calibrating on {len(windows)} windows; the text does not hold {samples}")
-    feeds = text_feeds(windows, session, sizes, tokens=TOKENS_PER_BATCH)
-    checked = text_feeds(windows[: VERIFIED * len(feeds[0]["input_ids"])], session, sizes, tokens=1)[:VERIFIED]
-    try_feed(session, feeds[0], f"windows of {length} tokens of {wanted.text}")
-    return feeds, [*checked, *_others(session, checked[0], made_up=False)]
-
-
-def _others(session: Any, feed: Feed, *, made_up: bool) -> list[Feed]:
-    """The feed with switches the other way, and with zeros for ones, as far as the given model takes that.
-
-    Both branches are to be right; and a mask may mean the opposite of what was made up.
-    """
-    others = []
-    for other in [*switched(session, feed), *(zeroed_masks(feed) if made_up else [])]:
-        try:
-            try_feed(session, other, "")
-        except InputError:  # not a legal input of this model, or not with the others: nothing to compare
-            continue
-        others.append(other)
-    return others
-
-
 def _observed(model: Model, linears: Sequence[Linear], settings: Settings) -> list[Linear]:
     """The linears that are pruned on what they read; none where no inputs were given, or nothing asks for them."""
     recipe = settings.recipe
-    if recipe is None or not _looks(settings):
+    if recipe is None or not looks(settings):
         return []
     if recipe.score == "magnitude" and recipe.update == "none" and recipe.quantise is None:
         return []
