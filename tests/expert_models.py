@@ -52,6 +52,17 @@ MODELS: dict[str, Callable[[], Any]] = {
     "olmoe": lambda: t.OlmoeForCausalLM(t.OlmoeConfig(**COMMON, **MANY, intermediate_size=32)),
     "granitemoe": lambda: t.GraniteMoeForCausalLM(t.GraniteMoeConfig(**COMMON, **FEW, intermediate_size=32)),
     "phimoe": lambda: t.PhimoeForCausalLM(t.PhimoeConfig(**COMMON, **FEW, intermediate_size=96)),
+    "deepseek_v2": lambda: t.DeepseekV2ForCausalLM(
+        t.DeepseekV2Config(**LATENT, q_lora_rank=None, n_group=None, topk_group=None, topk_method="greedy")
+    ),
+    "llama4": lambda: t.Llama4ForCausalLM(
+        t.Llama4TextConfig(
+            **{**HEADS, **FEW, "num_experts_per_tok": 1},
+            intermediate_size=32,
+            intermediate_size_mlp=96,
+            interleave_moe_layer_step=1,
+        )
+    ),
     "deepseek_v3": lambda: t.DeepseekV3ForCausalLM(
         t.DeepseekV3Config(**LATENT, q_lora_rank=32, n_group=2, topk_group=1)
     ),

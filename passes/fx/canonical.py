@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .complex_pairs import split_complex
 from .experts import split_experts
 from .products import Turned, products_to_linears
 from .replace import replace_node
@@ -31,13 +32,14 @@ def canonicalise(program: ExportedProgram) -> dict[str, Turned]:
              x[..., 6:7, :]
              (no assertion)
              x
-    Stacks of experts become linears as well: see `split_experts`.
+    Complex numbers become pairs of real ones (`split_complex`), stacks of experts linears (`split_experts`).
     Left alone: a product whose weight is not a parameter or is read by anything else.
     Numerics: the same products; the sum may run in another order.
 
     Returns:
         The parameters that now lie otherwise than in the model, by key.
     """
+    split_complex(program)
     graph = program.graph_module.graph
     names = parameter_names(program)
     turned = products_to_linears(program, names)

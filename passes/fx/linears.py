@@ -99,7 +99,7 @@ def _routers(graph: Graph) -> set[Node]:
         seen.add(node)
         if node.target is aten.linear.default:
             found.add(node)
-        else:
+        elif node.target is not aten.sym_size.int:  # how many rows there are chooses nothing
             ahead.extend(node.all_input_nodes)
     return found
 

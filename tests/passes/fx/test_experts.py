@@ -135,7 +135,7 @@ def test_experts_see_different_tokens():
     assert not any("gate_up" in note for note in notes)
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "phimoe"])
+@pytest.mark.parametrize("name", ["gpt_oss", "phimoe", "llama4"])
 def test_the_linears_are_named_and_the_router_is_known(name):
     _, traced, parts, _ = made(name)
     experts = 4
