@@ -55,7 +55,7 @@ def test_onnx_runtime_writes_the_32_tokens_of_torch(source, file):
             paths = [f"{module}.{name}" for name in names.split("+")]
             rows = [len(state[f"{path}.weight"]) for path in paths]
             params.update(zip((f"model.{path}.weight" for path in paths), weight.float().split(rows), strict=True))
-    put_weights(pretrained.model, params, frozenset())
+    put_weights(pretrained.model, params, {})
     for parameter in pretrained.model.parameters():
         parameter.data = parameter.data.half()
     ids = pretrained.tokenizer("The history of the steam engine begins")["input_ids"]

@@ -1,6 +1,5 @@
 """Trace a model once into one ATen graph: dynamic batch, sequence and past; the KV cache goes in and comes out."""
 
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from .experts import experts_as_ops
 from .kv_cache import cache_argument, cache_of, held_by, uses_no_cache
 from .load import TEXT_INPUTS, Pretrained
 from .positions import first_position, steady, steady_until
+from .untraceable import sentence, why_not
 
 PREFIX = "model."  # the wrapper's only attribute; module paths are reported without it
 
@@ -114,15 +114,8 @@ def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None, *
                 traced = _trace_samples(pretrained, example, any_length)
     except InputError:
         raise
-    except torch._dynamo.exc.UserError as error:
-        if fixed := _made_constant(str(error)):
-            raise InputError(
-                f"{pretrained.source} cannot be compiled: the code of {type(pretrained.model).__name__} makes a "
-                f"constant of the {fixed}, so a file would hold for one only"
-            ) from error
-        raise InputError(f"{pretrained.source} cannot be traced: {_sentence(error)}") from error
     except Exception as error:  # what a model's own code raises, and what torch.export says of it, is of any kind
-        raise InputError(f"{pretrained.source} cannot be traced: {_sentence(error)}") from error
+        raise InputError(f"{pretrained.source} {why_not(type(pretrained.model).__name__, error)}") from error
     if higher := _higher_order(traced.program):
         raise InputError(
             f"{pretrained.source} cannot be compiled: its graph calls {higher}, which ONNX has no form for"
@@ -131,12 +124,6 @@ def trace(pretrained: Pretrained, example: Mapping[str, Tensor] | None = None, *
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_off(node):
             raise InputError(f"{pretrained.source} draws random numbers ({node.target}), so it has no one output")
     return traced
-
-
-def _made_constant(said: str) -> str:
-    """Which size of the inputs torch.export had to fix, in words; "" where it complains of something else."""
-    axes = set(re.findall(r"size\(\)\[(\d)\]", said)) if "Constraints violated" in said else set()
-    return " and the ".join(name for axis, name in (("0", "batch"), ("1", "length")) if axis in axes)
 
 
 def _plain(program: ExportedProgram) -> ExportedProgram:
@@ -158,14 +145,6 @@ def _higher_order(program: ExportedProgram) -> str:
 def _is_off(node: Any) -> bool:
     """Whether a dropout is that of evaluation, which does nothing; attention names one as well."""
     return "dropout" in str(node.target) or "attention" in str(node.target)
-
-
-def _sentence(error: Exception) -> str:
-    """The first line of an error that is no listing of a graph, which torch puts in front of some."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    code = re.compile(r"def forward|[\w, ]+(:.*)? = |return |#|\W*$")
-    said = next((line for line in lines if line and not code.match(line)), "")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _trace_causal(pretrained: Pretrained) -> Traced:
@@ -232,7 +211,7 @@ def _trace_samples(pretrained: Pretrained, given: Mapping[str, Tensor] | None, a
     try:
         traced = _exported(pretrained, inputs, {name: {axis: Dim.DYNAMIC}})
     except torch._dynamo.exc.UserError as error:
-        why = f"the model takes others, but torch.export does not follow it: {_sentence(error)}"
+        why = f"the model takes others, but torch.export does not follow it: {sentence(error)}"
         return replace(_exported(pretrained, inputs, {}), sample=sample, size=f"{fixed}; {why}")
     size = f"the file takes {name} of any length in place of {sample[axis - 1]}"
     return replace(traced, sample=sample, open_axis=axis, size=size)
@@ -266,9 +245,20 @@ def _exported(pretrained: Pretrained, inputs: Mapping[str, Tensor], opened: Mapp
     batch = Dim("batch", min=1)
     module = _Encoder(pretrained.model, pretrained.inputs)
     dynamic = (tuple({0: batch, **opened.get(name, {})} for name in inputs),)
+    names = tuple(_run(pretrained, inputs))
     program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False)
-    names = tuple(encoded(pretrained.model, inputs))
     return Traced(program=_plain(program), inputs=pretrained.inputs, outputs=names, cache=(), kind="encoder")
+
+
+def _run(pretrained: Pretrained, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        return encoded(pretrained.model, inputs)
+    except Exception as error:  # a model's own code refuses what it does not take by whatever it likes
+        given = " and ".join(f"{name} {list(x.shape)}" for name, x in inputs.items())
+        raise InputError(
+            f"{pretrained.source} cannot be compiled: {type(pretrained.model).__name__} does not run on "
+            f"{given} alone ({sentence(error)})"
+        ) from error
 
 
 def _check_padding(pretrained: Pretrained) -> None:

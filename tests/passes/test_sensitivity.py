@@ -72,9 +72,9 @@ def test_the_order_of_damage_is_that_of_the_models_own_loss(llama):
         hook.remove()
         true[linear.path] = []
         for form in FORMS:
-            put_weights(model, {name: form.applied(params[name], norms["x"].norm(dim=0))}, frozenset())
+            put_weights(model, {name: form.applied(params[name], norms["x"].norm(dim=0))}, {})
             true[linear.path].append(kl(model, batch.inputs[0], dense))
-        put_weights(model, {name: params[name]}, frozenset())
+        put_weights(model, {name: params[name]}, {})
     for place in range(len(FORMS)):
         own = [[its[path][place] for path in true] for its in (found, true)]
         assert scipy.stats.spearmanr(*own).statistic > 0.8, FORMS[place]

@@ -18,6 +18,7 @@ from sparsify_export.passes.frontend.load import describe
 from sparsify_export.passes.frontend.trace import trace
 from sparsify_export.passes.fx.canonical import canonicalise
 from sparsify_export.passes.fx.partition import partition
+from sparsify_export.passes.fx.products import Turned
 from sparsify_export.passes.lower import to_onnx
 from sparsify_export.passes.onnx.spread import SpreadRotaryTables
 from sparsify_export.runtime.published import ask, put_weights
@@ -127,7 +128,7 @@ def test_a_model_of_16_bits_is_asked_in_float32_which_is_the_same_on_every_proce
     key = "model.model.layers.0.mlp.up_proj.weight"
     weight = torch.full((GROUPED["hidden_size"], GROUPED["intermediate_size"]), 0.1, dtype=torch.float16)
     norm = model.model.norm.weight.detach().clone()
-    put_weights(model, {key: weight}, frozenset([key]))
+    put_weights(model, {key: weight}, {key: Turned((1,), (0,), tuple(weight.T.shape))})
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weight.t().float())
     assert torch.equal(model.model.norm.weight, norm.float())
