@@ -86,7 +86,7 @@ def test_onnx_runtime_writes_the_greedy_text_of_the_torch_model(written):
         paths = [f"{module}.{name}".lstrip(".") for name in names.split("+")]
         rows = [len(state[f"{path}.weight"]) for path in paths]
         params.update(zip((f"model.{path}.weight" for path in paths), weight.float().split(rows), strict=True))
-    put_weights(model, params, frozenset())
+    put_weights(model, params, {})
     for parameter in model.parameters():
         parameter.data = parameter.data.half()
     prompts = [[5, 6, 7, 8]]
@@ -319,7 +319,7 @@ def test_onnx_runtime_writes_the_text_of_the_torch_model_with_the_same_rounding(
         rows = [len(state[f"{path}.weight"]) for path in paths]
         params.update(zip((f"model.{path}.weight" for path in paths), weight.float().split(rows), strict=True))
         rounds |= {path: scales[info.path] for path in paths if info.path in scales}
-    put_weights(model, params, frozenset())
+    put_weights(model, params, {})
     for parameter in model.parameters():
         parameter.data = parameter.data.half()
     for path, scale in rounds.items():
