@@ -13,6 +13,7 @@ from pathlib import Path
 
 import onnx
 
+from ..dialect.experts import PREFIX, stored_by
 from ..dialect.packed import TENSORS
 from ..errors import InputError
 from .protos import data_files, graphs, opened, remove
@@ -77,8 +78,9 @@ def _sparse(proto: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, list[onnx.
     stored = {tensor.name: tensor for graph in scopes for tensor in graph.initializer}
     for graph in scopes:
         for node in graph.node:
-            if node.domain == "sparsify" and node.op_type in TENSORS and node.output:
-                names = node.input[1 : 1 + len(TENSORS[node.op_type])]
+            if node.domain == "sparsify" and node.op_type.removeprefix(PREFIX) in TENSORS and node.output:
+                stores, first = stored_by(node.op_type)
+                names = node.input[first : first + len(stores)]
                 if names and all(name in stored for name in names):
                     yield node, [stored[name] for name in names]
 

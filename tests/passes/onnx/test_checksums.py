@@ -84,6 +84,23 @@ def test_the_command(path, capsys):
     assert "the data of a, b is not" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_stack_of_experts_has_one_too(tmp_path):
+    stored = {**tensors("e"), "e.bias": np.zeros(ROWS, np.float32)}
+    node = helper.make_node(
+        "experts_linear_nm_int8", ["x", "ids", *stored], ["y"], "stack", domain="sparsify", n=2, m=4, experts=4
+    )
+    inputs = [helper.make_tensor_value_info("x", 1, ["t", COLUMNS]), helper.make_tensor_value_info("ids", 7, ["t"])]
+    output = helper.make_tensor_value_info("y", 1, ["t", ROWS // 4])
+    kept = [numpy_helper.from_array(array, name) for name, array in stored.items()]
+    proto = helper.make_model(helper.make_graph([node], "g", inputs, [output], kept))
+    path = tmp_path / "m.onnx"
+    write_proto(proto, path, base=tmp_path, check=False)
+    assert verify_checksums(path) == Checked(1, sum(array.nbytes for array in tensors("e").values()))
+    flip(path, "e.indices")
+    with pytest.raises(InputError, match="the data of stack is not what was written"):
+        verify_checksums(path)
+
+
 BEFORE_IT_RUNS = {
     "bench": ["--repeats", "1"],
     "eval": ["--exact"],
