@@ -105,7 +105,7 @@ def quantise_block(
         return {}
     as_learned = bool(learned) and block.recipe.update == "none"
     nearest = wanted.method == "rtn" or as_learned
-    done = {}
+    done: dict[str, Gridded] = {}
     for nodes, keys in alike(block, keep).items():
         storages = {key: wanted.storage if (form := block.form(key)) is None else form.storage for key in keys}
         weights = {key: params[key].float() for key in keys if storages[key].quantised}
