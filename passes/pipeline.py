@@ -317,19 +317,20 @@ def _reasons(linears: Sequence[Linear], recipe: Recipe, given: Mapping[str, Tens
     reasons, chosen = {}, dict(recipe.forms)
     for linear in linears:
         reasons[linear.path] = ""
+        fits = not isinstance(recipe.pattern, NM) or linear.in_features % recipe.pattern.m == 0
         if any(named_by(glob, linear.path) for glob in recipe.skip):
             reasons[linear.path] = "skipped by --skip"
         elif linear.router:
             reasons[linear.path] = "it chooses the experts"
-        elif linear.path in recipe.budgeted:
-            reasons[linear.path] = "the budget leaves it dense"
         elif linear.path in chosen:
             continue
+        elif linear.path in recipe.budgeted and (chosen or fits):
+            reasons[linear.path] = "the budget leaves it dense"
         elif recipe.given and linear.weight not in given:
             reasons[linear.path] = f"{recipe.given.file.name} has no mask for it"
         elif recipe.given and bool(given[linear.weight].all()):
             reasons[linear.path] = f"{recipe.given.file.name} keeps all of it"
-        elif isinstance(recipe.pattern, NM) and linear.in_features % recipe.pattern.m:
+        elif isinstance(recipe.pattern, NM) and not fits:
             reasons[linear.path] = f"in_features {linear.in_features} is not a multiple of {recipe.pattern.m}"
         elif not _has_pattern(recipe, linear.in_features):
             names = ", ".join(str(pattern) for pattern in recipe.allocation.patterns) if recipe.allocation else ""

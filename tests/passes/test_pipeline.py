@@ -10,12 +10,14 @@ from sparsify_export.passes import block as one_block
 from sparsify_export.passes import permute, pipeline
 from sparsify_export.passes.dialect.storage import Storage
 from sparsify_export.passes.errors import InputError, VerificationError
+from sparsify_export.passes.form import Form
 from sparsify_export.passes.frontend.batches import Batch
 from sparsify_export.passes.fx import run
 from sparsify_export.passes.fx.fold import apply_fold
+from sparsify_export.passes.fx.linears import Linear
 from sparsify_export.passes.fx.partition import partition
 from sparsify_export.passes.fx.run import advance
-from sparsify_export.passes.pipeline import prune
+from sparsify_export.passes.pipeline import _reasons, prune
 from sparsify_export.passes.recipe import Quantise, Recipe, Timings
 from toys import Cached, export, stack, weights
 
@@ -327,3 +329,16 @@ def test_a_whole_recipe_gives_the_same_bits_at_the_same_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_a_budget_leaves_dense_what_the_pattern_would_fit():
+    linears = [
+        Linear(name, name, "x", f"{name}.weight", None, 8, width)
+        for name, width in zip("abcd", (8, 6, 8, 6), strict=True)
+    ]
+    named = _reasons(linears, Recipe(NM(2, 4), budgeted=("a", "b")), {})
+    misfit = "in_features 6 is not a multiple of 4"
+    assert named == {"a": "the budget leaves it dense", "b": misfit, "c": "", "d": misfit}
+    forms = (("c", Form(Unstructured(0.5))), ("d", Form(None, Storage("int8", blocked=True))))
+    free = _reasons(linears, Recipe(NM(2, 4), budgeted=("a", "b"), forms=forms), {})
+    assert free == {"a": "the budget leaves it dense", "b": "the budget leaves it dense", "c": "", "d": ""}
