@@ -11,27 +11,31 @@ WIDTH, HEADS, HIDDEN, VOCABULARY = 16, 4, 32, 40
 
 
 class Layer(nn.Module):
-    def __init__(self):
+    def __init__(self, shared):
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.shared = shared
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH // each) for each in (1, shared, shared, 1))
         self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
         self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
 
     def forward(self, x, mask):
         b, s, _ = x.shape
-        q, k, v = (each(x).view(b, s, HEADS, WIDTH // HEADS).transpose(1, 2) for each in (self.q, self.k, self.v))
+        q = self.q(x).view(b, s, HEADS, WIDTH // HEADS).transpose(1, 2)
+        k, v = (each(x).view(b, s, HEADS // self.shared, WIDTH // HEADS).transpose(1, 2) for each in (self.k, self.v))
+        if self.shared > 1:
+            k, v = (each[:, :, None].expand(-1, -1, self.shared, -1, -1).flatten(1, 2) for each in (k, v))
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = self.first(x + self.o(attended.transpose(1, 2).reshape(b, s, WIDTH)))
         return self.second(x + self.down(torch.nn.functional.gelu(self.up(x))))
 
 
 class Encoder(nn.Module):
-    """Two layers behind an embedding."""
+    """Two layers behind an embedding; ``shared`` heads of the queries have one head of keys and values."""
 
-    def __init__(self):
+    def __init__(self, shared):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.layers = nn.ModuleList([Layer(shared), Layer(shared)])
 
     def forward(self, input_ids, attention_mask):
         x = self.embed(input_ids)
@@ -41,9 +45,9 @@ class Encoder(nn.Module):
         return x
 
 
-def encoder():
+def encoder(shared=1):
     torch.manual_seed(0)
-    return Encoder().eval().requires_grad_(False)
+    return Encoder(shared).eval().requires_grad_(False)
 
 
 def export(model, path, opset=17):
@@ -107,7 +111,8 @@ def attended(model, name, batches):
         for b in range(len(x)):
             length = int(mask[b].sum())
             own = x[b, :length]
-            q, k = (each(own).view(length, HEADS, -1) for each in (layer.q, layer.k))
+            q, k = (each(own).view(length, -1, WIDTH // HEADS) for each in (layer.q, layer.k))
+            k = k.repeat_interleave(layer.shared, dim=1)
             for h in range(HEADS):
                 for query in range(length):
                     if (length - 1 - query) % HEADS == 0:

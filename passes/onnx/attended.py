@@ -10,7 +10,7 @@ from torch import Tensor
 from ...calibrate.matmul import product
 from ..parts import Axes
 from .linears import Linear
-from .parts import moved
+from .parts import ints, moved
 from .view import STANDARD, Model
 
 HEADS = (-3, -1)
@@ -22,8 +22,9 @@ BETWEEN = ("Cast", "Dropout", "Identity", "Where")
 def attention_of(model: Model, linear: Linear) -> str:
     """The tensor of what each query gives to each token, where it averages a linear's outputs; "" where none does.
 
-    Found by following the outputs through Reshape, Transpose and Identity to the second operand of a MatMul whose first
-    one comes from a Softmax. What is an output of the model too, as the KV cache is, may be read by others behind it.
+    Found by following the outputs through what only moves them, past a cache that they are joined to and through the
+    repetition of heads that several queries share, to the second operand of a MatMul whose first one comes from a
+    Softmax. What is an output of the model too, as the KV cache is, may be read by others behind it.
     """
     found: set[str] = set()
     todo = [(linear.y, Axes((linear.weight.shape[0],), (-1,)))]
@@ -38,6 +39,7 @@ def attention_of(model: Model, linear: Linear) -> str:
             if node.op in ("Shape", "Size"):  # how exporters count the tokens
                 continue
             after = (node.outputs[0], axes) if _joins_cache(model, node, axes) else moved(model, node, value, axes)
+            after = after or _repeated(model, node, axes)
             if after is None:
                 return ""
             todo.append(after)
@@ -79,6 +81,23 @@ def _joins_cache(model: Model, node: gs.Node, axes: Axes) -> bool:
     inputs = {tensor.name for tensor in model.views[0].inputs}
     along = node.op == "Concat" and axes.places == HEADS and node.attrs["axis"] in (-2, 2)
     return along and sum(x.name not in inputs for x in node.inputs) == 1
+
+
+def _repeated(model: Model, node: gs.Node, axes: Axes) -> tuple[gs.Tensor, Axes] | None:
+    """Behind Unsqueeze, Expand and Reshape, which give each head of the values to several of the queries."""
+    follow = [node]
+    while len(follow) < 3 and len(follow[-1].outputs[0].outputs) >= 1:
+        readers = [reader for reader in follow[-1].outputs[0].outputs if reader.op not in ("Shape", "Size")]
+        if len(readers) != 1:
+            return None
+        follow.append(readers[0])
+    if axes.places != HEADS or [each.op for each in follow] != ["Unsqueeze", "Expand", "Reshape"]:
+        return None
+    where = node.attrs.get("axes") or (ints(model, node.inputs[1]) if len(node.inputs) > 1 else None)
+    heads = follow[2].outputs[0]
+    if where not in ([2], [-3]) or any((each.domain or "") not in STANDARD for each in follow):
+        return None
+    return heads, Axes(axes.sizes, HEADS)
 
 
 def _from_softmax(tensor: gs.Tensor) -> bool:

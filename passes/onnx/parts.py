@@ -68,7 +68,7 @@ Ranges = tuple[int | None, Sequence[tuple[int, int]]]
 
 def _split(model: Model, node: gs.Node, axes: Axes) -> Ranges:
     given = node.inputs[1] if len(node.inputs) > 1 and node.inputs[1].name else None
-    sizes = node.attrs.get("split") or _ints(model, given)
+    sizes = node.attrs.get("split") or ints(model, given)
     if sizes is None and given is not None:
         return None, []  # computed
     place = _place(model, node, node.attrs.get("axis", 0))
@@ -84,7 +84,7 @@ def _split(model: Model, node: gs.Node, axes: Axes) -> Ranges:
 
 def _slice(model: Model, node: gs.Node, axes: Axes) -> Ranges:
     begins, ends, wanted, steps = (
-        _ints(model, node.inputs[index] if index < len(node.inputs) else None) for index in range(1, 5)
+        ints(model, node.inputs[index] if index < len(node.inputs) else None) for index in range(1, 5)
     )
     if begins is None or ends is None or wanted is None or len(wanted) != 1 or steps not in (None, [1]):
         return None, []
@@ -96,7 +96,7 @@ def _slice(model: Model, node: gs.Node, axes: Axes) -> Ranges:
 
 
 def _gather(model: Model, node: gs.Node, axes: Axes) -> Ranges:
-    chosen, place = _ints(model, node.inputs[1]), _place(model, node, node.attrs.get("axis", 0))
+    chosen, place = ints(model, node.inputs[1]), _place(model, node, node.attrs.get("axis", 0))
     if chosen is None or len(chosen) != 1 or place not in axes.places:
         return None, []
     index = chosen[0] % axes.sizes[axes.places.index(place)]
@@ -120,7 +120,7 @@ def _shape(model: Model, tensor: gs.Tensor, outputs: int) -> list[int | None]:
     """What a Reshape makes, as far as it is known from the end; the axes in front are those of the tokens."""
     known: list[int | None] = []
     for part in tensor.inputs[0].inputs if tensor.inputs and tensor.inputs[0].op == "Concat" else [tensor]:
-        known += _ints(model, part) or [None]
+        known += ints(model, part) or [None]
     for index in range(1, len(known)):
         behind = [size for size in known[index + 1 :] if size]
         if known[index] == -1 and len(behind) == len(known[index + 1 :]) and outputs % math.prod(behind) == 0:
@@ -155,13 +155,13 @@ def _rank(model: Model, tensor: gs.Tensor) -> int | None:
 
 def _length(model: Model, tensor: gs.Tensor) -> int | None:
     """How many numbers a list has: a constant, or one number that was made a list of."""
-    numbers = _ints(model, tensor)
+    numbers = ints(model, tensor)
     if numbers is not None:
         return len(numbers)
     return 1 if tensor.inputs and tensor.inputs[0].op == "Unsqueeze" else None
 
 
-def _ints(model: Model, tensor: gs.Tensor | None) -> list[int] | None:
+def ints(model: Model, tensor: gs.Tensor | None) -> list[int] | None:
     """The numbers of a constant."""
     proto = None if tensor is None else model.constants.get(tensor.name)
     if proto is None:
