@@ -15,7 +15,7 @@ from .errors import InputError
 from .frontend.batches import Batch
 from .fx.partition import Partition
 from .fx.run import Rounding, Values, run_model, run_part, run_part_rounded, run_part_with_grad
-from .outputs import Output, Pooled, errors, rows_of, size_of, target_of
+from .outputs import Output, errors, rows_of, size_of, target_of
 from .quantise import STRENGTH_RATE, Gridded
 from .recipe import Distil, DistilReport, Progress
 from .trained import Trained
@@ -138,7 +138,7 @@ def _train(
         for index in order[done : done + count]:
             target = model.target(batches[index], dense)
             rows = model.run(batches[index], trained.live(learn=True), learn=True)
-            torch.autograd.backward(model.errors(rows, target).sum())
+            torch.autograd.backward(model.errors(rows, target, batches[index]).sum())
             size += model.size(target)
             done += 1
             progress("distilling", epoch * len(batches) + done, settings.epochs * len(batches))
@@ -175,7 +175,6 @@ class _Model:
         self._partition = partition
         self._output = output
         self._rounded = rounded
-        self._known: dict[int, Tensor] = {}
 
     def run(self, batch: Batch, params: Mapping[str, Tensor], *, learn: bool = False) -> Tensor:
         """What counts of the sparse model's output, ``[rows, features]``."""
@@ -183,17 +182,12 @@ class _Model:
         return self._rows(batch, params, partial(run, rounded=self._rounded))
 
     def target(self, batch: Batch, dense: Mapping[str, Tensor]) -> Tensor:
-        """What the dense model says. Embeddings are kept, which are small; other outputs are made again every time."""
-        if id(batch) in self._known:
-            return self._known[id(batch)]
-        found = target_of(self._output, self._rows(batch, dense, run_part))
-        if isinstance(self._output, Pooled):
-            self._known[id(batch)] = found
-        return found
+        """What the dense model says: made again every time, for of all batches it would be too large."""
+        return target_of(self._output, self._rows(batch, dense, run_part))
 
-    def errors(self, rows: Tensor, target: Tensor) -> Tensor:
+    def errors(self, rows: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """What adds up to the loss of a batch."""
-        return errors(self._output, rows, target)
+        return errors(self._output, rows, target, batch)
 
     def size(self, target: Tensor) -> float:
         """What the loss of a batch is divided by."""
@@ -204,7 +198,7 @@ class _Model:
         wrong = size = 0.0
         for batch in batches:
             target = self.target(batch, dense)
-            wrong += total(self.errors(self.run(batch, params), target))
+            wrong += total(self.errors(self.run(batch, params), target, batch))
             size += self.size(target)
         return float(torch.tensor(wrong / size if size else wrong, dtype=torch.float32))
 

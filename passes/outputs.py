@@ -14,6 +14,8 @@ TEMPERATURE: Final = 0.05
 """Of the softmax over similarities: cosines differ by hundredths, and what is ranked first counts."""
 SIMILARITY: Final = 1.0
 """Weight of the similarities of texts to each other, beside the embeddings themselves."""
+STATES: Final = 1.0
+"""Weight of the hidden states, beside the embeddings that are made of them."""
 TINY: Final = 1e-12
 
 
@@ -41,6 +43,8 @@ which is right or not, values such as hidden states, or hidden states that texts
 def rows_of(output: Output, first: Tensor, batch: Batch) -> Tensor:
     """What is compared, ``[rows, features]`` float32: a row a token that counts, or a row a sample.
 
+    Of what embeddings are made of it is all states, ``[texts, tokens, size]``, 0 where there is padding.
+
     Args:
         output: what ``first`` is.
         first: the model's first output, ``[samples, tokens, features]`` or ``[samples, features]``.
@@ -48,7 +52,7 @@ def rows_of(output: Output, first: Tensor, batch: Batch) -> Tensor:
     """
     first = first.float()
     if isinstance(output, Pooled):
-        return pool(first, batch.token_mask, output)
+        return first if batch.token_mask is None else first.masked_fill(~batch.token_mask[..., None], 0.0)
     rows = first.flatten(end_dim=-2)
     by_token = first.dim() > 2 and batch.token_mask is not None
     return rows[batch.token_mask.reshape(-1)] if by_token and batch.token_mask is not None else rows
@@ -80,7 +84,7 @@ def target_of(output: Output, rows: Tensor) -> Tensor:
     return rows.log_softmax(-1) if output == "logits" else rows
 
 
-def errors(output: Output, rows: Tensor, target: Tensor) -> Tensor:
+def errors(output: Output, rows: Tensor, target: Tensor, batch: Batch) -> Tensor:
     r"""What adds up to the loss of a batch, ``[rows, some]``; `size_of` is what that is divided by.
 
     Logits z, with a softmax (Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", temperature
@@ -91,10 +95,12 @@ def errors(output: Output, rows: Tensor, target: Tensor) -> Tensor:
               \lVert y^W - y \rVert_2^2
 
     Embeddings e of the texts of a batch, with the softmax over the other texts' cosines divided by a temperature, and
-    of unit vectors the first term is twice one minus their cosine:
+    the states h that they are made of, for a text has one embedding and many states to learn from. Of unit vectors the
+    first term is twice one minus their cosine:
 
     .. math:: \frac{\lVert e_i^W - e_i \rVert_2^2}{\lVert e_i \rVert_2^2}
-              + \mathrm{KL}\bigl(\sigma(c_i / \tau) \,\Vert\, \sigma(c_i^W / \tau)\bigr),
+              + \mathrm{KL}\bigl(\sigma(c_i / \tau) \,\Vert\, \sigma(c_i^W / \tau)\bigr)
+              + \frac{\sum_t \lVert h_{it}^W - h_{it} \rVert_2^2}{\sum_t \lVert h_{it} \rVert_2^2},
               \quad c_{ij} = \cos(e_i, e_j), \ j \ne i
 
     (the second as Fang et al. 2021, "SEED: Self-supervised Distillation for Visual Representation", with the batch in
@@ -106,15 +112,21 @@ def errors(output: Output, rows: Tensor, target: Tensor) -> Tensor:
         return _divergence(logsigmoid(target), logsigmoid(rows)) + _divergence(logsigmoid(-target), logsigmoid(-rows))
     if output == "values":
         return (rows - target).square()
-    own = (rows - target).square() / target.square().sum(1, keepdim=True).clamp(min=TINY)
-    if len(rows) < 3:  # of two texts the only other one has all of the probability
-        return own
-    return torch.cat([own, SIMILARITY * _divergence(_likeness(target), _likeness(rows))], dim=1)
+    made, wanted = (pool(states, batch.token_mask, output) for states in (rows, target))
+    parts = [_relative(made, wanted), STATES * _relative(rows.flatten(1), target.flatten(1))]
+    if len(rows) > 2:  # of two texts the only other one has all of the probability
+        parts.append(SIMILARITY * _divergence(_likeness(wanted), _likeness(made)).sum(1))
+    return torch.stack(parts, dim=1)
 
 
 def size_of(output: Output, target: Tensor) -> float:
     """What the loss of a batch is divided by: rows, or the energy of values."""
     return total(target.square()) if output == "values" else float(len(target))
+
+
+def _relative(found: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of every row over its energy."""
+    return (found - wanted).square().sum(1) / wanted.square().sum(1).clamp(min=TINY)
 
 
 def _divergence(wanted: Tensor, found: Tensor) -> Tensor:

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 from sparsify_export.passes.frontend.batches import Batch
-from sparsify_export.passes.outputs import SIMILARITY, TEMPERATURE, Pooled, errors, pool, rows_of, size_of, target_of
+from sparsify_export.passes.outputs import (
+    SIMILARITY,
+    STATES,
+    TEMPERATURE,
+    Pooled,
+    errors,
+    pool,
+    rows_of,
+    size_of,
+    target_of,
+)
 from sparsify_export.runtime import embedding
 
 MODES = ("mean", "cls", "max", "lasttoken")
@@ -49,9 +59,12 @@ def test_rows_are_tokens_that_count_or_samples():
     batch = Batch((torch.zeros(4, 7, dtype=torch.long),), mask)
     assert torch.equal(rows_of("values", hidden, batch), torch.cat([h[m] for h, m in zip(hidden, mask, strict=True)]))
     assert torch.equal(rows_of("logits", hidden[:, 0], batch), hidden[:, 0])  # classes, whatever the padding
-    assert rows_of(Pooled(), hidden, batch).shape == (4, 5)
+    assert torch.equal(rows_of(Pooled(), hidden, batch), torch.where(mask[..., None], hidden, 0.0))
     whole = Batch((torch.zeros(4, 7, dtype=torch.long),), None)
     assert torch.equal(rows_of("values", hidden, whole), hidden.reshape(28, 5))
+
+
+WHOLE = Batch((), None)
 
 
 def pair(rows=6, size=5):
@@ -62,7 +75,7 @@ def pair(rows=6, size=5):
 
 def test_divergence_of_classes_is_torchs():
     wanted, found = pair()
-    loss = errors("logits", found, target_of("logits", wanted)).sum()
+    loss = errors("logits", found, target_of("logits", wanted), WHOLE).sum()
     ours = torch.nn.functional.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="sum")
     assert float(loss) == pytest.approx(float(ours), rel=1e-5)
     assert size_of("logits", wanted) == 6
@@ -74,41 +87,49 @@ def test_divergence_of_labels_by_hand():
     for z, y in zip(wanted.flatten().tolist(), found.flatten().tolist(), strict=True):
         p, q = 1 / (1 + math.exp(-z)), 1 / (1 + math.exp(-y))
         by_hand += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    assert float(errors("labels", found, target_of("labels", wanted)).sum()) == pytest.approx(by_hand, rel=1e-4)
+    assert float(errors("labels", found, target_of("labels", wanted), WHOLE).sum()) == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_values_are_compared_with_their_energy():
     wanted, found = pair()
-    loss = float(errors("values", found, wanted).sum()) / size_of("values", wanted)
+    loss = float(errors("values", found, wanted, WHOLE).sum()) / size_of("values", wanted)
     assert loss == pytest.approx(float(((found - wanted) ** 2).sum() / (wanted**2).sum()), rel=1e-5)
 
 
+def cosine(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def relative(a, b):
+    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / sum(y * y for y in b)
+
+
 @pytest.mark.parametrize("normalise", [False, True])
-def test_embeddings_by_cosine_and_by_likeness_to_each_other(normalise):
-    wanted, found = pair()
-    if normalise:
-        wanted, found = (torch.nn.functional.normalize(x, dim=1) for x in (wanted, found))
-    loss = float(errors(Pooled("mean", normalise), found, wanted).sum())
-
-    def cosine(a, b):
-        return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
-
-    by_hand, e, d = 0.0, found.tolist(), wanted.tolist()
-    for i in range(6):
-        if normalise:
-            by_hand += 2 * (1 - cosine(e[i], d[i]))
-        else:
-            by_hand += sum((x - y) ** 2 for x, y in zip(e[i], d[i], strict=True)) / sum(y * y for y in d[i])
-        others = [j for j in range(6) if j != i]
+def test_embeddings_by_cosine_and_likeness_to_each_other_and_states(normalise):
+    """Text by text, without padding, in plain Python."""
+    dense, mask = states()
+    sparse = dense + 0.3 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(9))
+    own = [
+        [[h[text][place].tolist() for place in range(7) if mask[text, place]] for text in range(4)]
+        for h in (sparse, dense)
+    ]
+    e, d = ([[sum(column) / len(text) for column in zip(*text, strict=True)] for text in texts] for texts in own)
+    by_hand = 0.0
+    for i in range(4):
+        by_hand += 2 * (1 - cosine(e[i], d[i])) if normalise else relative(e[i], d[i])
+        by_hand += STATES * relative(*([x for state in h[i] for x in state] for h in own))
+        others = [j for j in range(4) if j != i]
         p = [math.exp(cosine(d[i], d[j]) / TEMPERATURE) for j in others]
         q = [math.exp(cosine(e[i], e[j]) / TEMPERATURE) for j in others]
         for a, b in zip(p, q, strict=True):
             by_hand += SIMILARITY * a / sum(p) * math.log((a / sum(p)) / (b / sum(q)))
-    assert loss == pytest.approx(by_hand, rel=1e-3)
-    assert size_of(Pooled(), wanted) == 6
+    batch, output = Batch((), mask), Pooled("mean", normalise)
+    rows, target = (rows_of(output, h, batch) for h in (sparse, dense))
+    assert float(errors(output, rows, target, batch).sum()) == pytest.approx(by_hand, rel=1e-3)
+    assert size_of(output, target) == 4
 
 
 @pytest.mark.parametrize("texts", [1, 2])
 def test_one_text_or_two_have_nobody_to_be_like(texts):
-    wanted, found = pair(texts)
-    assert errors(Pooled(), found, wanted).shape == (texts, 5)
+    dense, _ = states(texts + 2)
+    assert errors(Pooled(), dense[:texts], dense[1 : texts + 1], WHOLE).shape == (texts, 2)
