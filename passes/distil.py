@@ -24,6 +24,10 @@ from .tune import BETAS, hold_out, shuffling, warm_up_and_cosine
 FROZEN: Final = 1 / 3
 """Fraction of the steps, at the end, in which masks do not move: what is left then learns to do without the rest."""
 MANY: Final = 1 << 30
+RATE: Final = 0.0015
+"""Learning rate where none is given, of logits of the next token."""
+ENCODER_RATE: Final = 0.0007
+"""And of everything else: a step sees fewer texts than tokens, and its gradient is less sure."""
 ON_GRID_RATE: Final = 0.5
 """Learning rate of a weight on a grid, over that of a float: there it moves the model by whole steps or not at all."""
 
@@ -79,9 +83,10 @@ def distil(
     trained = Trained(params, list(dict.fromkeys(keys)), quantised, settings.moves, patterns)
     train, held_out = hold_out(batches)
     model = _Model(partition, output, {key: its.storage.activations for key, its in (quantised or {}).items()})
+    usual = RATE if output == "logits" else ENCODER_RATE
     groups = []
     for key, weight in trained.weights.items():
-        rate = settings.rate * (ON_GRID_RATE if key in trained.strengths else 1)
+        rate = (settings.rate or usual) * (ON_GRID_RATE if key in trained.strengths else 1)
         groups.append({"params": [weight], "peak": rate * _size(weight, trained.keep[key])})
     groups += [{"params": [strength], "peak": STRENGTH_RATE} for strength in trained.strengths.values()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0)

@@ -35,9 +35,9 @@ class Pooled:
         return f"embeddings, by {self.mode}{', normalised' if self.normalise else ''}"
 
 
-Output: TypeAlias = Literal["logits", "labels", "values"] | Pooled
-"""What the model returns first: logits of which one is right (the next token, the class), logits of labels each of
-which is right or not, values such as hidden states, or hidden states that texts' embeddings are made of."""
+Output: TypeAlias = Literal["logits", "classes", "labels", "values"] | Pooled
+"""What the model returns first: logits of the next token, logits of classes of which one is right, logits of labels
+each of which is right or not, values such as hidden states, or hidden states that texts' embeddings are made of."""
 
 
 def rows_of(output: Output, first: Tensor, batch: Batch) -> Tensor:
@@ -81,14 +81,14 @@ def pool(states: Tensor, mask: Tensor | None, pooled: Pooled) -> Tensor:
 
 def target_of(output: Output, rows: Tensor) -> Tensor:
     """What the dense model says, as ``errors`` wants it: log-probabilities, or the rows as they are."""
-    return rows.log_softmax(-1) if output == "logits" else rows
+    return rows.log_softmax(-1) if output in ("logits", "classes") else rows
 
 
 def errors(output: Output, rows: Tensor, target: Tensor, batch: Batch) -> Tensor:
     r"""What adds up to the loss of a batch, ``[rows, some]``; `size_of` is what that is divided by.
 
-    Logits z, with a softmax (Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", temperature
-    1), labels, with a sigmoid each, and values y:
+    Logits z of tokens or classes, with a softmax (Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural
+    Network", temperature 1), labels, with a sigmoid each, and values y:
 
     .. math:: \mathrm{KL}\bigl(\sigma(z) \,\Vert\, \sigma(z^W)\bigr) \qquad
               \textstyle\sum_l \mathrm{KL}\bigl(s(z_l) \,\Vert\, s(z_l^W)\bigr) \qquad
@@ -106,7 +106,7 @@ def errors(output: Output, rows: Tensor, target: Tensor, batch: Batch) -> Tensor
     (the second as Fang et al. 2021, "SEED: Self-supervised Distillation for Visual Representation", with the batch in
     place of a queue).
     """
-    if output == "logits":
+    if output in ("logits", "classes"):
         return _divergence(target, rows.log_softmax(-1))
     if output == "labels":
         return _divergence(logsigmoid(target), logsigmoid(rows)) + _divergence(logsigmoid(-target), logsigmoid(-rows))

@@ -64,14 +64,14 @@ class Distil:
     Attributes:
         epochs: passes over the calibration batches.
         rate: peak learning rate, as a fraction of the root mean square of each weight's non-zeros; on a grid
-            half of it.
+            half of it. None for the usual one, which is lower for encoders (`distil.RATE`).
         tokens_per_step: batches are gathered until a step of the optimiser has seen so many tokens.
         seed: of the order of the batches.
         moves: how masks move meanwhile, or None where zeros stay.
     """
 
     epochs: int = 3
-    rate: float = 0.0015
+    rate: float | None = None
     tokens_per_step: int = 1024
     seed: int = 0
     moves: Moves | None = None

@@ -58,7 +58,7 @@ def test_rows_are_tokens_that_count_or_samples():
     hidden, mask = states()
     batch = Batch((torch.zeros(4, 7, dtype=torch.long),), mask)
     assert torch.equal(rows_of("values", hidden, batch), torch.cat([h[m] for h, m in zip(hidden, mask, strict=True)]))
-    assert torch.equal(rows_of("logits", hidden[:, 0], batch), hidden[:, 0])  # classes, whatever the padding
+    assert torch.equal(rows_of("classes", hidden[:, 0], batch), hidden[:, 0])  # classes, whatever the padding
     assert torch.equal(rows_of(Pooled(), hidden, batch), torch.where(mask[..., None], hidden, 0.0))
     whole = Batch((torch.zeros(4, 7, dtype=torch.long),), None)
     assert torch.equal(rows_of("values", hidden, whole), hidden.reshape(28, 5))
@@ -73,12 +73,13 @@ def pair(rows=6, size=5):
     return wanted, wanted + 0.3 * torch.randn(rows, size, generator=generator)
 
 
-def test_divergence_of_classes_is_torchs():
+@pytest.mark.parametrize("output", ["logits", "classes"])
+def test_divergence_of_tokens_and_classes_is_torchs(output):
     wanted, found = pair()
-    loss = errors("logits", found, target_of("logits", wanted), WHOLE).sum()
+    loss = errors(output, found, target_of(output, wanted), WHOLE).sum()
     ours = torch.nn.functional.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="sum")
     assert float(loss) == pytest.approx(float(ours), rel=1e-5)
-    assert size_of("logits", wanted) == 6
+    assert size_of(output, wanted) == 6
 
 
 def test_divergence_of_labels_by_hand():

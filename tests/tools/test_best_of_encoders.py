@@ -25,11 +25,11 @@ from sparsify_export.runtime.session import open_session
 
 WANTED = {
     "embedding": "values",
-    "classifier": "logits",
+    "classifier": "classes",
     "reranker": "values",
     "labels": "labels",
-    "tokens": "logits",
-    "pictures": "logits",
+    "tokens": "classes",
+    "pictures": "classes",
     "picture states": "values",
 }
 RECIPE = Recipe(NM(2, 4), score="magnitude", distil=Distil(4, 0.01, 60))  # without an update there is most to learn

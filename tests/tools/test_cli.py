@@ -22,6 +22,7 @@ from sparsify_export.passes.errors import InputError
 from sparsify_export.passes.onnx.protos import data_files
 from sparsify_export.runtime import machine
 from sparsify_export.runtime.inspection import inspect, sparse_weights
+from sparsify_export.settings import USUAL
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +185,7 @@ def test_best_distils_says_so_and_a_flag_changes_how(folder, text, tmp_path, cap
     out = tmp_path / "model.onnx"
     given = [str(folder), "--nm", "2:4", "--calibration", str(text), *SHORT[:4], "-o", str(out), "--overwrite"]
     losses = []
-    for flags, epochs, rate in ((["--effort", "best"], 3, 0.0015), (["--distil", "2", "--distil-lr", "0.01"], 2, 0.01)):
+    for flags, epochs, rate in ((["--effort", "best"], 3, USUAL), (["--distil", "2", "--distil-lr", "0.01"], 2, 0.01)):
         assert main([*given, *flags]) == 0
         assert "distilled" in capsys.readouterr().out
         report = json.loads((tmp_path / "model.onnx.report.json").read_text())

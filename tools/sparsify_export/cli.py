@@ -231,8 +231,8 @@ def compile_command(
         distil: then train the surviving weights of all blocks together against what the dense model says, so many
             passes over the calibration windows; 0 for not at all. It needs memory for the whole model. With --quantise
             joint it is done twice: as floats, and then on the grid.
-        distil_lr: peak learning rate, as a fraction of the root mean square of each weight; default 0.0015. On a grid
-            half of it.
+        distil_lr: peak learning rate, as a fraction of the root mean square of each weight; default 0.0015, of an
+            encoder 0.0007. On a grid half of it.
         mask_moves: steps of --distil after which masks are chosen again, within their pattern or their rows' numbers
             of zeros, from weights that go on being trained behind zeros; the last third of the steps keeps them. 0 for
             masks that stay, the default. On a grid they stay.

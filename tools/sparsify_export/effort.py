@@ -216,7 +216,7 @@ def _distil(flags: Flags, *, onnx: bool) -> Distil | None:
         return None
     if flags.distil_lr is not None and not 0 < flags.distil_lr <= 1:
         raise InputError(f"--distil-lr {flags.distil_lr:g} is out of range; want above 0, at most 1")
-    return Distil(epochs, flags.distil_lr or Distil.rate, seed=flags.seed)
+    return Distil(epochs, flags.distil_lr, seed=flags.seed)
 
 
 def _moves(flags: Flags, *, on_grid: bool) -> Moves | None:

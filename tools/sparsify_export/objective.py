@@ -25,7 +25,7 @@ def output_of(traced: Traced, pretrained: Pretrained) -> Output:
     if traced.outputs[0] == "logits":
         if config.problem_type == "multi_label_classification":
             return "labels"
-        return "values" if _numbers(traced) == 1 or config.problem_type == "regression" else "logits"
+        return "values" if _numbers(traced) == 1 or config.problem_type == "regression" else "classes"
     folder = Path(pretrained.source)
     if traced.outputs[0] == "last_hidden_state" and (folder / "modules.json").is_file():
         pooling = pooling_of(folder)

@@ -12,10 +12,14 @@ from .calibrate.patterns import NM, Pattern, Unstructured
 from .calibrate.search import Goal
 from .calibrate.update import DAMPING
 from .passes.dialect.storage import FP32, Storage
+from .passes.distil import ENCODER_RATE, RATE
 from .passes.errors import InputError
 from .passes.recipe import Recipe
 from .plan import EngineSettings
 from .runtime.workload import Workload
+
+USUAL = f"{RATE:g}, of an encoder {ENCODER_RATE:g}"
+"""Learning rate of distillation where none is given."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "tune_epochs": recipe.tune.epochs if recipe and recipe.tune else None,
         "tune_lr": recipe.tune.rate if recipe and recipe.tune else None,
         "distil": recipe.distil.epochs if recipe and recipe.distil else None,
-        "distil_lr": recipe.distil.rate if recipe and recipe.distil else None,
+        "distil_lr": (recipe.distil.rate or USUAL) if recipe and recipe.distil else None,
         "mask_moves": asdict(recipe.distil.moves) if recipe and recipe.distil and recipe.distil.moves else None,
         "quantise": _quantiser(settings),
         "calibration": str(settings.calibration.inputs or settings.calibration.text),
