@@ -72,8 +72,8 @@ def calibration_text(
     limit = longest(pretrained.model)
     with stages.run("calibration text"):
         if wanted.text == "self":
-            samples, length = wanted.samples or 32, wanted.length or 512
-            length = _shortened(length, limit, "the model takes", console)
+            length = _shortened(wanted.length or 512, limit, "the model takes", console)
+            samples = wanted.windows(length, 32)
             windows = written_by_itself(
                 pretrained,
                 samples=samples + 1,
@@ -85,13 +85,14 @@ def calibration_text(
         else:
             if pretrained.tokenizer is None:
                 raise InputError(f"{pretrained.source} has no tokenizer, so it cannot read {wanted.text}")
-            samples, length = wanted.samples or 128, wanted.length or 2048
-            length = _shortened(length, limit, "the model takes", console)
+            length = _shortened(wanted.length or 2048, limit, "the model takes", console)
             words = pretrained.tokenizer
             if pretrained.kind == "encoder" and "attention_mask" in pretrained.inputs:
                 cut = pooling_of(Path(pretrained.source)).length
                 length = _shortened(length, cut, "the folder says that a text has", console)
+                samples = wanted.windows(length, 128)
                 return _texts(Path(wanted.text), words, samples, length, bos=settings.bos, console=console)
+            samples = wanted.windows(length, 128)
             windows = read_windows(Path(wanted.text), words, samples=samples + 1, length=length, bos=settings.bos)
             _shortened(length, windows.shape[1], "the text holds", console)
             if len(windows) < samples:

@@ -152,6 +152,7 @@ def compile_command(
     calibration: str | None = None,
     calibration_inputs: Path | None = None,
     samples: int | None = None,
+    tokens: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
     bos: bool = True,
@@ -245,6 +246,7 @@ def compile_command(
             is also verified and timed on them.
         samples: calibration windows; default 128 of a file, 32 of the model's own text. An encoder reads as many texts
             as fill them.
+        tokens: how many tokens to calibrate on, in place of --samples: as many windows as hold them.
         seq_len: tokens in a calibration window; default 2048 of a file, 512 of the model's own text or for an
             .onnx file.
         seed: of everything random.
@@ -344,6 +346,11 @@ def compile_command(
     dtype = dtype or (own.kind if own else "fp16" if engine else "fp32")
     ops = ops or ("standard" if engine else "sparse")
     positive("--samples", samples)
+    positive("--tokens", tokens)
+    if tokens is not None and samples is not None:
+        raise InputError(f"--samples {samples} and --tokens {tokens} were both given; want at most one of them")
+    if tokens is not None and model.endswith(".onnx"):
+        raise InputError(f"--tokens {tokens} has no meaning for an .onnx file, for which no text is read")
     positive("--seq-len", seq_len, least=2)
     if also_dtype is not None and also_checkpoint is None:
         raise InputError(f"--also-dtype {also_dtype} has no effect without --also-checkpoint")
@@ -354,7 +361,7 @@ def compile_command(
     for flag, value in {"--window": window, "--windows": windows}.items():
         if value is not None and eval_ is None and not model.endswith(".onnx"):
             raise InputError(f"{flag} {value} has no effect without --eval")
-    for flag, text in {"--calibration": calibration, "--seq-len": seq_len}.items():
+    for flag, text in {"--calibration": calibration, "--seq-len": seq_len, "--tokens": tokens}.items():
         if text is not None and calibration_inputs is not None:
             raise InputError(f"{flag} {text} has no effect beside --calibration-inputs, whose batches are as they are")
     if group is not None and dtype != "int4":
@@ -415,6 +422,7 @@ def compile_command(
                 "--quantise": None if quantise == "rtn" else quantise,  # which packing does by itself
                 "--calibration": None if is_onnx else calibration,
                 "--samples": None if is_onnx else samples,
+                "--tokens": tokens,
                 "--seq-len": seq_len,
                 "--checkpoint": checkpoint,
             }
@@ -481,10 +489,10 @@ def compile_command(
         }
         if unused := [flag for flag, value in idle.items() if value is not None]:
             raise InputError(f"{unused[0]} has no effect with --dry-run, which writes and measures no result")
-    tokens = (lower_for or 1) if lower == "auto" else None
+    in_a_call = (lower_for or 1) if lower == "auto" else None
     served = check_triton(triton, Path(out)) if triton is not None else None
-    source = Calibration(calibration or "self", calibration_inputs, samples, seq_len, seed)
-    settings = Settings(recipe, source, storage, ops, tokens, eval_, window or Settings.window, windows, engine, bos)
+    source = Calibration(calibration or "self", calibration_inputs, samples, seq_len, seed, tokens)
+    settings = Settings(recipe, source, storage, ops, in_a_call, eval_, window or Settings.window, windows, engine, bos)
     if alternatives:
         suited = {
             f"{model}, an .onnx file": is_onnx,

@@ -32,6 +32,7 @@ class Calibration:
         samples: how many windows; None for 128 of a file, 32 of the model's own text, every ``.npz`` batch.
         length: tokens in a window; None for 2,048 of a file, 512 of the model's own text.
         seed: of the model's own text, and of the tokens that verify the file.
+        tokens: how many tokens, in place of how many windows; the last window may be more than that.
     """
 
     text: str = "self"
@@ -39,6 +40,11 @@ class Calibration:
     samples: int | None = None
     length: int | None = None
     seed: int = 0
+    tokens: int | None = None
+
+    def windows(self, length: int, usual: int) -> int:
+        """How many windows of so many tokens that is, and ``usual`` where nothing is said."""
+        return -(-self.tokens // length) if self.tokens else self.samples or usual
 
 
 @dataclass(frozen=True)
@@ -263,6 +269,7 @@ def plain(settings: Settings) -> dict[str, Any]:
         "quantise": _quantiser(settings),
         "calibration": str(settings.calibration.inputs or settings.calibration.text),
         "samples": settings.calibration.samples,
+        "tokens": settings.calibration.tokens,
         "seq_len": settings.calibration.length,
         "seed": settings.calibration.seed,
         "threads": torch.get_num_threads() if recipe else None,  # the bits of a whole run depend on it
