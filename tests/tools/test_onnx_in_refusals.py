@@ -31,6 +31,7 @@ FLAGS = {
     "--trust-remote-code": "--trust-remote-code has no meaning",
     "--checkpoint kept": "--checkpoint kept has no meaning for an .onnx file",
     "--seq-len 64": "--seq-len has no effect on an .onnx file without --calibration TEXT",
+    "--tokens 64": "--tokens has no effect on an .onnx file without --calibration TEXT",
     "--calibration self": "--calibration self has no meaning for an .onnx file",
     "--no-bos": "--no-bos has no effect on an .onnx file",
     "--calibration text.txt --calibration-inputs x": "--calibration text.txt has no effect beside --calibration-inputs",

@@ -65,9 +65,9 @@ def _text_feeds(
 ) -> tuple[list[Feed], list[Feed]]:
     """Windows of the user's text, by the tokenizer beside the model: all to calibrate on, the first to verify on."""
     wanted = settings.calibration
-    samples = wanted.samples or SAMPLES
     words = tokenizer_beside(model.path.parent)
     length = wanted.length or fixed_length(session) or LENGTH
+    samples = wanted.windows(length, SAMPLES)
     windows = read_windows(Path(wanted.text), words, samples=samples, length=length, bos=settings.bos).numpy()
     if len(windows) < samples:
         console.note(f"calibrating on {len(windows)} windows; the text does not hold {samples}")

@@ -176,6 +176,7 @@ def _check(path: Path, settings: Settings, trust_remote_code: bool) -> None:
         "--windows has no meaning for an .onnx file, which is not evaluated": settings.windows,
         "--trust-remote-code has no meaning for an .onnx file, which holds no code": trust_remote_code or None,
         "--seq-len has no effect on an .onnx file without --calibration TEXT": calibration.length if no_text else None,
+        "--tokens has no effect on an .onnx file without --calibration TEXT": calibration.tokens if no_text else None,
         "--samples has no effect without --calibration-inputs or --calibration TEXT": (
             calibration.samples if no_inputs else None
         ),
