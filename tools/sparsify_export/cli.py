@@ -349,8 +349,6 @@ def compile_command(
     positive("--tokens", tokens)
     if tokens is not None and samples is not None:
         raise InputError(f"--samples {samples} and --tokens {tokens} were both given; want at most one of them")
-    if tokens is not None and model.endswith(".onnx"):
-        raise InputError(f"--tokens {tokens} has no meaning for an .onnx file, for which no text is read")
     positive("--seq-len", seq_len, least=2)
     if also_dtype is not None and also_checkpoint is None:
         raise InputError(f"--also-dtype {also_dtype} has no effect without --also-checkpoint")
