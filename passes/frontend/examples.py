@@ -69,8 +69,9 @@ def _configs(config: Any) -> Iterator[Any]:
 
 def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
     """Shapes of a sample to try: a picture, spectra in either order, a wave."""
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-    if size is not None and channels is not None:
+    size = getattr(config, "image_size", getattr(config, "input_size", None))
+    channels = getattr(config, "num_channels", 3)  # some say nothing of colours
+    if isinstance(size, int | list | tuple) and isinstance(channels, int):
         height, width = size if isinstance(size, list | tuple) else (size, size)
         yield channels, height, width
     bands = next((found for name in BANDS if (found := getattr(config, name, None))), None)

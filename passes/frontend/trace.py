@@ -13,11 +13,13 @@ from torch.export import Dim, ExportedProgram
 from ..errors import InputError
 from .examples import example_of, open_axis
 from .experts import experts_as_ops
-from .kv_cache import cache_argument, cache_of, held_by, uses_no_cache
+from .kv_cache import MARGIN, cache_argument, cache_of, empty_past, held_by, uses_no_cache
 from .load import TEXT_INPUTS, Pretrained
-from .positions import first_position, steady, steady_until
+from .positions import first_position, longest, steady, steady_until
 from .untraceable import sentence, why_not
 
+LENGTHS = (3, 18, 80, 600)
+"""Tokens of a text to trace with: more where the model takes no fewer, or cuts a text into parts of up to 256."""
 PREFIX = "model."  # the wrapper's only attribute; module paths are reported without it
 
 
@@ -173,6 +175,7 @@ def _trace_causal(pretrained: Pretrained) -> Traced:
             open_ = Dim.DYNAMIC
             dynamic = ({0: b, 1: open_}, {0: b, 1: open_}, [({0: b, 2: open_}, {0: b, 2: open_}) for _ in shapes])
             program = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
+        _check_without_past(pretrained, program, first)
     layers = [(f"{i}.key", f"{i}.value") for i in range(len(shapes))]
     return Traced(
         program=_plain(program),
@@ -185,11 +188,77 @@ def _trace_causal(pretrained: Pretrained) -> Traced:
     )
 
 
+def _check_without_past(pretrained: Pretrained, program: ExportedProgram, first: int | None) -> None:
+    """Refuse a model whose code takes another way where there is no past, or with padding, than the one traced."""
+    ids = _texts(pretrained, LENGTHS[0] + 4)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    places = {} if first is None else {"position_ids": first + (mask.cumsum(-1) - 1).clamp(min=0)}
+    alone = uses_no_cache(pretrained.model)
+    told = pretrained.model(input_ids=ids, attention_mask=mask, **alone, **places).logits[mask == 1]
+    try:
+        past = empty_past(pretrained.cache, len(ids), pretrained.model.dtype)
+        got = program.module(check_guards=False)(ids, mask, past)[0][mask == 1]
+    except Exception:  # a size that was made a constant meets another one in some op
+        got = torch.empty(0)
+    if got.shape == told.shape and not bool(((got - told).abs() > MARGIN * told.abs().max()).any()):
+        return
+    raise InputError(
+        f"{pretrained.source} cannot be compiled: traced with a past, the graph of {type(pretrained.model).__name__} "
+        "is another than the model without one"
+    )
+
+
 def _trace_text(pretrained: Pretrained) -> Traced:
+    """As short a text as the model takes, and as its graph holds for others of: a size of one part is a constant."""
     _check_padding(pretrained)
-    # A text is as long as the position table allows; DYNAMIC lets the graph state that bound.
-    inputs = {name: torch.full((2, 3), 0 if name == "token_type_ids" else 1) for name in pretrained.inputs}
-    return _exported(pretrained, inputs, {name: {1: Dim.DYNAMIC} for name in inputs})
+    limit = longest(pretrained.model)
+    tried = [length for length in LENGTHS if limit is None or 2 * length < limit] or [min(LENGTHS[0], limit or 1)]
+    why = None
+    for length in tried:
+        # A text is as long as the position table allows; DYNAMIC lets the graph state that bound.
+        inputs = _texts(pretrained, length)
+        try:
+            _run(pretrained, inputs)
+        except InputError as error:  # some take no text shorter than so much
+            why = why or error
+            continue
+        traced = _exported(pretrained, inputs, {name: {1: Dim.DYNAMIC} for name in inputs})
+        if all(_holds(pretrained, traced, _texts(pretrained, other)) for other in _others(length, limit)):
+            return traced
+        why = InputError(
+            f"{pretrained.source} cannot be compiled: traced with {length} tokens, the graph of "
+            f"{type(pretrained.model).__name__} holds for no other number of them"
+        )
+    assert why is not None
+    raise why
+
+
+def _others(length: int, limit: int | None) -> list[int]:
+    """Lengths that the graph of one length is tried with: the next, twice as many, and the longest that is traced."""
+    return [other for other in (length + 1, 2 * length, LENGTHS[-1]) if limit is None or other <= limit]
+
+
+def _texts(pretrained: Pretrained, length: int) -> dict[str, Tensor]:
+    """Two texts without padding, the same on every run."""
+    known = getattr(pretrained.model.config.get_text_config(), "vocab_size", None) or length
+    ids = torch.arange(2 * length).reshape(2, length) % max(1, min(known, 2 * length) - 3) + 3
+    made = {"input_ids": ids.clamp(max=known - 1), "token_type_ids": torch.zeros_like(ids)}
+    return {name: made.get(name, torch.ones_like(ids)) for name in pretrained.inputs}
+
+
+def _holds(pretrained: Pretrained, traced: Traced, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether the graph returns what the model does."""
+    try:
+        told = encoded(pretrained.model, inputs).values()
+    except Exception:  # what the model itself does not take, nobody can hold against its graph
+        return True
+    try:
+        got = traced.program.module(check_guards=False)(*inputs.values())
+    except Exception:  # a size that was made a constant meets another one in some op
+        return False
+    same = zip(got, told, strict=True)
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=MARGIN, atol=MARGIN, equal_nan=True) for a, b in same)
 
 
 def _trace_samples(pretrained: Pretrained, given: Mapping[str, Tensor] | None, any_length: bool) -> Traced:

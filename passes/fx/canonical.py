@@ -51,9 +51,9 @@ def canonicalise(program: ExportedProgram) -> dict[str, Turned]:
         elif _is_identity(node):
             replace_node(program, node, node.all_input_nodes[0])
         elif node.target in (aten.matmul.default, aten.mm.default) and _is_turned_weight(node.args[1], names):
-            x, transposed = node.args
+            x, flipped = node.args
             with graph.inserting_before(node):
-                linear = graph.call_function(aten.linear.default, (x, transposed.args[0]))
+                linear = graph.call_function(aten.linear.default, (x, flipped.args[0]))
             linear.meta = dict(node.meta)
             replace_node(program, node, linear)
         elif node.target is aten.index.Tensor and (span := _span(program, node, names)) is not None:

@@ -70,3 +70,11 @@ def test_left_alone(name):
     assert canonicalise(program) == {}
     assert all(node.target is not aten.linear.default for node in program.graph.nodes)
     assert torch.equal(program.state_dict["model.weight"], model.weight)
+
+
+def test_a_weight_that_lies_as_a_linear_has_it_stays_as_it_is():
+    model = Product(lambda model, x: x @ model.weight.T, 8, 6).eval()
+    program = export(model, X, canonical=False)
+    assert canonicalise(program) == {}
+    assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [aten.linear.default]
+    assert torch.equal(program.state_dict["model.weight"], model.weight)
