@@ -235,8 +235,9 @@ def _trace_text(pretrained: Pretrained) -> Traced:
 
 
 def _others(length: int, limit: int | None) -> list[int]:
-    """Lengths that the graph of one length is tried with: the next, twice as many, and the longest that is traced."""
-    return [other for other in (length + 1, 2 * length, LENGTHS[-1]) if limit is None or other <= limit]
+    """Lengths that the graph of one length is tried with: the next, twice as many, and a long one."""
+    most = min(limit or LENGTHS[-1], LENGTHS[-1])
+    return [other for other in (length + 1, 2 * length, most) if limit is None or other <= limit]
 
 
 def _texts(pretrained: Pretrained, length: int) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from ..frontend.trace import PREFIX
 from .canonical import parameter_names
 from .linears import Linear, find_linears, module_paths
 
+SMALL = 10
+"""How many times smaller than its linears the stacks of matrices of a layer are that are no experts."""
 INDEXED = re.compile(r"(?P<list>.+?)\.(?P<index>\d+)(\.|$)")
 
 
@@ -142,8 +144,8 @@ def _layer(path: str) -> str:
 def _refuse_expert_weights(module: GraphModule, place: dict[Node, int], params: dict[str, str]) -> None:
     """Mixture-of-experts weights are stacks of matrices behind a grouped product, not linears.
 
-    Pruning the rest of such a model would leave most of it dense and call it done, so a model with a layer that has
-    more in such stacks than in linears is refused.
+    Pruning the rest of such a model would leave most of it dense and call it done, so a model is refused whose layers
+    have such stacks; small ones, as tables that attention reads, are no experts.
     """
     linears = Counter[int]()
     stacks: dict[int, dict[str, tuple[list[int], str]]] = {}
@@ -160,7 +162,7 @@ def _refuse_expert_weights(module: GraphModule, place: dict[Node, int], params: 
                 name = params[holder.name].removeprefix(PREFIX)
                 stacks.setdefault(place[node], {})[name] = list(value.shape), str(node.target)
     for layer, found in stacks.items():
-        if sum(math.prod(shape) for shape, _ in found.values()) >= linears[layer]:
+        if SMALL * sum(math.prod(shape) for shape, _ in found.values()) > linears[layer]:
             name, (shape, reader) = next(iter(found.items()))
             raise InputError(
                 f"{name} {shape} is a stack of expert matrices "

@@ -84,7 +84,7 @@ def products_to_linears(program: ExportedProgram, names: Mapping[str, str]) -> d
         elif node.target is aten.einsum.default and (match := PAIR.fullmatch(node.args[0].replace(" ", ""))):
             first, second = node.args[1]
             for x, weight, places in ((first, second, (1, 2, 3)), (second, first, (2, 1, 3))):
-                letters = match.group(*places)
+                letters: Any = match.group(*places)
                 if _replaceable(program, weight, names) and _is_linear(*letters):
                     _replace(program, node, _contracted(program, node, x, weight, letters, names, turned))
                     break
@@ -133,8 +133,8 @@ def _is_pointwise(node: Node) -> bool:
     """Whether a convolution reads one place at a time, all channels of it."""
     args: Any = node.args
     defaults: list[Any] = [None, [1], [0], [1], 1]
-    _, stride, padding, _, groups = [*args[2:], *defaults[len(args) - 2 :]]
-    plain = {*stride} == {1} and {*padding} == {0} and groups == 1 and not node.kwargs
+    stride, padding, _, groups = (list(args) + defaults[len(args) - 2 :])[3:7]
+    plain = set(stride) == {1} and set(padding) == {0} and groups == 1 and not node.kwargs
     return plain and args[1].meta["val"].shape[2] == 1 and args[0].meta["val"].dim() == 3
 
 
