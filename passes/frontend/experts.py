@@ -28,7 +28,7 @@ def stacked_linear(x: Tensor, ids: Tensor, stack: Tensor, bias: Tensor | None, t
     """
     weights = stack if transposed else stack.mT
     y = x.new_zeros(len(x), weights.shape[2])
-    for expert in ids.unique().tolist():
+    for expert in sorted(set(ids.tolist())):
         mine = ids == expert
         y[mine] = x[mine] @ weights[expert] + (0 if bias is None else bias[expert])
     return y

@@ -83,7 +83,7 @@ def _parts(node: Node, pairs: dict[Node, Pair], call: Callable[..., Node]) -> Pa
             aten.mul.Tensor, size, call(aten.sin.default, angle)
         )
     if target is aten.complex.default:
-        return args
+        return args[0], args[1]
     if target is aten.view_as_complex.default:
         return call(aten.select.int, args[0], -1, 0), call(aten.select.int, args[0], -1, 1)
     if target is aten.view_as_real.default and args[0] in pairs:

@@ -20,9 +20,9 @@ from .products import Turned
 from .replace import drop_unused, place_beside, replace_node
 
 aten = torch.ops.aten
-_LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
-_LIBRARY.define("tokens_of(Tensor x, Tensor ids, int expert) -> Tensor")
-_LIBRARY.define("by_token(Tensor[] found, Tensor ids) -> Tensor")
+_LIBRARY = torch.library.Library("sparsify", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("tokens_of(Tensor x, Tensor ids, int expert) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.define("by_token(Tensor[] found, Tensor ids) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _tokens_of(x: Tensor, ids: Tensor, expert: int) -> Tensor:
@@ -36,8 +36,8 @@ def _by_token(found: list[Tensor], ids: Tensor) -> Tensor:
     return torch.cat(found)[torch.argsort(sources)]
 
 
-_LIBRARY.impl("tokens_of", _tokens_of, "CompositeImplicitAutograd")
-_LIBRARY.impl("by_token", _by_token, "CompositeImplicitAutograd")
+_LIBRARY.impl("tokens_of", _tokens_of, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("by_token", _by_token, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 TOKENS_OF = torch.ops.sparsify.tokens_of.default
 BY_TOKEN = torch.ops.sparsify.by_token.default
 
@@ -161,7 +161,7 @@ def _as_rows(program: ExportedProgram, node: Node) -> Node:
 def _split(program: ExportedProgram, holder: Node, key: str, transposed: bool) -> list[Node]:
     """Placeholders for the parts of a parameter along its first axis, behind it; their values are in the state dict."""
     stack, val = program.state_dict[key].detach(), holder.meta["val"]
-    made = []
+    made: list[Node] = []
     for expert, part in enumerate(stack):
         own = mapped(part.t()) if transposed else part
         program.state_dict[f"{key}.{expert}"] = torch.nn.Parameter(own, requires_grad=False)
