@@ -239,7 +239,7 @@ def _steps(traced: Traced, feed: Mapping[str, Any], each: Expected) -> list[dict
     ]
 
 
-def _tried(path: Path, how: str, run: Callable[[Batch], Outputs], batch: Batch) -> Outputs:
+def _tried(path: Path, how: str, run: Callable[[Batch], Made], batch: Batch) -> Made:
     try:
         return run(batch)
     except Exception as error:  # ONNX Runtime's exceptions have no common base class of their own

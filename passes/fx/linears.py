@@ -86,7 +86,7 @@ def _routers(graph: Graph) -> set[Node]:
 
     Where a stack takes all of them, and reads zeros for those that were not chosen, it is a ranking that chose.
     """
-    ahead: list[Node] = [node.args[1] for node in graph.nodes if node.target is BY_TOKEN]  # type: ignore[misc]
+    ahead: list[Node] = [node.args[1] for node in graph.nodes if node.target is BY_TOKEN]
     if not ahead:
         return set()
     ahead += [node for node in graph.nodes if node.target in RANKINGS]
