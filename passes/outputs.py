@@ -12,8 +12,8 @@ from .frontend.batches import Batch
 
 TEMPERATURE: Final = 0.05
 """Of the softmax over similarities: cosines differ by hundredths, and what is ranked first counts."""
-SIMILARITY: Final = 1.0
-"""Weight of the similarities of texts to each other, beside the embeddings themselves."""
+SIMILARITY: Final = 0.3
+"""Weight of the similarities of texts to each other, beside the embeddings themselves: their gradient is noisy."""
 STATES: Final = 1.0
 """Weight of the hidden states, beside the embeddings that are made of them."""
 TINY: Final = 1e-12
