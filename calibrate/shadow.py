@@ -25,7 +25,7 @@ def masked(shadow: Tensor, keep: Tensor) -> Tensor:
         shadow: W, float ``[R, C]``.
         keep: M, bool ``[R, C]``.
     """
-    result: Tensor = _Masked.apply(shadow, keep)
+    result: Tensor = _Masked.apply(shadow, keep)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -206,6 +206,6 @@ def _kept(name: str, value: Any) -> np.ndarray:
         kind = getattr(value, "dtype", type(value).__name__)
         raise InputError(f"{name} is a {kind}, which is not kept between two linears; leave --calibration-inputs out")
     try:
-        return mapped(torch.from_numpy(value)).numpy()  # type: ignore[no-any-return]
+        return mapped(torch.from_numpy(value)).numpy()
     except TypeError:  # torch lacks some unsigned types
         return value

@@ -88,7 +88,7 @@ def flow_of(model: Model, linears: Sequence[Linear]) -> Flow:
     for linear in linears:
         if linear.x.name in stored:
             raise InputError(f"{linear.path} reads the stored tensor {linear.x.name}; give --skip {linear.path!r}")
-    whole = {}  # linears that are exchanged with all of their nodes
+    whole: dict[int, Linear] = {}  # linears that are exchanged with all of their nodes
     for linear in linears:
         if not linear.weight.value:
             whole |= {model.places[id(node)].index: linear for node in linear.nodes}

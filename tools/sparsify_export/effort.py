@@ -207,7 +207,10 @@ def _distil(flags: Flags, *, onnx: bool) -> Distil | None:
     default = Distil.epochs if effort_of(flags, onnx=onnx) == "best" else 0
     epochs = default if flags.distil is None else flags.distil
     if not epochs:
-        idle = {"--distil-lr": flags.distil_lr, "--mask-moves": flags.mask_moves or None}
+        idle: dict[str, float | str | None] = {
+            "--distil-lr": flags.distil_lr,
+            "--mask-moves": flags.mask_moves or None,
+        }
         idle |= {"--mask-rank": flags.mask_rank, "--mask-pull": flags.mask_pull}
         for flag, value in idle.items():
             if value is not None:

@@ -356,8 +356,8 @@ def _with_fit(entry: LinearEntry, fitted: Fitted | None) -> LinearEntry:
     """With what is known of a weight that was fitted to its inputs."""
     if fitted is None:
         return entry
-    names = ("retained_before", "retained_after", "error_before", "error_after", "refused", "directions")
-    names += ("quantiser", "error_quantised")
+    names = ["retained_before", "retained_after", "error_before", "error_after", "refused", "directions"]
+    names += ["quantiser", "error_quantised"]
     return replace(entry, **{name: getattr(fitted, name) for name in names})
 
 
