@@ -106,7 +106,7 @@ def errors(output: Output, rows: Tensor, target: Tensor, batch: Batch) -> Tensor
     (the second as Fang et al. 2021, "SEED: Self-supervised Distillation for Visual Representation", with the batch in
     place of a queue).
     """
-    if output == "logits" or output == "classes":  # noqa: PLR1714 (a type checker reads no sets)
+    if output == "logits" or output == "classes":
         return _divergence(target, rows.log_softmax(-1))
     if output == "labels":
         return _divergence(logsigmoid(target), logsigmoid(rows)) + _divergence(logsigmoid(-target), logsigmoid(-rows))
