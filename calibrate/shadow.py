@@ -1,6 +1,6 @@
 """Dense shadows of sparse weights: what a mask is chosen from again while the weights are trained."""
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ def masked(shadow: Tensor, keep: Tensor) -> Tensor:
         shadow: W, float ``[R, C]``.
         keep: M, bool ``[R, C]``.
     """
-    result: Tensor = _Masked.apply(shadow, keep)  # type: ignore[no-untyped-call]
-    return result
+    return shadow + (torch.where(keep, shadow, 0.0) - shadow).detach()  # exact: w - w + w, or 0 - w + w
 
 
 def choose(shadow: Tensor, target: NM | RowCounts, moment: Tensor | None = None) -> Tensor:
@@ -55,15 +54,3 @@ def choose(shadow: Tensor, target: NM | RowCounts, moment: Tensor | None = None)
     if moment is not None:
         score = score * (moment + FLOOR * moment.mean() + TINY).sqrt()
     return select(score, target, "row")
-
-
-class _Masked(torch.autograd.Function):
-    """See `masked`."""
-
-    @staticmethod
-    def forward(ctx: Any, shadow: Tensor, keep: Tensor) -> Tensor:
-        return torch.where(keep, shadow, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None

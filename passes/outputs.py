@@ -50,12 +50,11 @@ def rows_of(output: Output, first: Tensor, batch: Batch) -> Tensor:
         first: the model's first output, ``[samples, tokens, features]`` or ``[samples, features]``.
         batch: what it was made from; says which tokens count.
     """
-    first = first.float()
+    first, mask = first.float(), batch.token_mask
     if isinstance(output, Pooled):
-        return first if batch.token_mask is None else first.masked_fill(~batch.token_mask[..., None], 0.0)
+        return first if mask is None else first.masked_fill(~mask[..., None], 0.0)
     rows = first.flatten(end_dim=-2)
-    by_token = first.dim() > 2 and batch.token_mask is not None
-    return rows[batch.token_mask.reshape(-1)] if by_token and batch.token_mask is not None else rows
+    return rows if mask is None or first.dim() == 2 else rows[mask.reshape(-1)]
 
 
 def pool(states: Tensor, mask: Tensor | None, pooled: Pooled) -> Tensor:
@@ -106,22 +105,27 @@ def errors(output: Output, rows: Tensor, target: Tensor, batch: Batch) -> Tensor
     (the second as Fang et al. 2021, "SEED: Self-supervised Distillation for Visual Representation", with the batch in
     place of a queue).
     """
-    if output == "logits" or output == "classes":
+    if isinstance(output, Pooled):
+        return _embedding_errors(output, rows, target, batch.token_mask)
+    if output in ("logits", "classes"):
         return _divergence(target, rows.log_softmax(-1))
     if output == "labels":
         return _divergence(logsigmoid(target), logsigmoid(rows)) + _divergence(logsigmoid(-target), logsigmoid(-rows))
-    if output == "values":
-        return (rows - target).square()
-    made, wanted = (pool(states, batch.token_mask, output) for states in (rows, target))
-    parts = [_relative(made, wanted), STATES * _relative(rows.flatten(1), target.flatten(1))]
-    if len(rows) > 2:  # of two texts the only other one has all of the probability
-        parts.append(SIMILARITY * _divergence(_likeness(wanted), _likeness(made)).sum(1))
-    return torch.stack(parts, dim=1)
+    return (rows - target).square()
 
 
 def size_of(output: Output, target: Tensor) -> float:
     """What the loss of a batch is divided by: rows, or the energy of values."""
     return total(target.square()) if output == "values" else float(len(target))
+
+
+def _embedding_errors(pooled: Pooled, states: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """The three terms of every text, ``[texts, 3]``; two where there are too few texts to be like each other."""
+    made, wanted = pool(states, mask, pooled), pool(target, mask, pooled)
+    parts = [_relative(made, wanted), STATES * _relative(states.flatten(1), target.flatten(1))]
+    if len(states) > 2:  # of two texts the only other one has all of the probability
+        parts.append(SIMILARITY * _divergence(_likeness(wanted), _likeness(made)).sum(1))
+    return torch.stack(parts, dim=1)
 
 
 def _relative(found: Tensor, wanted: Tensor) -> Tensor:

@@ -210,8 +210,9 @@ def _distil(flags: Flags, *, onnx: bool) -> Distil | None:
         idle: dict[str, float | str | None] = {
             "--distil-lr": flags.distil_lr,
             "--mask-moves": flags.mask_moves or None,
+            "--mask-rank": flags.mask_rank,
+            "--mask-pull": flags.mask_pull,
         }
-        idle |= {"--mask-rank": flags.mask_rank, "--mask-pull": flags.mask_pull}
         for flag, value in idle.items():
             if value is not None:
                 said = value if isinstance(value, str) else f"{value:g}"
