@@ -156,7 +156,7 @@ CAUSAL = [
         {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "chunk_size": 16},
     ),
     Entry("marian", "MarianForCausalLM"),
-    Entry("minicpm3", "MiniCPM3ForCausalLM"),
+    Entry("minicpm3", "MiniCPM3ForCausalLM", {"num_key_value_heads": 4}),
     Entry("minimax", "MiniMaxForCausalLM", refused=EXPERTS),
     Entry("ministral", "MinistralForCausalLM", {"head_dim": 16}),
     Entry("ministral3", "Ministral3ForCausalLM"),
@@ -499,7 +499,7 @@ SOUND = [
     ),
     Entry("wav2vec2-bert", "Wav2Vec2BertForCTC", {"vocab_size": 32}),
     Entry("audio-spectrogram-transformer", "ASTForAudioClassification"),
-    Entry("whisper", "WhisperForAudioClassification"),
+    Entry("whisper", "WhisperForAudioClassification", {"max_source_positions": 50}, {"input_features": (80, 100)}),
     Entry("parakeet_ctc", "ParakeetForCTC"),
 ]
 PAIRS = [
