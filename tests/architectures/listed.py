@@ -528,11 +528,24 @@ SEVERAL = [
     Entry("blip", "BlipForImageTextRetrieval"),
     Entry("gemma3", "Gemma3ForConditionalGeneration"),
     Entry("llava", "LlavaForConditionalGeneration"),
-    Entry("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+    Entry(
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        {
+            "text_config": {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+            }
+        },
+    ),
     Entry(
         "qwen2_5_vl",
         "Qwen2_5_VLForConditionalGeneration",
-        {"vision_config": {"hidden_size": 32, "out_hidden_size": 64}},
+        {
+            "text_config": {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+            },
+            "vision_config": {"hidden_size": 32, "out_hidden_size": 64},
+        },
     ),
     Entry(
         "qwen3_vl",
