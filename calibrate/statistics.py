@@ -29,6 +29,11 @@ class ActNorm:
         return len(self._squares)
 
     @property
+    def squares(self) -> torch.Tensor:
+        """The sum of the squares of every feature so far, float64 ``[K]``."""
+        return self._squares
+
+    @property
     def tokens(self) -> int:
         """The number of tokens counted so far, without those that a mask left out."""
         return self._tokens
@@ -67,7 +72,7 @@ class ActNorm:
 
     def add(self, other: "ActNorm") -> None:
         """Count all that another one counted."""
-        self._squares += other._squares
+        self._squares += other.squares
         self._tokens += other._tokens
 
     def norm(self) -> torch.Tensor:

@@ -164,7 +164,8 @@ class CausalSession:
         self.vocabulary = int(shapes["logits"][-1])
         self._shapes = [tuple(inputs[name].shape) for name in self._past]
         self._types = [inputs[name].type for name in self._past]
-        self._in_place = is_in_place(session.get_modelmeta().custom_metadata_map)
+        told = session.get_modelmeta().custom_metadata_map if isinstance(session, ort.InferenceSession) else {}
+        self._in_place = is_in_place(told)
         for name, (_, heads, _, size) in zip(self._past, self._shapes, strict=True):
             if not (isinstance(heads, int) and isinstance(size, int)):
                 raise InputError(f"{name} is {list(inputs[name].shape)}; want numbers for its heads and their size")

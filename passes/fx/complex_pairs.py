@@ -21,6 +21,9 @@ PLACED = {
 """Ops that only move numbers."""
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
 
+MAKERS = {aten.polar.default, aten.complex.default, aten.view_as_complex.default}
+"""Ops that make complex numbers of real ones."""
+
 Pair = tuple[Node, Node]
 
 
@@ -30,7 +33,7 @@ def split_complex(program: ExportedProgram) -> None:
     Before:  c = polar(r, a) | complex(re, im) | view_as_complex(x);  d = c * e;  y = view_as_real(d)
     After:   (r cos a, r sin a) | (re, im) | (x[..., 0], x[..., 1]);  (ce - c'e', ce' + c'e);  y = stack(d, d')
              and what only moves numbers moves both parts
-    Left alone: graphs without complex numbers.
+    Left alone: complex numbers that something else makes, such as a Fourier transform, which ONNX has an op for (FNet).
     Numerics: the same products and sums.
 
     Raises:
@@ -43,6 +46,8 @@ def split_complex(program: ExportedProgram) -> None:
             continue
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
+            continue
+        if node.target not in MAKERS and not any(n in pairs for n in node.all_input_nodes):
             continue
         with graph.inserting_before(node):
             made = _parts(node, pairs, _caller(node))

@@ -115,10 +115,11 @@ def test_a_weight_that_several_linears_share_is_one_group_and_counted_once():
     parts, params = partition(program), weights(program)
     sites = {(place, x.node): x for place, part in enumerate(parts.blocks) for x in part.linears}
     assert len({x.weight for x in sites.values()}) < len(sites)
+    drawn = torch.Generator().manual_seed(5)
     seen = Witness(
         {site: site for site in sites},
-        {site: torch.ones(1, x.in_features) for site, x in sites.items()},
-        {site: torch.ones(1, x.out_features) for site, x in sites.items()},
+        {site: torch.randn(64, x.in_features, generator=drawn) for site, x in sites.items()},
+        {site: torch.randn(64, x.out_features, generator=drawn) for site, x in sites.items()},
         {site: torch.ones(x.in_features) for site, x in sites.items()},
     )
     forms = candidates(RECIPE, Storage("int8"), chosen=True)
@@ -142,10 +143,11 @@ def test_forms_that_another_beats_in_everything_are_not_looked_at(monkeypatch):
         {f"model.{n}": x.detach() for n, x in random_model("llama").named_parameters()},
     )
     sites = {(place, x.node): x for place, part in enumerate(parts.blocks) for x in part.linears}
+    drawn = torch.Generator().manual_seed(5)
     seen = Witness(
         {site: site for site in sites},
-        {site: torch.ones(1, x.in_features) for site, x in sites.items()},
-        {site: torch.ones(1, x.out_features) for site, x in sites.items()},
+        {site: torch.randn(64, x.in_features, generator=drawn) for site, x in sites.items()},
+        {site: torch.randn(64, x.out_features, generator=drawn) for site, x in sites.items()},
         {site: torch.ones(x.in_features) for site, x in sites.items()},
     )
     forms = candidates(RECIPE, None, chosen=False)

@@ -49,6 +49,7 @@ VALUES = MappingProxyType(
         "mask_pull": (0.1,),
         "quantise": ("rtn", "sweep", "joint"),
         "storage": (Storage("fp16"), Storage("bf16"), Storage("int8"), Storage("int4", 32)),
+        "inputs": (False, True),
         "seed": (3,),
     }
 )

@@ -58,5 +58,6 @@ def test_tokens_without_effect_are_refused(folder, tmp_path, capsys, flags, why)
     assert why in refused(capsys, tmp_path / "o.onnx", folder, *flags).replace("--tokens has", "--tokens 9 has")
 
 
-def test_an_onnx_file_reads_no_text(given, tmp_path, capsys):
-    assert "--tokens 9 has no meaning" in refused(capsys, tmp_path / "o.onnx", given, "--nm", "2:4", "--tokens", "9")
+def test_an_onnx_file_without_a_text_reads_none(given, tmp_path, capsys):
+    said = refused(capsys, tmp_path / "o.onnx", given, "--nm", "2:4", "--tokens", "9")
+    assert "--tokens has no effect on an .onnx file without --calibration TEXT" in said

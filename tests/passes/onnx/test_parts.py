@@ -119,7 +119,7 @@ def pruned(proto, folder, pattern):
     model = read_model(saved(proto, folder))
     linears, _ = find_linears(model)
     spools = {name: Spool(folder / name, near=False) for name in ("packed", "dense")}
-    sparse, _ = make_sparse(model, linears, Recipe(pattern), {}, storage=FP32, sparse_ops=True, **spools)
+    sparse, _ = make_sparse(model, linears, Recipe(pattern), storage=FP32, sparse_ops=True, **spools)
     found = {}
     for entry in sparse:
         raw = (folder / "dense").read_bytes()

@@ -26,7 +26,7 @@ def lower(proto, tmp_path, recipe=None, storage=FP32):
     model = read_model(path)
     linears, left = find_linears(model)
     packed, kept = (Spool(tmp_path / name, near=False) for name in ("packed", "dense"))
-    sparse, still = make_sparse(model, linears, recipe, {}, storage=storage, sparse_ops=True, packed=packed, dense=kept)
+    sparse, still = make_sparse(model, linears, recipe, storage=storage, sparse_ops=True, packed=packed, dense=kept)
     replace_linears(model, sparse)
     out = tmp_path / "out.onnx"
     write_proto(model.proto, out, base=tmp_path, check=True)
