@@ -1,4 +1,4 @@
-"""What becomes of the architectures of the list: some as graphs, and all of them by the command (make architectures)."""
+"""What becomes of the architectures of the list: some as graphs, all by the command (make architectures)."""
 
 import pytest
 
