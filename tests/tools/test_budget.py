@@ -153,7 +153,7 @@ def test_forms_that_another_beats_in_everything_are_not_looked_at(monkeypatch):
     forms = candidates(RECIPE, None, chosen=False)
     assert len(forms) == 1 + 2 + 4 * len(module.PATTERNS)
     groups = make_groups(parts, params, seen, RECIPE, forms, Machine({}), Workload(1, 64), SILENT)
-    assert {tuple(map(str, group.forms)) for group in groups} == {("dense fp32", "dense int8")}
+    assert {tuple(map(str, group.forms)) for group in groups} == {("dense fp32", "dense int8", "dense int4 g32")}
     assert all(option.damage > 0 for group in groups for option in group.options[1:])
 
 
