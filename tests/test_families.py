@@ -24,7 +24,11 @@ from sparsify_export.runtime.session import CausalSession, open_session, sparse_
 from sparsify_export.runtime.verify import expect, verify
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+SLOW = {name: pytest.mark.slow for name in ("qwen3", "phi3")}
+"""Families that are made of the same parts as others."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=SLOW.get(name, ())) for name in FAMILIES])
 def family(request, tmp_path_factory):
     return request.param, compile_family(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -83,7 +83,8 @@ ROTARY = {
 }
 
 
-@pytest.mark.parametrize("name", ["qwen3", pytest.param("eurobert", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "eurobert"])
 def test_rotary_encoders_take_any_batch_in_stock_onnx_runtime_and_with_the_library(name, tmp_path, monkeypatch):
     made = dense(seeded(ROTARY[name]), tmp_path)
     verify(made.path, made.traced, made.expected)

@@ -38,6 +38,7 @@ def test_a_long_window_of_a_small_model_is_crossed(windowed, tmp_path, monkeypat
     assert json.loads((tmp_path / "m.onnx.report.json").read_text())["uncrossed"] == []
 
 
+@pytest.mark.slow
 def test_a_window_that_would_take_too_long_is_named(windowed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibration_data, "PRODUCTS", 1)
     assert main([str(windowed), "-o", str(tmp_path / "m.onnx")]) == 0

@@ -42,6 +42,7 @@ def test_a_size_asks_nothing_of_a_model_that_takes_no_text(images, tmp_path):
     assert abs(choice["tries"][-1]["measured"]["size"] / 0.8 - 1) <= 0.05
 
 
+@pytest.mark.slow
 def test_linears_get_the_pattern_or_stay_dense(folder, tmp_path):
     assert main([str(folder), "--nm", "2:4", *FAST, "--bytes", "0.8", "-o", str(tmp_path / "half")]) == 0
     report = read(tmp_path / "half" / "report.json")
@@ -166,6 +167,7 @@ def test_a_mix_is_told_by_how_many_linears_have_which_form():
     assert told_mix(groups, [0, 1, 1, 0, 1, 1, 1]) == "5 2:4 int8, 2 dense fp32"
 
 
+@pytest.mark.slow
 def test_a_loss_is_held_against_the_perplexity(folder, text, tmp_path, monkeypatch):
     """By a clock for which time is bytes."""
     monkeypatch.setattr(Machine, "seconds", lambda self, form, rows, columns, **kw: 1e-9 * form.nbytes(rows, columns))

@@ -70,6 +70,7 @@ def test_onnx_name_writes_the_file_and_its_data(folder, tmp_path):
     assert names(tmp_path) == {"model.onnx", "model.onnx.data", "model.onnx.report.json"}
 
 
+@pytest.mark.slow
 def test_rates_and_patterns_that_besa_learns_are_lowered(folder, text, tmp_path, monkeypatch):
     monkeypatch.setattr(besa, "LEAST_STEPS", 4)
     given = [str(folder), "--sparsity", "0.5", "--calibration", str(text), "--effort", "fast", *SHORT]
@@ -152,11 +153,12 @@ def test_eval_of_torch_and_of_its_dense_export_agree(folder, text, tmp_path, cap
     [
         (["--nm", "2:4", "--dtype", "int8", "--effort", "fast"], "linear_nm_int8", None, "rtn"),
         (["--nm", "2:4", "--dtype", "int4"], "linear_nm_int4", 128, "sweep"),
-        (
+        pytest.param(
             ["--sparsity", "0.5", "--dtype", "int4", "--group", "32", "--quantise", "joint", "--tune", "block"],
             "linear_bitmask_int4",
             32,
             "joint",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -197,6 +199,7 @@ def test_best_distils_says_so_and_a_flag_changes_how(folder, text, tmp_path, cap
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_best_of_a_fraction_learns_rates_and_is_the_target_to_the_weight(folder, text, tmp_path, monkeypatch):
     monkeypatch.setattr(besa, "LEAST_STEPS", 4)
     out = tmp_path / "model.onnx"

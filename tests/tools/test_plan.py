@@ -229,6 +229,7 @@ def test_which_linears_a_plugin_runs(ops, pattern, plugin):
     assert (_worth(ops, pattern, 64, 64, 2048) == "") is plugin
 
 
+@pytest.mark.slow
 def test_a_given_mask_makes_plugins_where_it_has_no_pattern(folder, text, tmp_path, capsys):
     """In bfloat16: one linear of a mask without a pattern, one of a 2:4 mask, so the plugin and a plain product."""
     generator = torch.Generator().manual_seed(0)

@@ -40,6 +40,7 @@ def spectra(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_dense_baseline_of_waves_takes_any_length(waves, tmp_path, capsys):
     model, folder = waves
     out = tmp_path / "dense.onnx"

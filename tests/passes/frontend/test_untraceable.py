@@ -17,6 +17,7 @@ def mamba2():
     return t.Mamba2ForCausalLM(t.Mamba2Config(vocab_size=96, hidden_size=32, **CHUNKED))
 
 
+@pytest.mark.slow
 def test_a_text_of_one_part_is_traced_with_more(monkeypatch):
     monkeypatch.setattr(tracing, "LENGTHS", (3, 20))
     model = mamba2()
