@@ -23,7 +23,6 @@ from sparsify_export.runtime.inspection import check_pattern
 from sparsify_export.runtime.session import CausalSession, open_session, sparse_runs
 from sparsify_export.runtime.verify import expect, verify
 
-
 SLOW = {name: pytest.mark.slow for name in ("qwen3", "phi3")}
 """Families that are made of the same parts as others."""
 
