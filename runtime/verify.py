@@ -219,7 +219,7 @@ def _in_pieces(
             own = [next(rest) for _ in range(DECODED)]
             texts = len(each.batch.inputs[0])
             # The cache was the baseline's, so the experts of the tokens in front are those of the whole run.
-            front = [x.reshape(texts, -1, x.shape[-1])[:, :-DECODED].flatten(0, 1) for x in chosen]
+            front = [x.reshape(texts, -1, *x.shape[1:])[:, :-DECODED].flatten(0, 1) for x in chosen]
             routes = _in_text_order([front, *(its for _, its in own)], texts) if chosen else ()
             decoded.append(((torch.cat([outputs[0] for outputs, _ in own], dim=1),), routes))
         results.append(Verified(f"{how}, decoding", _judged(path, how, decoded, expected, last=DECODED)))
@@ -289,7 +289,7 @@ def _decode(session: Any, traced: Traced, told: Told, batch: Batch) -> Made:
 
 def _in_text_order(chosen: Sequence[Sequence[Tensor]], texts: int) -> Chosen:
     """What runs of some tokens each chose, ``[texts * tokens, ..]``, as one run of all tokens has it."""
-    by_text = [[x.reshape(texts, -1, x.shape[-1]) for x in step] for step in chosen]
+    by_text = [[x.reshape(texts, -1, *x.shape[1:]) for x in step] for step in chosen]
     return tuple(torch.cat(steps, dim=1).flatten(0, 1) for steps in zip(*by_text, strict=True))
 
 

@@ -52,7 +52,7 @@ def test_the_command_prunes_the_experts_and_the_file_is_the_published_model(name
     ways = {"kernels", "kernels, decoding", "functions", "functions, decoding"}
     assert {verified["how"] for verified in report["verified"]} == ways
     told = {x.path: x for x in inspect(out)}
-    stacked = [x for path, x in told.items() if path.endswith(("gate_up_proj", "down_proj")) and "experts" in path]
+    stacked = [x for path, x in told.items() if path.endswith(("gate_up_proj", "down_proj")) and ".experts." in path]
     assert sum(x.shape[0] for x in stacked) == sum(x["shape"][0] for x in found)
 
 
