@@ -84,6 +84,7 @@ def test_an_expert_in_anothers_place_is_seen(tmp_path, monkeypatch, capsys):
     [
         ("-o out.plan --nm 2:4", "this model has experts, which TensorRT's parser has no op for"),
         ("-o out.onnx --nm 2:4 --bytes 0.8", "this model has experts, and what one of them takes"),
+        ("-o out.onnx --nm 2:4 --alternatives", "this model has experts, of which --alternatives knows no other form"),
     ],
 )
 def test_what_cannot_be_done_is_refused(flags, said, tmp_path, monkeypatch, capsys):

@@ -245,6 +245,8 @@ def _check_experts(traced: Traced, settings: Settings) -> None:
         return
     if settings.engine is not None:
         raise InputError("this model has experts, which TensorRT's parser has no op for; give -o a name in .onnx")
+    if settings.alternatives:
+        raise InputError("this model has experts, of which --alternatives knows no other form; leave it out")
     if settings.budget is not None:
         raise InputError(
             "this model has experts, and what one of them takes in time and quality depends on how often it is chosen, "
